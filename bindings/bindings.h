@@ -1,0 +1,13 @@
+// One init function per component file; each adds its classes and functions to the module. Bindings translate and never
+// compute.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+namespace rarefy::python {
+
+namespace py = pybind11;
+
+void init_config(py::module_& m);
+
+}  // namespace rarefy::python

@@ -1,0 +1,33 @@
+#include <c10/util/Exception.h>
+
+#include "bindings.h"
+
+namespace rarefy::python {
+namespace {
+
+/// Errors of the core become the Python exception of the same kind, with the message alone (no C++ backtrace).
+void translate(std::exception_ptr pointer) {
+  try {
+    if (pointer) {
+      std::rethrow_exception(pointer);
+    }
+  } catch (const c10::IndexError& e) {
+    py::set_error(PyExc_IndexError, e.what_without_backtrace());
+  } catch (const c10::ValueError& e) {
+    py::set_error(PyExc_ValueError, e.what_without_backtrace());
+  } catch (const c10::TypeError& e) {
+    py::set_error(PyExc_TypeError, e.what_without_backtrace());
+  } catch (const c10::Error& e) {
+    py::set_error(PyExc_RuntimeError, e.what_without_backtrace());
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The C++ core of rarefy. Its tensor functions are registered as torch.ops.rarefy.*";
+  py::register_local_exception_translator(&translate);
+  init_config(m);
+}
+
+}  // namespace rarefy::python

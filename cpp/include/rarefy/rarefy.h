@@ -1,0 +1,6 @@
+#pragma once
+
+// Everything that rarefy offers to C++.
+#include <rarefy/config.h>
+#include <rarefy/ops/fake_quantize.h>
+#include <rarefy/version.h>
