@@ -638,6 +638,7 @@ def test_inverse_std():
 def test_compiles_as_one_graph(net, images):
     prepared = prepare_qat(net, QConfig.int8(), images)
     train(prepared, lambda: torch.randn(8, 3, 8, 8), 5, steps=2)
+    prepared.zero_grad()
     eager = copy.deepcopy(prepared)
     compiled = torch.compile(prepared, fullgraph=True, backend="aot_eager")
     for model in (eager, compiled):
