@@ -72,9 +72,9 @@ else
   start=$SECONDS
   say "installing torch and the build tools into .venv"
   # torch first: the extension is compiled against the one that will run, and nothing later may pull another.
-  .venv/bin/python -m pip install -q -c constraints.txt torch "scikit-build-core>=0.10" cmake ninja
+  .venv/bin/python -m pip install -qq -c constraints.txt torch "scikit-build-core>=0.10" cmake ninja
   say "building rarefy in build/dev and installing it with its development packages (minutes the first time)"
-  .venv/bin/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[dev]' \
+  .venv/bin/python -m pip install -qq --no-build-isolation -c constraints.txt -e '.[dev]' \
     -C build-dir=build/dev -C cmake.define.RAREFY_BUILD_TESTS=ON -C cmake.define.RAREFY_BUILD_EXAMPLES=ON
   fingerprint >"$stamp"
   say "built in $((SECONDS - start)) s"

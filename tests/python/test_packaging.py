@@ -118,7 +118,9 @@ def test_libraries_are_searched_relative_to_the_package(file, expected):
     assert re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", dynamic) == [expected]
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
     assert "libtorch_cpu.so" in needed
-    assert not [name for name in needed if "cuda" in name.lower() or "/" in name]
+    assert not [name for name in needed if "/" in name]
+    if torch.version.cuda is None:
+        assert not [name for name in needed if "cuda" in name.lower()]
 
 
 def opened_libraries(code: str) -> set[str]:
