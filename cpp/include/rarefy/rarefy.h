@@ -6,6 +6,7 @@
 #include <rarefy/nn/conv.h>
 #include <rarefy/nn/linear.h>
 #include <rarefy/ops/fake_quantize.h>
+#include <rarefy/ops/inverse_std.h>
 #include <rarefy/ops/quantized_linear.h>
 #include <rarefy/quantization/fake_quantizer.h>
 #include <rarefy/quantization/prepare.h>
