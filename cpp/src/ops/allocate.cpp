@@ -6,6 +6,7 @@
 #endif
 
 #include <cstdint>
+#include <cstdlib>
 
 namespace rarefy::ops {
 
@@ -22,6 +23,11 @@ at::Tensor empty_for(const at::Tensor& x) {
   }
 #endif
   return out;
+}
+
+bool bypasses_caches(const at::Tensor& out) {
+  static const size_t threshold = [] { const char* v = std::getenv("RAREFY_STREAM"); return v ? size_t(std::atoll(v)) << 20 : size_t{64} << 20; }();
+  return out.nbytes() >= threshold;
 }
 
 }  // namespace rarefy::ops
