@@ -1,6 +1,5 @@
 #include "ops/cpu/fake_quantize_kernel.h"
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <rarefy/ops/fake_quantize.h>
@@ -217,7 +216,7 @@ void fake_quantize_into(const char* function, const at::Tensor& x, const at::Ten
   });
 }
 
-at::Tensor empty_mask(const at::Tensor& x) { return at::empty({mask_bytes(x.numel())}, x.options().dtype(at::kByte)); }
+at::Tensor empty_mask(const at::Tensor& x) { return empty_cached({mask_bytes(x.numel())}, at::kByte); }
 
 TORCH_LIBRARY_IMPL(rarefy, CPU, m) {
   m.impl("fake_quantize", &fake_quantize_cpu);
