@@ -35,11 +35,12 @@ def forward(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -
     return run
 
 
-def copies(x: torch.Tensor, count: int) -> Callable[[], None]:
-    source, target = x.detach(), torch.zeros_like(x)
+def copies(sources: list[torch.Tensor]) -> Callable[[], None]:
+    """Copy every source into mapped memory of its own, as the operator reads and writes different tensors."""
+    pairs = [(source.detach(), torch.zeros_like(source)) for source in sources]
 
     def run() -> None:
-        for _ in range(count):
+        for source, target in pairs:
             target.copy_(source)
 
     return run
@@ -131,9 +132,9 @@ def main() -> None:
         functions = build(x, arguments.compile)
         forwards = {name: forward(function, x) for name, function in functions.items()}
         both = {name: forward_backward(function, x, grad) for name, function in functions.items()}
-        for name_of_pass, candidates, count in (("forward", forwards, 1), ("both", both, 2)):
+        for name_of_pass, candidates, moved in (("forward", forwards, [x]), ("both", both, [x, grad])):
             repeats = max(5, arguments.repeats // 4) if x.numel() >= 1 << 24 else arguments.repeats
-            medians = interleaved({"limit": copies(x, count)} | candidates, repeats)
+            medians = interleaved({"limit": copies(moved)} | candidates, repeats)
             for name, seconds in medians.items():
                 ratio = seconds / medians["limit"]
                 record = {

@@ -20,7 +20,7 @@ bool is_ours_alone(const at::Tensor& grad, at::IntArrayRef strides) {
   constexpr c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView,
                                        c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutogradCUDA,
                                        c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA});
-  return !at::GradMode::is_enabled() && grad.use_count() == 1 && (grad.key_set() - plain).empty() &&
+  return !at::GradMode::is_enabled() && grad.use_count() == 1 && plain.isSupersetOf(grad.key_set()) &&
          !c10::impl::TorchDispatchModeTLS::any_modes_set() && grad.storage().use_count() == 1 &&
          grad.is_non_overlapping_and_dense() && grad.strides() == strides;
 }
@@ -166,7 +166,8 @@ struct NotDifferentiable<op> {
 /// that autograd notices when it had saved one of them.
 template <auto op>
 struct WritesState;
-template <typename Result, typename... Rest, Result (*op)(const at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, Rest...)>
+template <typename Result, typename... Rest,
+          Result (*op)(const at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, Rest...)>
 struct WritesState<op> {
   static Result call(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
                      at::Tensor& zero_point, Rest... rest) {

@@ -5,8 +5,8 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 
 #include "ops/cpu/fake_quantize_simd.h"
 
@@ -30,11 +30,11 @@ void parallel_words(int64_t n, const Body& body) {
 /// x itself when its elements fill one block of memory, else a copy that does, in the same order of axes.
 inline at::Tensor dense(const at::Tensor& x) { return x.is_non_overlapping_and_dense() ? x : x.clone(); }
 
-/// Whether writing `out` goes past the caches: it is so large that its beginning is evicted before it is read anyway, and
-/// storing past them saves reading every line first.
+/// Whether writing `out` goes past the caches: it is so large that its beginning is evicted before anyone reads it, and a
+/// store past them saves reading the line first.
 inline bool bypasses_caches(const at::Tensor& out) {
-  static const size_t threshold = [] { const char* v = std::getenv("RAREFY_STREAM"); return v ? size_t(std::atoll(v)) << 20 : size_t{64} << 20; }();
-  return out.nbytes() >= threshold;
+  constexpr size_t kThreshold = size_t{32} << 20;
+  return out.nbytes() >= kThreshold;
 }
 
 /// How the channels of a dense x lie in memory; axis -1 is one channel.
