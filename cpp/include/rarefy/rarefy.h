@@ -2,5 +2,6 @@
 
 // Everything that rarefy offers to C++.
 #include <rarefy/config.h>
+#include <rarefy/ops/distillation_loss.h>
 #include <rarefy/ops/fake_quantize.h>
 #include <rarefy/version.h>

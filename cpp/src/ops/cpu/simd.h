@@ -128,6 +128,15 @@ struct Vec {
   }
   /// a where the bit is set, 0 elsewhere.
   friend Vec keep(uint32_t bits, Vec a) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), a.v); }
+  /// 0 where a < low, value elsewhere (also where a is NaN).
+  friend Vec zero_below(Vec a, Vec low, Vec value) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, low.v, _CMP_NLT_UQ), value.v);
+  }
+  /// a * 2^n for n = the low bits of the mantissa of `shifted`; see exp_nonpositive.
+  friend Vec add_to_exponent(Vec a, Vec shifted) {
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23)));
+  }
 };
 
 #elif defined(RAREFY_ISA_avx2)
@@ -182,6 +191,13 @@ struct Vec {
     const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lanes);
     return _mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lanes)));
   }
+  friend Vec zero_below(Vec a, Vec low, Vec value) {
+    return _mm256_and_ps(value.v, _mm256_cmp_ps(a.v, low.v, _CMP_NLT_UQ));
+  }
+  friend Vec add_to_exponent(Vec a, Vec shifted) {
+    return _mm256_castsi256_ps(
+        _mm256_add_epi32(_mm256_castps_si256(a.v), _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23)));
+  }
 };
 
 #else
@@ -225,10 +241,35 @@ struct Vec {
     return bits;
   }
   friend Vec keep(uint32_t bits, Vec a) { RAREFY_LANES((bits >> i & 1u) != 0 ? a.v[i] : 0.0f) }
+  friend Vec zero_below(Vec a, Vec low, Vec value) { RAREFY_LANES(a.v[i] < low.v[i] ? 0.0f : value.v[i]) }
+  friend Vec add_to_exponent(Vec a, Vec shifted) {
+    RAREFY_LANES(bits_to_float(float_to_bits(a.v[i]) + (float_to_bits(shifted.v[i]) << 23)))
+  }
 #undef RAREFY_LANES
 };
 
 #endif
+
+/// e^x for x <= 0, within 1 ulp; 0 where the result is below the smallest normal float (x < -87.34), NaN for NaN.
+///
+/// x = n ln 2 + r with |r| <= ln(2) / 2, and e^x = 2^n e^r. The product of n and the high part of ln 2 is exact. Adding
+/// 1.5 * 2^23 rounds to an integer and leaves n in the low bits of the sum, from where it goes to the exponent. The
+/// polynomial is the minimax one of relative error for (e^r - 1 - r) / r^2: 0.07 ulp in e^r.
+inline Vec exp_nonpositive(Vec x) {
+  const Vec lowest(-87.33654475f);         // ln of the smallest normal float
+  const Vec inside = max(lowest, x);       // NaN stays
+  const Vec shifter(12582912.0f);          // 1.5 * 2^23
+  const Vec shifted = inside * Vec(1.44269504f) + shifter;
+  const Vec n = shifted - shifter;
+  const Vec r = (inside - n * Vec(0.693359375f)) - n * Vec(-2.12194440e-4f);
+  Vec p = Vec(1.381446724e-3f);
+  p = p * r + Vec(8.368780836e-3f);
+  p = p * r + Vec(4.166839272e-2f);
+  p = p * r + Vec(1.666651964e-1f);
+  p = p * r + Vec(4.999999404e-1f);
+  p = (p * (r * r) + r) + Vec(1.0f);
+  return zero_below(x, lowest, add_to_exponent(p, shifted));
+}
 
 /// The first n < Vec::size values at p; the other lanes repeat `fill`.
 template <typename T>
