@@ -101,7 +101,7 @@ void run_float(const Problem& problem, double scale, const at::Tensor& grad, dou
                                    problem.soft(),
                                    problem.hard(),
                                    squarings_of(problem.temperature),
-                                   static_cast<float>(1.0 / problem.temperature),
+                                   static_cast<float>(1.4426950408889634 / problem.temperature),
                                    problem.alpha * problem.temperature * scale,
                                    (1.0 - problem.alpha) * scale};
   const auto* student = static_cast<const char*>(problem.student.const_data_ptr());

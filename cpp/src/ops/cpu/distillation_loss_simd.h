@@ -16,7 +16,7 @@ struct DistillationTask {
   bool hard;
   /// How e^x follows from e^(x / T): 0 when T is 1, k when T is 2^k (k squarings), -1 when it needs an exponential.
   int squarings;
-  float inverse_temperature;
+  float soft_factor;  // log2(e) / T: e^(x / T) = 2^(x * soft_factor)
   /// The gradient is soft_scale * (softmax(s / T) - softmax(t / T)) + hard_scale * (softmax(s) - onehot(label)).
   double soft_scale;
   double hard_scale;
@@ -44,6 +44,7 @@ inline int64_t distillation_scratch(int64_t classes) { return 3 * ((classes + 15
 
 RAREFY_DECLARE_ISA(
     /// The sums of a row and, unless row.grad is null, its gradient; the row is read from memory once.
+    /// Rows of a matrix are best taken in order: the next one is fetched meanwhile.
     DistillationSums distill_row(const DistillationTask& task, const DistillationRow& row);
 
     /// out = factor * grad for elements [begin, end).

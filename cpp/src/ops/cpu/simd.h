@@ -78,6 +78,9 @@ inline float round_even_scalar(float value) {
   return bits_to_float(float_to_bits(rounded) | (float_to_bits(value) & 0x80000000u));
 }
 
+// The bits of 2^(k/8) below the exponent, less k << 20, for exp2_eighths.
+alignas(32) constexpr int32_t kExp2Eighths[8] = {0, -0x46a3e, -0x7c810, -0xa0129, -0xafb0d, -0xa98d6, -0x8bb03, -0x53f39};
+
 #if defined(RAREFY_ISA_avx512)
 
 struct Vec {
@@ -132,10 +135,11 @@ struct Vec {
   friend Vec zero_below(Vec a, Vec low, Vec value) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, low.v, _CMP_NLT_UQ), value.v);
   }
-  /// a * 2^n for n = the low bits of the mantissa of `shifted`; see exp_nonpositive.
-  friend Vec add_to_exponent(Vec a, Vec shifted) {
-    return _mm512_castsi512_ps(
-        _mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23)));
+  /// 2^(n + k/8), where the low bits of a's mantissa hold (n + 127) * 8 + k.
+  friend Vec exp2_eighths(Vec a) {
+    const __m512i table = _mm512_broadcast_i32x8(_mm256_load_si256(reinterpret_cast<const __m256i*>(kExp2Eighths)));
+    const __m512i bits = _mm512_castps_si512(a.v);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(bits, 20), _mm512_permutexvar_epi32(bits, table)));
   }
 };
 
@@ -194,9 +198,10 @@ struct Vec {
   friend Vec zero_below(Vec a, Vec low, Vec value) {
     return _mm256_and_ps(value.v, _mm256_cmp_ps(a.v, low.v, _CMP_NLT_UQ));
   }
-  friend Vec add_to_exponent(Vec a, Vec shifted) {
-    return _mm256_castsi256_ps(
-        _mm256_add_epi32(_mm256_castps_si256(a.v), _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23)));
+  friend Vec exp2_eighths(Vec a) {
+    const __m256i table = _mm256_load_si256(reinterpret_cast<const __m256i*>(kExp2Eighths));
+    const __m256i bits = _mm256_castps_si256(a.v);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(bits, 20), _mm256_permutevar8x32_epi32(table, bits)));
   }
 };
 
@@ -242,33 +247,33 @@ struct Vec {
   }
   friend Vec keep(uint32_t bits, Vec a) { RAREFY_LANES((bits >> i & 1u) != 0 ? a.v[i] : 0.0f) }
   friend Vec zero_below(Vec a, Vec low, Vec value) { RAREFY_LANES(a.v[i] < low.v[i] ? 0.0f : value.v[i]) }
-  friend Vec add_to_exponent(Vec a, Vec shifted) {
-    RAREFY_LANES(bits_to_float(float_to_bits(a.v[i]) + (float_to_bits(shifted.v[i]) << 23)))
+  friend Vec exp2_eighths(Vec a) {
+    RAREFY_LANES(bits_to_float((float_to_bits(a.v[i]) << 20) +
+                               static_cast<uint32_t>(kExp2Eighths[float_to_bits(a.v[i]) & 7u])))
   }
 #undef RAREFY_LANES
 };
 
 #endif
 
-/// e^x for x <= 0, within 1 ulp; 0 where the result is below the smallest normal float (x < -87.34), NaN for NaN.
+/// 2^x for -126 <= x <= 0, within 1.5 ulp; exactly 1 at 0, NaN for NaN.
 ///
-/// x = n ln 2 + r with |r| <= ln(2) / 2, and e^x = 2^n e^r. The product of n and the high part of ln 2 is exact. Adding
-/// 1.5 * 2^23 rounds to an integer and leaves n in the low bits of the sum, from where it goes to the exponent. The
-/// polynomial is the minimax one of relative error for (e^r - 1 - r) / r^2: 0.07 ulp in e^r.
-inline Vec exp_nonpositive(Vec x) {
-  const Vec lowest(-87.33654475f);         // ln of the smallest normal float
-  const Vec inside = max(lowest, x);       // NaN stays
-  const Vec shifter(12582912.0f);          // 1.5 * 2^23
-  const Vec shifted = inside * Vec(1.44269504f) + shifter;
-  const Vec n = shifted - shifter;
-  const Vec r = (inside - n * Vec(0.693359375f)) - n * Vec(-2.12194440e-4f);
-  Vec p = Vec(1.381446724e-3f);
-  p = p * r + Vec(8.368780836e-3f);
-  p = p * r + Vec(4.166839272e-2f);
-  p = p * r + Vec(1.666651964e-1f);
-  p = p * r + Vec(4.999999404e-1f);
-  p = (p * (r * r) + r) + Vec(1.0f);
-  return zero_below(x, lowest, add_to_exponent(p, shifted));
+/// x = n + k / 8 + f with k in 0..7 and |f| <= 1/16, and 2^x = 2^n 2^(k/8) 2^f. Adding 1.5 * 2^20 + 127 rounds to a multiple
+/// of 1/8 and leaves n + 127 and k in the low bits of the sum. The polynomial for (2^f - 1) / f is the minimax one of the
+/// relative error of 2^f: 2.7e-8.
+inline Vec exp2_bounded(Vec x) {
+  const Vec shifter(1572991.0f);  // 1.5 * 2^20 + 127
+  const Vec shifted = x + shifter;
+  const Vec f = x - (shifted - shifter);
+  const Vec p = ((Vec(5.549621955e-2f) * f + Vec(2.402576357e-1f)) * f + Vec(6.931472421e-1f)) * f;
+  const Vec scale = exp2_eighths(shifted);
+  return scale * p + scale;
+}
+
+/// 2^x for x <= 0: as exp2_bounded, and 0 where x < -126 (the result would be below the smallest normal float).
+inline Vec exp2_nonpositive(Vec x) {
+  const Vec lowest(-126.0f);
+  return zero_below(x, lowest, exp2_bounded(max(lowest, x)));  // max keeps NaN
 }
 
 /// The first n < Vec::size values at p; the other lanes repeat `fill`.
