@@ -32,6 +32,21 @@ BatchSource to_source(PythonSource next) {
   };
 }
 
+/// A mode switch whose way back runs also while a Python error is on its way out: the autograd engine leaves that error set
+/// in the interpreter, where no Python code may run before it is put aside.
+Mode to_mode(Mode enter) {
+  if (!enter) {
+    return {};
+  }
+  return [enter = std::move(enter)](bool training) -> Model::Restore {
+    return [restore = enter(training)] {
+      const py::gil_scoped_acquire gil;
+      const py::error_scope pending;
+      restore();
+    };
+  };
+}
+
 py::object optional_object(const std::optional<double>& value) {
   return value.has_value() ? py::object(py::float_(*value)) : py::object(py::none());
 }
@@ -105,7 +120,8 @@ void init_distillation(py::module_& m) {
                        std::function<std::vector<Tensor>()> parameters, LossFunction loss, double max_grad_norm,
                        int64_t ignore_index) {
              return DistillationTrainer(
-                 Model(std::move(student), std::move(student_mode)), Model(std::move(teacher), std::move(teacher_mode)),
+                 Model(std::move(student), to_mode(std::move(student_mode))),
+                 Model(std::move(teacher), to_mode(std::move(teacher_mode))),
                  OptimizerInterface(std::move(zero_grad), std::move(step), std::move(parameters)), std::move(loss),
                  DistillationTrainerOptions{max_grad_norm, ignore_index});
            }),

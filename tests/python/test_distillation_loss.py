@@ -6,11 +6,11 @@ import pytest
 import rarefy as rf
 import torch
 import torch.nn.functional as F
+from conftest import available_instruction_sets
 from rarefy import _core
 from rarefy.distillation import DistillationLoss
 
 IGNORE = -100
-INSTRUCTION_SETS = ("plain", "avx2", "avx512")
 #: Absolute and relative tolerance of the gradient (relative to its largest value) per dtype; the loss is always float32.
 GRADIENT_TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 LOSS_TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13, torch.bfloat16: 5e-6, torch.float16: 5e-6}
@@ -75,27 +75,6 @@ def assert_matches(student, teacher, labels, temperature, alpha, upstream=1.0):
     size = exact.grad.abs().max().item()
     tolerance = GRADIENT_TOLERANCE[student.dtype]
     torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=tolerance, atol=tolerance * size)
-
-
-@pytest.fixture
-def instruction_set():
-    """Let a test change the instruction set and put it back."""
-    before = _core.instruction_set()
-    yield _core.set_instruction_set
-    _core.set_instruction_set(before)
-
-
-def available_instruction_sets():
-    before = _core.instruction_set()
-    available = []
-    for name in INSTRUCTION_SETS:
-        try:
-            _core.set_instruction_set(name)
-        except ValueError:
-            continue
-        available.append(name)
-    _core.set_instruction_set(before)
-    return available
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -261,7 +240,7 @@ def test_alpha_one_needs_no_labels_and_alpha_zero_no_teacher():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_instruction_set_gives_the_same_bits(dtype, instruction_set):
+def test_every_instruction_set_gives_the_same_bits(dtype, restore_instruction_set):
     names = available_instruction_sets()
     for classes in (1, 7, 16, 40, 217, 1030, 3000):
         student, teacher, labels = make(9, classes, dtype=dtype)
@@ -271,7 +250,7 @@ def test_every_instruction_set_gives_the_same_bits(dtype, instruction_set):
         for temperature, alpha in [(1.0, 0.5), (2.0, 0.5), (3.0, 0.5), (8.0, 0.1), (4.0, 1.0), (4.0, 0.0)]:
             results = []
             for name in names:
-                instruction_set(name)
+                _core.set_instruction_set(name)
                 results.append(forward_op(student, teacher, labels, temperature, alpha, IGNORE))
             for loss, grad, scale in results[1:]:
                 assert torch.equal(loss, results[0][0])
@@ -281,7 +260,7 @@ def test_every_instruction_set_gives_the_same_bits(dtype, instruction_set):
     grad = make(7, 33, dtype=dtype)[0]
     scaled = []
     for name in names:
-        instruction_set(name)
+        _core.set_instruction_set(name)
         scaled.append(backward_op(grad, torch.ones(()), factor))
     assert all(torch.equal(s, scaled[0]) for s in scaled)
 
@@ -418,6 +397,26 @@ def test_module():
     assert DistillationLoss(3, 0.25, ignore_index=11)(student, teacher, labels).item() == pytest.approx(
         reference(student, teacher, labels, 3.0, 0.25, 11).item(), rel=5e-6
     )
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", list(GRADIENT_TOLERANCE))
+def test_cuda_agrees_with_the_cpu(dtype, cuda):
+    for shape in ((217, 256), (3, 5, 1000), (4, 32001), (6, 1)):
+        student, teacher, labels = make(*shape, dtype=dtype)
+        labels.view(-1)[::4] = IGNORE
+        for temperature, alpha in [(1.0, 0.5), (4.0, 0.7), (3.0, 1.0), (4.0, 0.0)]:
+            here, there = student.clone().requires_grad_(), student.to(cuda).requires_grad_()
+            expected = loss_op(here, teacher, labels, temperature, alpha, IGNORE)
+            loss = loss_op(there, teacher.to(cuda), labels.to(cuda), temperature, alpha, IGNORE)
+            (expected * 3).backward()
+            (loss * 3).backward()
+            tolerance = GRADIENT_TOLERANCE[dtype]
+            torch.testing.assert_close(loss.cpu(), expected, rtol=1e-5, atol=1e-6)
+            size = here.grad.abs().max().item()
+            torch.testing.assert_close(there.grad.cpu(), here.grad, rtol=tolerance, atol=tolerance * size)
+    ignored = torch.full((6,), IGNORE, device=cuda)
+    assert math.isnan(loss_op(there, teacher.to(cuda), ignored, 4.0, 0.5, IGNORE).item())
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
