@@ -1,6 +1,6 @@
 #include "ops/cpu/distillation_loss_simd.h"
 
-#include "ops/cpu/simd.h"
+#include "ops/cpu/simd_math.h"
 
 namespace rarefy::cpu::RAREFY_ISA {
 namespace {
@@ -217,9 +217,9 @@ class RowDistiller {
         for (int part = 0; part < kParts; ++part) {
           // Lanes past the end of the row hold -inf and add 0 to every sum.
           const int64_t i = whole + part * Vec::size;
-          const int64_t count = n - i < 0 ? 0 : n - i < Vec::size ? n - i : Vec::size;
-          add<false, Keep>(lanes, part, i, load_tail(student_ + i, count, -kInfinity),
-                           Soft ? load_tail(teacher_ + i, count, -kInfinity) : Vec(0.0f));
+          const int count = n - i < 0 ? 0 : n - i < Vec::size ? static_cast<int>(n - i) : Vec::size;
+          add<false, Keep>(lanes, part, i, Vec::load_first(student_ + i, count, -kInfinity),
+                           Soft ? Vec::load_first(teacher_ + i, count, -kInfinity) : Vec(0.0f));
         }
       }
       if constexpr (Soft) {
@@ -265,7 +265,7 @@ class RowDistiller {
       gradient_at(i, scales).store(grad_ + i);
     }
     if (i < n) {
-      store_tail(gradient_at(i, scales), grad_ + i, n - i);
+      gradient_at(i, scales).store_first(grad_ + i, static_cast<int>(n - i));
     }
     if constexpr (hard != Hard::none) {
       // In float before the rounding to T, as the other classes.
@@ -315,7 +315,8 @@ void scale_range(const T* grad, T* out, float factor, int64_t begin, int64_t end
     (Vec::load(grad + i) * by).store(out + i);
   }
   if (i < end) {
-    store_tail(load_tail(grad + i, end - i, 0.0f) * by, out + i, end - i);
+    const int count = static_cast<int>(end - i);
+    (Vec::load_first(grad + i, count, 0.0f) * by).store_first(out + i, count);
   }
 }
 
