@@ -5,6 +5,9 @@
 #include <rarefy/nn/add.h>
 #include <rarefy/nn/conv.h>
 #include <rarefy/nn/linear.h>
+#include <rarefy/distillation/loss.h>
+#include <rarefy/distillation/trainer.h>
+#include <rarefy/ops/distillation_loss.h>
 #include <rarefy/ops/fake_quantize.h>
 #include <rarefy/ops/inverse_std.h>
 #include <rarefy/ops/quantized_linear.h>

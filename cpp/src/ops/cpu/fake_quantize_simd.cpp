@@ -311,22 +311,6 @@ bool min_max_range(const T* x, Layout layout, float* minimum, float* maximum, in
 
 }  // namespace
 
-#define RAREFY_FOR_FLOAT_TYPE(type, T, ...) \
-  switch (type) {                           \
-    case FloatType::f32: {                  \
-      using T = float;                      \
-      return __VA_ARGS__;                   \
-    }                                       \
-    case FloatType::bf16: {                 \
-      using T = Bf16;                       \
-      return __VA_ARGS__;                   \
-    }                                       \
-    default: {                              \
-      using T = Half;                       \
-      return __VA_ARGS__;                   \
-    }                                       \
-  }
-
 void fake_quantize(const void* x, void* y, uint8_t* mask, Layout layout, Grid grid, bool streaming, int64_t begin,
                    int64_t end) {
   if (mask == nullptr) {

@@ -3,11 +3,10 @@
 
 #include <stdint.h>
 
+#include "ops/cpu/float_type.h"
 #include "ops/cpu/isa.h"
 
 namespace rarefy::cpu {
-
-enum class FloatType { f32, bf16, f16 };
 
 /// A dense tensor in memory order. Element i belongs to channel (i / inner) % channels.
 struct Layout {

@@ -78,6 +78,9 @@ inline float round_even_scalar(float value) {
   return bits_to_float(float_to_bits(rounded) | (float_to_bits(value) & 0x80000000u));
 }
 
+// The bits of 2^(k/8) below the exponent, less k << 20, for exp2_eighths.
+alignas(32) constexpr int32_t kExp2Eighths[8] = {0, -0x46a3e, -0x7c810, -0xa0129, -0xafb0d, -0xa98d6, -0x8bb03, -0x53f39};
+
 #if defined(RAREFY_ISA_avx512)
 
 struct Vec {
@@ -151,6 +154,16 @@ struct Vec {
   friend uint32_t within(Vec a, Vec low, Vec high) {
     const __mmask16 above = _mm512_cmp_ps_mask(a.v, low.v, _CMP_GE_OQ);
     return _mm512_mask_cmp_ps_mask(above, a.v, high.v, _CMP_LE_OQ);
+  }
+  /// 0 where a < low, value elsewhere (also where a is NaN).
+  friend Vec zero_below(Vec a, Vec low, Vec value) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, low.v, _CMP_NLT_UQ), value.v);
+  }
+  /// 2^(n + k/8), where the low bits of a's mantissa hold (n + 127) * 8 + k.
+  friend Vec exp2_eighths(Vec a) {
+    const __m512i table = _mm512_broadcast_i32x8(_mm256_load_si256(reinterpret_cast<const __m256i*>(kExp2Eighths)));
+    const __m512i bits = _mm512_castps_si512(a.v);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(bits, 20), _mm512_permutexvar_epi32(bits, table)));
   }
 };
 
@@ -228,6 +241,14 @@ struct Vec {
     return static_cast<uint32_t>(_mm256_movemask_ps(
         _mm256_and_ps(_mm256_cmp_ps(a.v, low.v, _CMP_GE_OQ), _mm256_cmp_ps(a.v, high.v, _CMP_LE_OQ))));
   }
+  friend Vec zero_below(Vec a, Vec low, Vec value) {
+    return _mm256_and_ps(value.v, _mm256_cmp_ps(a.v, low.v, _CMP_NLT_UQ));
+  }
+  friend Vec exp2_eighths(Vec a) {
+    const __m256i table = _mm256_load_si256(reinterpret_cast<const __m256i*>(kExp2Eighths));
+    const __m256i bits = _mm256_castps_si256(a.v);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(bits, 20), _mm256_permutevar8x32_epi32(table, bits)));
+  }
 };
 
 #else
@@ -284,6 +305,11 @@ struct Vec {
     uint32_t bits = 0;
     for (int i = 0; i < size; ++i) bits |= static_cast<uint32_t>(a.v[i] >= low.v[i] && a.v[i] <= high.v[i]) << i;
     return bits;
+  }
+  friend Vec zero_below(Vec a, Vec low, Vec value) { RAREFY_LANES(a.v[i] < low.v[i] ? 0.0f : value.v[i]) }
+  friend Vec exp2_eighths(Vec a) {
+    RAREFY_LANES(bits_to_float((float_to_bits(a.v[i]) << 20) +
+                               static_cast<uint32_t>(kExp2Eighths[float_to_bits(a.v[i]) & 7u])))
   }
 #undef RAREFY_LANES
 };
