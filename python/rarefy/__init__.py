@@ -38,4 +38,9 @@ def show_config() -> None:
     print(f"{_core.show_config()}running torch: {_torch.__version__}\nGPU: {cuda}\nCMake prefix: {cmake_prefix_path}")
 
 
-__all__ = ["__version__", "cmake_prefix_path", "show_config"]
+from rarefy import quantization  # noqa: E402
+
+# isort: split
+from rarefy import nn  # noqa: E402  (its layers are built on quantization's fake quantizers)
+
+__all__ = ["__version__", "cmake_prefix_path", "nn", "quantization", "show_config"]

@@ -2,5 +2,13 @@
 
 // Everything that rarefy offers to C++.
 #include <rarefy/config.h>
+#include <rarefy/nn/add.h>
+#include <rarefy/nn/conv.h>
+#include <rarefy/nn/linear.h>
 #include <rarefy/ops/fake_quantize.h>
+#include <rarefy/ops/quantized_linear.h>
+#include <rarefy/quantization/fake_quantizer.h>
+#include <rarefy/quantization/prepare.h>
+#include <rarefy/quantization/qconfig.h>
+#include <rarefy/quantization/scheme.h>
 #include <rarefy/version.h>
