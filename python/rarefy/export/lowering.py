@@ -9,29 +9,26 @@ fake quantizer becomes a quantize and a dequantize operator of the `quantized_de
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy import nn as rnn
-from rarefy.quantization import FakeQuantizer
-
-
-def named_quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
-    """All fake quantizers of the model by their names in it."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantizer)}
+from rarefy.quantization import FakeQuantizer, Latest
 
 
 class QuantizeDequantize(nn.Module):
-    """`clamp(round(x / scale) + zero_point, qmin, qmax)` as integers, and back; one scale for the tensor or one per channel.
+    """`clamp(round(x / scale) + zero_point, qmin, qmax)` as integers, and back; per tensor or per channel.
 
     With `unsigned`, an int8 quantizer is written as uint8: zero point and range move by 128, and no value changes.
     """
 
     def __init__(self, quantizer: FakeQuantizer, unsigned: bool) -> None:
         super().__init__()
+        self.rounds = True
         self.dtype = quantizer.dtype
         self.qmin, self.qmax = int(quantizer.qmin), int(quantizer.qmax)
         self.axis = quantizer.axis
@@ -46,6 +43,9 @@ class QuantizeDequantize(nn.Module):
             self.register_buffer("zero_point", zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x`` on the grid; only clamped to its range when ``rounds`` is off."""
+        if not self.rounds:
+            return self._clamp(x)
         ops = torch.ops.quantized_decomposed
         limits = (self.qmin, self.qmax, self.dtype)
         if self.axis is not None:
@@ -58,6 +58,14 @@ class QuantizeDequantize(nn.Module):
             q = torch.clamp(q, self.qmin, self.qmax)
         return ops.dequantize_per_tensor(q, self.scale, self.zero_point, *limits)
 
+    def _clamp(self, x: Tensor) -> Tensor:
+        scale, zero_point = torch.as_tensor(self.scale, dtype=x.dtype), torch.as_tensor(self.zero_point)
+        if self.axis is not None:
+            shape = [1] * x.dim()
+            shape[self.axis] = -1
+            scale, zero_point = scale.view(shape), zero_point.view(shape)
+        return torch.clamp(x, (self.qmin - zero_point) * scale, (self.qmax - zero_point) * scale)
+
 
 class _Lowered(nn.Module):
     """What the lowered modules share: the quantizers under their names, and the epilogue."""
@@ -68,26 +76,29 @@ class _Lowered(nn.Module):
         self.quant = nn.Module()
         for name in ("input", "input0", "input1", "output"):
             quantizer = getattr(module.quant, name, None)
-            self.quant.add_module(
-                name, nn.Identity() if quantizer is None else QuantizeDequantize(quantizer, unsigned)
-            )
+            self.quant.add_module(name, nn.Identity() if quantizer is None else QuantizeDequantize(quantizer, unsigned))
 
     def finish(self, y: Tensor) -> Tensor:
         return self.quant.output(torch.relu(y) if self.relu else y)
 
 
 class _LoweredWeighted(_Lowered):
-    """A layer with a weight: int8 buffer and dequantize operator, or float where the weight has no quantizer."""
+    """A layer whose weight is an int8 buffer behind a dequantize operator."""
 
     def __init__(self, module: nn.Module, unsigned: bool, transposed: bool) -> None:
         super().__init__(module, unsigned)
-        integers = module.integer_weight()
+        quantizer = module.quant.weight
+        if isinstance(module, rnn.WeightedLayer):
+            integers = module.integer_weight()
+        else:  # converted: the integers are its parameters
+            state = (quantizer.scale, quantizer.zero_point, quantizer.axis, module.bias)
+            integers = rnn.IntegerWeight(module.weight, *state)
         values, self.axis = integers.values.detach(), integers.axis
         if transposed:
             values = values.t()
             self.axis = None if self.axis is None else 1 - self.axis
         self.register_buffer("weight", values.contiguous().clone())
-        self.limits = (int(module.quant.weight.qmin), int(module.quant.weight.qmax), values.dtype)
+        self.limits = (int(quantizer.qmin), int(quantizer.qmax), values.dtype)
         if self.axis is None:
             self.scale, self.zero_point = float(integers.scale), int(integers.zero_point)
         else:
@@ -103,9 +114,9 @@ class _LoweredWeighted(_Lowered):
 
 
 class _LoweredLinear(_LoweredWeighted):
-    """Stores the weight transposed, as formats multiply, so that no transpose stands between its integers and the product."""
+    """Stores the weight transposed, as formats multiply: no transpose stands between its integers and the product."""
 
-    def __init__(self, module: rnn.Linear, unsigned: bool) -> None:
+    def __init__(self, module: nn.Module, unsigned: bool) -> None:
         super().__init__(module, unsigned, transposed=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,19 +125,15 @@ class _LoweredLinear(_LoweredWeighted):
 
 
 class _LoweredConv2d(_LoweredWeighted):
-    def __init__(self, module: rnn.Conv2d, unsigned: bool) -> None:
+    def __init__(self, module: nn.Module, unsigned: bool) -> None:
         super().__init__(module, unsigned, transposed=False)
-        self.arguments = (module.stride, module.padding, module.dilation, module.groups)
-        self.pad = None
-        if module.padding_mode != "zeros":
-            self.pad = (tuple(module._reversed_padding_repeated_twice), module.padding_mode)
-            self.arguments = (module.stride, 0, module.dilation, module.groups)
+        if isinstance(module, nn.Conv2d):
+            self.geometry = (module.stride, module.padding, module.dilation, module.groups)
+        else:
+            self.geometry = module._geometry
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.quant.input(x)
-        if self.pad is not None:
-            x = F.pad(x, self.pad[0], mode=self.pad[1])
-        return self.finish(F.conv2d(x, self.float_weight(), self.bias, *self.arguments))
+        return self.finish(F.conv2d(self.quant.input(x), self.float_weight(), self.bias, *self.geometry))
 
 
 class _LoweredAdd(_Lowered):
@@ -138,29 +145,63 @@ _LOWERED: dict[type[nn.Module], Callable[[nn.Module, bool], nn.Module]] = {
     rnn.ConvBn2d: _LoweredConv2d,
     rnn.Conv2d: _LoweredConv2d,
     rnn.Linear: _LoweredLinear,
+    rnn.QuantizedConv2d: _LoweredConv2d,
+    rnn.QuantizedLinear: _LoweredLinear,
     rnn.Add: _LoweredAdd,
     FakeQuantizer: QuantizeDequantize,
 }
 
 
 def check_quantizers(function: str, model: nn.Module) -> None:
-    """Throws ValueError naming every quantizer that has seen no data, or whose scale or range cannot be written."""
-    quantizers = named_quantizers(model)
-    missing = [name for name, q in quantizers.items() if not q.calibrated]
-    if missing:
-        shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-        raise ValueError(
-            f"[{function}] every quantizer must have observed data (train, or calibrate), "
-            f"got {len(missing)} of {len(quantizers)} without: {shown}"
-        )
+    """Whether every fake quantizer of the model can be written.
+
+    Raises:
+        ValueError: some have seen no data or are switched off (they are named), or have a scale that is not positive.
+    """
+    quantizers = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantizer)}
+
+    def refuse(rule: str, names: list[str]) -> None:
+        if names:
+            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            raise ValueError(
+                f"[{function}] every quantizer must {rule}, got {len(names)} of {len(quantizers)}: {shown}"
+            )
+
+    # A weight is observed when its integers are read; nobody needs to have run it before.
+    waiting = [
+        name
+        for name, q in quantizers.items()
+        if not q.calibrated and not (q.observe and isinstance(q.observer, Latest))
+    ]
+    refuse("have observed data (train a step, or calibrate), but these have not", waiting)
+    refuse(
+        "quantize (rarefy.quantization.set_state(model, quantize=True)), but these are switched off",
+        [name for name, q in quantizers.items() if not q.quantize],
+    )
     for name, q in quantizers.items():
-        if q.dtype not in (torch.int8, torch.uint8):
-            raise TypeError(f"[{function}] quantizers must give int8 or uint8, got {q.dtype} in {name}")
         smallest, largest = float(q.scale.min()), float(q.scale.max())
         if not (smallest > 0 and math.isfinite(largest)):
             raise ValueError(
                 f"[{function}] scales must be finite and positive, got {smallest:g} to {largest:g} in {name}"
             )
+
+
+@contextmanager
+def without_rounding(lowered: nn.Module) -> Iterator[None]:
+    """Lets a lowered model clamp its activations to their ranges but not round them, to see what rounding does."""
+    quantizers = [module for module in lowered.modules() if isinstance(module, QuantizeDequantize)]
+    for quantizer in quantizers:
+        quantizer.rounds = False
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.rounds = True
+
+
+def _is_float(module: nn.Module) -> bool:
+    """Whether a layer of rarefy.nn has not been prepared, and is exported as any other module."""
+    return isinstance(module, (rnn.WeightedLayer, rnn.Add)) and not list(module.quant.children())
 
 
 def lower(model: nn.Module, unsigned: bool) -> nn.Module:
@@ -179,7 +220,7 @@ def lower(model: nn.Module, unsigned: bool) -> nn.Module:
             return done[module]
         result = module
         for kind, lowered in _LOWERED.items():
-            if isinstance(module, kind):
+            if isinstance(module, kind) and not _is_float(module):
                 if type(module).forward is not kind.forward:
                     raise TypeError(
                         f"[lower] a subclass of {kind.__name__} with its own forward cannot be exported, "

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rarefy.export.lowering import QuantizeDequantize, check_quantizers, lower
+from rarefy.export.lowering import check_quantizers, lower, without_rounding
 from rarefy.export.report import ExportReport
 
 if TYPE_CHECKING:
@@ -64,11 +64,16 @@ def to_onnx(
             model, on the example and on one more batch size. Without it only the checker runs.
 
     Returns:
-        what is in the file, which operators the runtime executes in integers, and how far its outputs are from the model's.
+        What is in the file, which operators the runtime executes in integers, and how far its outputs are from the
+        model's.
 
-    Throws ImportError without the packages of `rarefy[onnx]`; ValueError or TypeError for arguments, uncalibrated
-    quantizers, or scales that are not positive; OSError for a path that cannot be written; RuntimeError when the model cannot be
-    translated or the file does not compute what the model computes. Then no file is left.
+    Raises:
+        ImportError: the packages of `rarefy[onnx]` are missing.
+        TypeError, ValueError: an argument; quantizers that have seen no data, are switched off, or have a scale that is
+            not positive.
+        OSError: the path cannot be written.
+        RuntimeError: the model cannot be translated, or the file does not compute what the model computes.
+            In every case no file is left, and one that had the name before is as it was.
     """
     start = time.perf_counter()
     _require("onnx", "onnxscript", *(["onnxruntime"] if verify else []))
@@ -93,38 +98,35 @@ def to_onnx(
             more = batch + 1
             cases.append((more, [x[torch.arange(more) % batch] for x in inputs]))
         expected = [_run(model, case, keywords) for _, case in cases]
-        output_names = _names(
-            "output_names", output_names, _numbered("output", len(expected[0])), len(expected[0])
-        )
+        output_names = _names("output_names", output_names, _numbered("output", len(expected[0])), len(expected[0]))
 
         lowered = lower(model, unsigned=True)
         program = _translate(lowered, inputs, keywords, batch, opset, input_names, output_names)
         onnx_graph.tidy(program.model)
         onnx_graph.prepare_for_onnxruntime(program.model)
         proto = program.model_proto
-        size = proto.ByteSize()
-        if size > _LARGEST_FILE:
-            raise ValueError(f"[to_onnx] one ONNX file holds up to {_LARGEST_FILE} bytes, got a model of {size}")
+        file_size = proto.ByteSize()
+        if file_size > _LARGEST_FILE:
+            raise ValueError(f"[to_onnx] one ONNX file holds up to {_LARGEST_FILE} bytes, got a model of {file_size}")
         onnx.save(proto, temporary)
         onnx.checker.check_model(os.fspath(temporary), full_check=True)
 
         operators, differences = (), ()
         if verify:
-            unquantized = [_run_unquantized(lowered, case, keywords) for _, case in cases]
             operators = onnx_verify.check_operators(temporary, proto)
-            differences = onnx_verify.compare_outputs(
-                temporary,
-                proto,
-                [
-                    (case_batch, [x.numpy() for x in case], want, free)
-                    for (case_batch, case), want, free in zip(cases, expected, unquantized, strict=True)
-                ],
-            )
+            runs = [
+                (size, [x.numpy() for x in tensors], want)
+                for (size, tensors), want in zip(cases, expected, strict=True)
+            ]
+            with without_rounding(lowered):
+                unrounded = _run(lowered, inputs, keywords)
+            rounds_itself = any("MatMulNBits" in operator.runtime for operator in operators)
+            differences = onnx_verify.compare_outputs(temporary, proto, runs, unrounded, rounds_itself)
         os.replace(temporary, path)
 
     return ExportReport(
         path=Path(path),
-        bytes=size,
+        bytes=file_size,
         target=target,
         opset=opset,
         nodes=dict(Counter(node.op_type for node in proto.graph.node).most_common()),
@@ -226,20 +228,6 @@ def _run(model: nn.Module, inputs: list[Tensor], keywords: list[str]) -> list[np
         if not isinstance(leaf, Tensor):
             raise TypeError(f"[to_onnx] the model must return tensors, got {type(leaf).__name__} among them")
     return [leaf.detach().cpu().numpy() for leaf in leaves]
-
-
-def _run_unquantized(lowered: nn.Module, inputs: list[Tensor], keywords: list[str]) -> list[np.ndarray]:
-    """The outputs with the weights' integers, but activations that are not quantized."""
-    handles = [
-        module.register_forward_hook(lambda _module, args, _output: args[0])
-        for module in lowered.modules()
-        if isinstance(module, QuantizeDequantize)
-    ]
-    try:
-        return _run(lowered, inputs, keywords)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager

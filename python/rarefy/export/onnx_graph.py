@@ -1,10 +1,10 @@
 """Rewrites of an exported graph, so that ONNX Runtime's x86 kernels find the patterns that they run in integers.
 
-Each pass keeps the function that the graph computes: bit for bit, or (where it says so) up to the order of a float sum.
+Each pass keeps the function that the graph computes: bit for bit, or, where it says so, up to the order of a float sum.
 What ONNX Runtime fuses, measured with 1.32:
 
-* a convolution or a 2-D Gemm runs in integers when a QuantizeLinear follows it directly; a Relu between them is absorbed
-  only where the zero point is the smallest integer of the type, so clipping activations move behind the quantizer;
+* a convolution or a 2-D Gemm runs in integers when a QuantizeLinear follows it directly; a Relu between them is only
+  absorbed where the zero point is the smallest integer of the type, so clipping moves behind the quantizer;
 * Add runs in integers between two DequantizeLinear and one QuantizeLinear;
 * MatMul runs in integers with a float result; but MatMul + Add(bias) is first fused to a Gemm, which without a
   QuantizeLinear behind it is float, at six times the cost. Sum(MatMul, bias) adds the same number and is left alone;
@@ -24,9 +24,9 @@ _MOVES_VALUES = frozenset({"MaxPool", "Reshape", "Flatten", "Transpose", "Squeez
 
 
 def tidy(model: ir.Model) -> None:
-    """Names nodes after the modules that they come from, and removes what the exporter noted (source paths among it)."""
+    """Names nodes after the modules that they come from, and removes what the exporter noted: source paths among it."""
     taken: dict[str, int] = {}
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
         path = ast.literal_eval(scopes)[:-1][-1:] if scopes else []
         base = f"{path[0]}/{node.op_type}" if path and path[0] else node.op_type
@@ -111,6 +111,8 @@ def _bypass(node: ir.Node, replacement: ir.Value) -> None:
     """Removes a node with one output and lets its readers read `replacement`; a graph output keeps its name."""
     output = node.outputs[0]
     if output.is_graph_output():
+        if replacement.is_graph_output() or replacement.producer() is None:
+            return  # that value has a name of its own to keep
         name = output.name
         output.name = f"{name}_bypassed"
         replacement.name = name
@@ -120,13 +122,25 @@ def _bypass(node: ir.Node, replacement: ir.Value) -> None:
     node.graph.remove(node, safe=True)
 
 
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+def _unique(graph: ir.Graph, name: str) -> str:
+    """The name, or the first of name_2, name_3, ... that no node and no tensor has."""
+    taken = {value.name for value in graph.inputs} | set(graph.initializers)
+    for node in graph:
+        taken.add(node.name)
+        taken.update(value.name for value in node.outputs)
     base, count = name, 1
-    while name in graph.initializers:
+    while name in taken:
         count += 1
         name = f"{base}_{count}"
+    return name
+
+
+def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    name = _unique(graph, name)
     value = ir.Value(
-        name=name, type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), shape=ir.Shape(array.shape),
+        name=name,
+        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+        shape=ir.Shape(array.shape),
         const_value=ir.tensor(array, name=name),
     )
     graph.register_initializer(value)
@@ -134,10 +148,17 @@ def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 
 def _add_node(
-    anchor: ir.Node, before: bool, op_type: str, inputs: list[ir.Value], like: ir.Value, dtype: ir.DataType, name: str,
+    anchor: ir.Node,
+    before: bool,
+    op_type: str,
+    inputs: list[ir.Value],
+    like: ir.Value,
+    dtype: ir.DataType,
+    name: str,
     attributes: dict[str, int] | None = None,
 ) -> ir.Value:
     """Inserts a node next to `anchor`; its output has the shape of `like`."""
+    name = _unique(anchor.graph, name)
     node = ir.node(op_type, inputs, attributes or {}, name=name)
     value = node.outputs[0]
     value.name, value.shape, value.type = name, like.shape, ir.TensorType(dtype)
@@ -169,13 +190,16 @@ def merge_duplicates(graph: ir.Graph) -> int:
         nonlocal merged
         for node in _nodes(graph, op_type):
             for other in node.inputs[0].consumers():
-                if other is not node and other.op_type == op_type and other.inputs[0] is node.inputs[0]:
-                    if equal(node, other) and not other.outputs[0].is_graph_output():
-                        _bypass(other, node.outputs[0])
-                        merged += 1
+                if other is node or other.op_type != op_type or other.inputs[0] is not node.inputs[0]:
+                    continue
+                if equal(node, other) and not other.outputs[0].is_graph_output():
+                    _bypass(other, node.outputs[0])
+                    merged += 1
 
     def equal_clip(a: ir.Node, b: ir.Node) -> bool:
-        return len(a.inputs) == len(b.inputs) and all(_same(x, y) for x, y in zip(a.inputs[1:], b.inputs[1:], strict=True))
+        return len(a.inputs) == len(b.inputs) and all(
+            _same(x, y) for x, y in zip(a.inputs[1:], b.inputs[1:], strict=True)
+        )
 
     fold("QuantizeLinear", same_parameters)
     fold("Clip", equal_clip)
@@ -199,7 +223,15 @@ def _never_negative(value: ir.Value) -> bool:
         return True
     if node.op_type == "DequantizeLinear":
         zero_point = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        return zero_point is not None and bool((zero_point == np.iinfo(zero_point.dtype).min).all())
+        if zero_point is not None and (zero_point == np.iinfo(zero_point.dtype).min).all():
+            return True
+        source = node.inputs[0].producer()
+        if source is not None and source.op_type == "Clip":
+            source = source.inputs[0].producer()
+        # What was not negative before it was quantized is not negative afterwards: 0 is on the grid.
+        if source is None or source.op_type != "QuantizeLinear" or not same_parameters(source, node):
+            return False
+        return _never_negative(source.inputs[0])
     if node.op_type in _MOVES_VALUES:
         return _never_negative(node.inputs[0])
     return False
@@ -223,7 +255,9 @@ def mean_to_global_pool(graph: ir.Graph) -> None:
             continue
         keep = bool(node.attributes.get_int("keepdims", 1))
         stem = node.name.removesuffix("ReduceMean")
-        pooled = _add_node(node, True, "GlobalAveragePool", [source], output, ir.DataType.FLOAT, f"{stem}GlobalAveragePool")
+        pooled = _add_node(
+            node, True, "GlobalAveragePool", [source], output, ir.DataType.FLOAT, f"{stem}GlobalAveragePool"
+        )
         if not keep:
             pooled.shape = ir.Shape([*output.shape, 1, 1])
             pooled = _add_node(
@@ -275,7 +309,7 @@ def _clip_limits(node: ir.Node) -> tuple[float, float] | None:
 
 
 def absorb_clipping(graph: ir.Graph) -> None:
-    """Moves Relu and Clip behind the quantizers that read them, as limits of the integers, or none where those saturate.
+    """Moves Relu and Clip behind the quantizers that read them, as limits of the integers where those do not saturate.
 
     round is monotone, so Q(clip(x, a, b)) = clip(Q(x), Q(a), Q(b)).
     """
@@ -297,7 +331,8 @@ def _limit_integers(graph: ir.Graph, quantize: ir.Node, limits: tuple[float, flo
     info = np.iinfo(zero_point.dtype)
     with np.errstate(over="ignore"):
         low, high = (
-            int(np.clip(np.rint(np.float32(limit) / scale) + np.float32(zero_point), info.min, info.max)) for limit in limits
+            int(np.clip(np.rint(np.float32(limit) / scale) + np.float32(zero_point), info.min, info.max))
+            for limit in limits
         )
     output = quantize.outputs[0]
     consumers = output.consumers()

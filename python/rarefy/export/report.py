@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_SHOWN = 8  # lines about float operators in a printed report
+
 
 @dataclass(frozen=True)
 class Operator:
@@ -14,7 +16,7 @@ class Operator:
 
     name: str  #: in the file: the path of the module that it comes from, and the operator
     op_type: str  #: Conv, Gemm, ...
-    runtime: str  #: the operators that the runtime executes in its place, e.g. QLinearConv; "fused" where it has none of its own
+    runtime: str  #: what the runtime executes in its place, e.g. QLinearConv; "fused" where nothing has its name
     integer: bool  #: whether those compute on integers
 
 
@@ -57,13 +59,13 @@ class ExportReport:
     seconds: float = 0.0
 
     @property
-    def integer(self) -> tuple[Operator, ...]:
-        """The operators that run in integers."""
+    def in_integers(self) -> tuple[Operator, ...]:
+        """The operators that the runtime runs in integers."""
         return tuple(op for op in self.operators if op.integer)
 
     @property
-    def float(self) -> tuple[Operator, ...]:
-        """The operators that run in float."""
+    def in_float(self) -> tuple[Operator, ...]:
+        """The operators that the runtime runs in float."""
         return tuple(op for op in self.operators if not op.integer)
 
     @property
@@ -80,9 +82,11 @@ class ExportReport:
         ]
         if not self.differences:
             return [*rows, ("verified", "no")]
-        rows.append(("in integers", f"{len(self.integer)} of {len(self.operators)} operators"))
-        for op in self.float:
-            rows.append(("in float", f"{op.name} ({op.runtime})"))
+        rows.append(("in integers", f"{len(self.in_integers)} of {len(self.operators)} operators"))
+        if self.in_integers:
+            rows += [("in float", f"{op.name} ({op.runtime})") for op in self.in_float[:_SHOWN]]
+            if len(self.in_float) > _SHOWN:
+                rows.append(("", f"and {len(self.in_float) - _SHOWN} more (report.in_float)"))
         for d in self.differences:
             where = f"{d.output}, optimizations {'on' if d.optimized else 'off'}"
             where += "" if d.batch is None else f", batch {d.batch}"
