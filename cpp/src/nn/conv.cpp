@@ -1,5 +1,6 @@
 #include <ATen/ops/conv2d.h>
 #include <rarefy/nn/conv.h>
+#include <rarefy/ops/inverse_std.h>
 #include <rarefy/ops/quantized_linear.h>
 #include <torch/nn/init.h>
 
@@ -113,7 +114,7 @@ void ConvBn2dImpl::reset_parameters() { initialize(weight, bias); }
 void ConvBn2dImpl::pretty_print(std::ostream& stream) const { print(stream, "ConvBn2d", options); }
 
 torch::Tensor ConvBn2dImpl::fold_factor() const {
-  const auto factor = bn->weight * torch::rsqrt(bn->running_var + eps_);
+  const auto factor = bn->weight * ops::inverse_std(bn->running_var, eps_);
   // A channel whose gamma is 0 would divide by 0 below: keep its factor away from 0, where it still folds to almost nothing.
   constexpr double smallest = 1e-12;
   return torch::where(factor.abs() < smallest, torch::full_like(factor, smallest), factor);

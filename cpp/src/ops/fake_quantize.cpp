@@ -6,6 +6,7 @@ TORCH_LIBRARY_FRAGMENT(rarefy, m) {
   m.def("fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax) -> Tensor");
   m.def("fake_quantize_mask(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax) -> (Tensor, Tensor)");
   m.def("fake_quantize_backward(Tensor grad, Tensor mask, SymInt[] strides) -> Tensor");
+  m.def("fake_quantize_backward_(Tensor(a!) grad, Tensor mask) -> ()");
   m.def("quantize(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax) -> Tensor");
   m.def(
       "observe(Tensor x, Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) scale, Tensor(d!) zero_point, int? axis, "

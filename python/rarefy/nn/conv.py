@@ -129,7 +129,7 @@ class ConvBn2d(WeightedLayer, nn.Conv2d):
     def _factor(self) -> Tensor:
         bn = self.bn
         assert bn.running_var is not None
-        factor = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+        factor = bn.weight * torch.ops.rarefy.inverse_std(bn.running_var, bn.eps)
         # A channel whose gamma is 0 would divide by 0 in forward: keep its factor away from 0, where it still folds to
         # almost nothing.
         tiny = torch.full_like(factor, self._SMALLEST_FACTOR)

@@ -46,7 +46,7 @@ def _is_prepared(module: nn.Module) -> bool:
     return isinstance(module, _PREPARED) and module.quant.weight is not None
 
 
-def _plan(model: nn.Module, config: QConfig, flow: Flow | None, function: str) -> tuple[list[_Step], dict[str, str]]:
+def _plan(model: nn.Module, config: QConfig, function: str) -> tuple[dict[str, _Step], dict[str, str]]:
     """What to swap, and why other layers are left alone. Changes nothing."""
     layers = {name: module for name, module in model.named_modules() if _is_quantizable(module) or _is_prepared(module)}
     for key in config.overrides:
@@ -80,9 +80,7 @@ def _plan(model: nn.Module, config: QConfig, flow: Flow | None, function: str) -
             f"[{function}] the model must have a layer that the configuration quantizes "
             f"(Linear, Conv2d, rarefy.nn.Add), but has none"
         )
-    if flow is not None:
-        _read_flow(model, steps, flow)
-    return list(steps.values()), skipped
+    return steps, skipped
 
 
 def _read_flow(model: nn.Module, steps: dict[str, _Step], flow: Flow) -> None:
@@ -135,14 +133,13 @@ def _prepare(
         raise ValueError(f"[{function}] model must contain its layers, got a single {type(model).__name__}; wrap it in nn.Sequential")
     if not inplace:
         model = copy.deepcopy(model)
-    flow = None
+    steps, skipped = _plan(model, config, function)
     if example_inputs is not None:
         watched = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, rnn.Add)
-        flow = record(model, example_inputs, watched)
-    steps, skipped = _plan(model, config, flow, function)
+        _read_flow(model, steps, record(model, example_inputs, watched))
     # Build every layer first: the model is touched only when nothing can fail any more.
     swaps: list[tuple[str, nn.Module]] = []
-    for step in steps:
+    for step in steps.values():
         layer_config = step.config
         if layer_config.observer is None:
             layer_config = QConfig(layer_config.weight, layer_config.activation, default_observer)

@@ -1,4 +1,5 @@
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/zeros.h>
 #include <rarefy/ops/fake_quantize.h>
 #include <rarefy/ops/quantized_linear.h>
@@ -50,6 +51,22 @@ Parameters check_input(const char* function, const at::Tensor& x, const at::Tens
   return {input_scale.item<double>(), input_zero_point.item<int64_t>()};
 }
 
+struct QuantizedInput {
+  at::Tensor values;  // uint8
+  double scale;
+  int64_t zero_point;
+};
+
+/// The input as uint8, which every int8 kernel of oneDNN takes (signed activations give wrong convolutions in some of
+/// them). A signed range moves up by 128 together with its zero point: the same numbers under other names.
+QuantizedInput quantize_input(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point, int64_t qmin,
+                              int64_t qmax, const Parameters& parameters) {
+  const int64_t shift = qmin < 0 ? 128 : 0;
+  const auto moved = shift == 0 ? zero_point : zero_point + shift;
+  return {quantize(x, scale, moved, std::nullopt, qmin + shift, qmax + shift), parameters.scale,
+          parameters.zero_point + shift};
+}
+
 at::Tensor pack_linear_weight_cpu(const at::Tensor& weight) {
   check_weight("pack_linear_weight", weight, 2);
   using Signature = at::Tensor(at::Tensor, std::optional<c10::List<int64_t>>);
@@ -72,13 +89,13 @@ at::Tensor quantized_linear_cpu(const at::Tensor& x, const at::Tensor& packed, c
     sizes.back() = weight_scale.size(0);
     return at::zeros(sizes, weight_scale.options());
   }
-  const auto q = quantize(x.contiguous(), input_scale, input_zero_point, std::nullopt, qmin, qmax);
+  const auto q = quantize_input(x.contiguous(), input_scale, input_zero_point, qmin, qmax, parameters);
   const auto zeros = at::zeros(weight_scale.sizes(), weight_scale.options().dtype(at::kInt));
   using Signature = at::Tensor(at::Tensor, double, int64_t, at::Tensor, at::Tensor, at::Tensor,
                                std::optional<at::Tensor>, double, int64_t, std::optional<c10::ScalarType>,
                                std::string_view, Scalars, std::string_view);
   static const auto linear = onednn<Signature>("onednn::qlinear_pointwise");
-  return linear.call(q, parameters.scale, parameters.zero_point, packed, weight_scale, zeros, bias, 1.0, 0, at::kFloat,
+  return linear.call(q.values, q.scale, q.zero_point, packed, weight_scale, zeros, bias, 1.0, 0, at::kFloat,
                      relu ? "relu" : "none", Scalars(), "");
 }
 
@@ -101,15 +118,15 @@ at::Tensor quantized_conv2d_cpu(const at::Tensor& x, const at::Tensor& packed, c
   constexpr const char* function = "quantized_conv2d";
   const auto parameters = check_input(function, x, weight_scale, bias, input_scale, input_zero_point);
   TORCH_CHECK_VALUE(x.dim() == 4, "[", function, "] input must have shape [N, C, H, W], got ", x.sizes());
-  const auto q = quantize(x.contiguous(at::MemoryFormat::ChannelsLast), input_scale, input_zero_point, std::nullopt,
-                          qmin, qmax);
+  const auto q = quantize_input(x.contiguous(at::MemoryFormat::ChannelsLast), input_scale, input_zero_point, qmin, qmax,
+                                parameters);
   const auto zeros = at::zeros(weight_scale.sizes(), weight_scale.options().dtype(at::kInt));
   using Signature = at::Tensor(at::Tensor, double, int64_t, at::Tensor, at::Tensor, at::Tensor,
                                std::optional<at::Tensor>, torch::List<int64_t>, torch::List<int64_t>,
                                torch::List<int64_t>, int64_t, double, int64_t, std::optional<c10::ScalarType>,
                                std::string_view, Scalars, std::optional<std::string_view>);
   static const auto conv = onednn<Signature>("onednn::qconv_pointwise");
-  return conv.call(q, parameters.scale, parameters.zero_point, packed, weight_scale, zeros, bias,
+  return conv.call(q.values, q.scale, q.zero_point, packed, weight_scale, zeros, bias,
                    torch::List<int64_t>(stride), torch::List<int64_t>(padding), torch::List<int64_t>(dilation), groups,
                    1.0, 0, at::kFloat, relu ? "relu" : "none", Scalars(), std::nullopt);
 }
