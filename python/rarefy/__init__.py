@@ -42,5 +42,6 @@ from rarefy import distillation, quantization  # noqa: E402
 
 # isort: split
 from rarefy import nn  # noqa: E402  (its layers are built on quantization's fake quantizers)
+from rarefy import export  # noqa: E402
 
-__all__ = ["__version__", "cmake_prefix_path", "distillation", "nn", "quantization", "show_config"]
+__all__ = ["__version__", "cmake_prefix_path", "distillation", "export", "nn", "quantization", "show_config"]
