@@ -9,5 +9,6 @@ namespace rarefy::python {
 namespace py = pybind11;
 
 void init_config(py::module_& m);
+void init_pruning(py::module_& m);
 
 }  // namespace rarefy::python
