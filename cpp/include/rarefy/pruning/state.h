@@ -22,11 +22,11 @@ RAREFY_API Scope parse_scope(const std::string& name);
 RAREFY_API const char* name(Scope scope);
 
 struct RAREFY_API MagnitudePrunerOptions {
-  double sparsity = 0.5;                            // the final fraction of zeros, in [0, 1)
-  Scope scope = Scope::global;
-  Schedule schedule = ConstantSchedule{};
-  std::optional<std::vector<std::string>> include;  // see select_parameters()
-  std::vector<std::string> exclude;
+  double sparsity = 0.5;                                           // the final fraction of zeros, in [0, 1)
+  Scope scope = Scope::global;                                     // what competes for being kept
+  Schedule schedule = ConstantSchedule{};                          // when masks are updated, and how far
+  std::optional<std::vector<std::string>> include = std::nullopt;  // see select_parameters()
+  std::vector<std::string> exclude = {};
 
   /// Throws c10::ValueError when a field is out of range.
   void validate() const;

@@ -15,7 +15,12 @@ struct Keys {
 
   explicit Keys(int32_t key) : v(_mm512_set1_epi32(key)) {}
   explicit Keys(Vec x) : v(_mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffffff))) {}
-  friend uint32_t greater(Keys a, Keys b) { return _mm512_cmpgt_epi32_mask(a.v, b.v); }
+  friend uint32_t greater(Keys a, Keys b) {
+    uint32_t bits = _mm512_cmpgt_epi32_mask(a.v, b.v);
+    // To a general register at once: GCC would otherwise join the words with slow mask-register shifts.
+    asm("" : "+r"(bits));
+    return bits;
+  }
   friend Keys larger(Keys a, Keys b) {
     a.v = _mm512_max_epi32(a.v, b.v);
     return a;
