@@ -50,7 +50,9 @@ def main() -> None:
     parser.add_argument("--elements", type=int, default=25_000_000)
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--slow", action="store_true", help="also time torch.kthvalue and global_unstructured, three times")
+    parser.add_argument(
+        "--slow", action="store_true", help="also time torch.kthvalue and global_unstructured, three times"
+    )
     arguments = parser.parse_args()
 
     weights = make_weights(arguments.elements)
@@ -66,9 +68,7 @@ def main() -> None:
         "limit": lambda: flat.amax(),
         "rarefy": lambda: torch.ops.rarefy.magnitude_mask(weights, arguments.sparsity),
         "rarefy, growing masks": lambda: torch.ops.rarefy.magnitude_mask(weights, arguments.sparsity, half),
-        "rarefy apply_mask_": lambda: [
-            torch.ops.rarefy.apply_mask_(w, m) for w, m in zip(fresh, masks, strict=True)
-        ],
+        "rarefy apply_mask_": lambda: [torch.ops.rarefy.apply_mask_(w, m) for w, m in zip(fresh, masks, strict=True)],
     }
     seconds = interleaved(functions, arguments.repeats)
     slow = {"numpy.partition": lambda: partition(weights, count)}

@@ -17,8 +17,7 @@ void def_schedule(py::class_<Type>& type) {
       .def("updates_at", &Type::updates_at, py::arg("step"), "True when masks are updated at this step.")
       .def("__repr__", &Type::to_string)
       .def("__hash__", [](const Type& self) { return std::hash<std::string>()(self.to_string()); })
-      .def(
-          "__eq__", [](const Type& a, const Type& b) { return a == b; }, py::is_operator());
+      .def("__eq__", [](const Type& a, const Type& b) { return a == b; }, py::is_operator());
 }
 
 template <typename Type>
@@ -28,8 +27,8 @@ Type validated(Type value) {
 }
 
 void init_schedules(py::module_& m) {
-  py::class_<ConstantSchedule> constant(
-      m, "ConstantSchedule", "The final sparsity from step `begin` on, 0 before it: one mask update.");
+  py::class_<ConstantSchedule> constant(m, "ConstantSchedule",
+                                        "The final sparsity from step `begin` on, 0 before it: one mask update.");
   constant.def(py::init([](int64_t begin) { return validated(ConstantSchedule{begin}); }), py::arg("begin") = 0)
       .def_readonly("begin", &ConstantSchedule::begin)
       .def(py::pickle([](const ConstantSchedule& s) { return py::make_tuple(s.begin); },
@@ -153,8 +152,9 @@ void init_pruning(py::module_& parent) {
       },
       py::arg("names"), py::arg("values"), py::arg("options"),
       "Indices of the parameters to prune, and what is left alone.");
-  m.def("check_existing", &check_existing, py::arg("existing"), py::arg("parameters"),
-        "True when a model's pruning buffers are those of the parameters, False when it has none; ValueError otherwise.");
+  m.def(
+      "check_existing", &check_existing, py::arg("existing"), py::arg("parameters"),
+      "True when a model's pruning buffers are those of the parameters, False when it has none; ValueError otherwise.");
   m.def("advance", &advance, py::arg("state"), py::arg("options"), py::call_guard<py::gil_scoped_release>(),
         "One step: grow the masks when the schedule says so, apply them, count.");
   m.def("apply_masks", &apply_masks, py::arg("state"), py::call_guard<py::gil_scoped_release>(),

@@ -377,7 +377,9 @@ def test_finalize():
     assert report.finalized and report.zeros == round(0.8 * ELEMENTS) and pruner.steps == 20
     assert pruner.sparsity == round(0.8 * ELEMENTS) / ELEMENTS
     for call in (pruner.step, pruner.finalize):
-        with pytest.raises(RuntimeError, match=rf"\[MagnitudePruner.{call.__name__}\] must not be called after finalize"):
+        with pytest.raises(
+            RuntimeError, match=rf"\[MagnitudePruner.{call.__name__}\] must not be called after finalize"
+        ):
             call()
     model(batch(0)[0]).sum().backward()
     optimizer.step()  # still valid

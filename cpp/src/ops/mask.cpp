@@ -18,9 +18,8 @@ namespace rarefy::ops {
 std::vector<at::Tensor> magnitude_mask(at::TensorList weights, double sparsity, std::optional<at::TensorList> masks) {
   // Without a tensor there is no backend to dispatch to, and the dispatcher's message would be about that.
   TORCH_CHECK_VALUE(!weights.empty(), "[magnitude_mask] needs at least one weight, got none");
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("rarefy::magnitude_mask", "")
-                             .typed<decltype(magnitude_mask)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("rarefy::magnitude_mask", "").typed<decltype(magnitude_mask)>();
   return op.call(weights, sparsity, masks);
 }
 

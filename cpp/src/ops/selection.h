@@ -43,11 +43,11 @@ inline KeyRange narrow(const KeyRange& range, int shift, const Histogram& histog
   TORCH_INTERNAL_ASSERT(false, "rank ", rank, " lies above the range, which ends at rank ", below);
 }
 
-/// The range that holds only the key of the given rank, in at most ceil(bits of the range / 11) passes.
-/// fill(range, shift, histogram) counts the keys of the range into a zeroed histogram.
+/// A range of at most `width` keys that holds the key of the given rank, in at most ceil(bits of the range / 11)
+/// passes. fill(range, shift, histogram) counts the keys of the range into a zeroed histogram.
 template <typename Fill>
-KeyRange select_rank(KeyRange range, int64_t rank, const Fill& fill) {
-  while (range.low < range.high) {
+KeyRange select_rank(KeyRange range, int64_t rank, int64_t width, const Fill& fill) {
+  while (range.high - range.low >= width) {
     const int shift = bin_shift(range);
     Histogram histogram{};
     fill(range, shift, histogram);

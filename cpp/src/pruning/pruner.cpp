@@ -2,7 +2,6 @@
 #include <rarefy/ops/mask.h>
 #include <rarefy/pruning/pruner.h>
 
-
 #include <set>
 
 #include "pruning/module_buffers.h"

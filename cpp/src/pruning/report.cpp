@@ -95,9 +95,9 @@ std::string PruningReport::to_html() const {
   std::string out = fmt::format("<p><b>PruningReport</b>: {}</p>\n<table>\n", title(*this));
   const auto row = [&](const char* cell, const std::string& name, const std::string& shape, const auto& count,
                        const auto& zero_count, const std::string& sparsity_text, const std::string& note) {
-    out += fmt::format(
-        "<tr><{0}>{1}</{0}><{0}>{2}</{0}><{0}>{3}</{0}><{0}>{4}</{0}><{0}>{5}</{0}><{0}>{6}</{0}></tr>\n", cell,
-        escaped(name), shape, count, zero_count, sparsity_text, escaped(note));
+    out +=
+        fmt::format("<tr><{0}>{1}</{0}><{0}>{2}</{0}><{0}>{3}</{0}><{0}>{4}</{0}><{0}>{5}</{0}><{0}>{6}</{0}></tr>\n",
+                    cell, escaped(name), shape, count, zero_count, sparsity_text, escaped(note));
   };
   row("th", "parameter", "shape", "elements", "zeros", "sparsity", "note");
   for (const auto& tensor : tensors) {

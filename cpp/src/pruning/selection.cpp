@@ -89,9 +89,10 @@ Selection select_parameters(const std::vector<NamedParameter>& parameters,
       selection.chosen.push_back(i);
     }
   }
-  TORCH_CHECK_VALUE(!selection.chosen.empty(),
-                    "[select_parameters] needs at least one parameter to prune (floating point, 2 or more dimensions), got ",
-                    "none among ", parameters.size(), " parameters");
+  TORCH_CHECK_VALUE(
+      !selection.chosen.empty(),
+      "[select_parameters] needs at least one parameter to prune (floating point, 2 or more dimensions), got ",
+      "none among ", parameters.size(), " parameters");
   return selection;
 }
 

@@ -90,15 +90,16 @@ bool check_existing(const std::vector<std::string>& existing, const std::vector<
   }
   std::set<std::string> found(existing.begin(), existing.end());
   for (const auto& parameter : parameters) {
-    TORCH_CHECK_VALUE(found.erase(mask_key(parameter)) == 1,
-                      "[MagnitudePruner] a model that has masks must have them for the parameters chosen, got none for '",
-                      parameter, "'; finalize() its pruner first, or choose the same parameters");
+    TORCH_CHECK_VALUE(
+        found.erase(mask_key(parameter)) == 1,
+        "[MagnitudePruner] a model that has masks must have them for the parameters chosen, got none for '", parameter,
+        "'; finalize() its pruner first, or choose the same parameters");
   }
   TORCH_CHECK_VALUE(found.erase(kStepKey) == 1, "[MagnitudePruner] a model that has masks must have ", kStepKey,
                     " too, got none");
-  TORCH_CHECK_VALUE(found.empty(),
-                    "[MagnitudePruner] a model that has masks must have them for the parameters chosen only, got '",
-                    found.empty() ? "" : *found.begin(), "' too; finalize() its pruner first, or choose the same parameters");
+  TORCH_CHECK_VALUE(
+      found.empty(), "[MagnitudePruner] a model that has masks must have them for the parameters chosen only, got '",
+      found.empty() ? "" : *found.begin(), "' too; finalize() its pruner first, or choose the same parameters");
   return true;
 }
 
@@ -125,8 +126,8 @@ void advance(PruningState& state, const MagnitudePrunerOptions& options) {
   // Nothing runs before the first optimizer step, so an update that is due at 0 is made at 1, with the sparsity of 0.
   const int64_t due = updates_at(step) ? step : step == 1 && updates_at(0) ? 0 : -1;
   if (due >= 0) {
-    const double sparsity = std::visit(
-        [&](const auto& schedule) { return schedule.sparsity_at(due, options.sparsity); }, options.schedule);
+    const double sparsity =
+        std::visit([&](const auto& schedule) { return schedule.sparsity_at(due, options.sparsity); }, options.schedule);
     const auto masks = next_masks(state, sparsity, options.scope);  // throws before anything is written
     for (size_t i = 0; i < masks.size(); ++i) {
       state.parameters[i].mask.copy_(masks[i]);
@@ -161,7 +162,8 @@ PruningReport make_report(const PruningState& state, const MagnitudePrunerOption
     row.zeros = value.numel() - value.count_nonzero().item<int64_t>();
     row.pruned = ops::pruned_count(mask, value.numel());
     if (row.zeros < row.pruned) {
-      row.note = fmt::format("{} pruned values are not zero: call step() after the optimizer's", row.pruned - row.zeros);
+      row.note =
+          fmt::format("{} pruned values are not zero: call step() after the optimizer's", row.pruned - row.zeros);
     } else if (row.pruned == row.elements) {
       row.note = "all of it is pruned";
     } else if (options.scope == Scope::local && options.sparsity > 0.0 &&

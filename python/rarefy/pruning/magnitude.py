@@ -74,9 +74,7 @@ class MagnitudePruner:
 
         step_key = _core.pruning.STEP_KEY
         existing = [
-            name
-            for name, _ in model.named_buffers()
-            if name == step_key or name.endswith(_core.pruning.mask_key(""))
+            name for name, _ in model.named_buffers() if name == step_key or name.endswith(_core.pruning.mask_key(""))
         ]
         if not _core.pruning.check_existing(existing, self._names):
             for name in self._names:

@@ -103,7 +103,8 @@ TEST_CASE("full_mask keeps everything and has zero padding", "[mask]") {
 TEST_CASE("mask operators name the rule and the value", "[mask]") {
   auto x = at::ones({65});
   const auto mask = at::zeros({8}, at::kByte);
-  REQUIRE_THROWS_WITH(ops::magnitude_mask({x}, 1.0), ContainsSubstring("[magnitude_mask] sparsity must be in [0, 1), got 1"));
+  REQUIRE_THROWS_WITH(ops::magnitude_mask({x}, 1.0),
+                      ContainsSubstring("[magnitude_mask] sparsity must be in [0, 1), got 1"));
   REQUIRE_THROWS_WITH(ops::magnitude_mask(std::vector<at::Tensor>{}, 0.5),
                       ContainsSubstring("[magnitude_mask] needs at least one weight, got none"));
   REQUIRE_THROWS_WITH(ops::apply_mask_(x, mask),

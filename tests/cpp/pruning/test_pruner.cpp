@@ -22,8 +22,8 @@ struct NetImpl : torch::nn::Module {
   NetImpl()
       : conv(register_module("conv", torch::nn::Conv2d(3, 7, 3))),
         bn(register_module("bn", torch::nn::BatchNorm2d(7))),
-        head(register_module("head", torch::nn::Sequential(torch::nn::Linear(7, 13), torch::nn::ReLU(),
-                                                           torch::nn::Linear(13, 5)))) {}
+        head(register_module(
+            "head", torch::nn::Sequential(torch::nn::Linear(7, 13), torch::nn::ReLU(), torch::nn::Linear(13, 5)))) {}
   at::Tensor forward(const at::Tensor& x) { return head->forward(bn(conv(x)).relu().mean({2, 3})); }
 };
 TORCH_MODULE(Net);
@@ -207,7 +207,8 @@ TEST_CASE("an explicit list of parameters is pruned", "[pruning]") {
   REQUIRE_THAT(report.to_string(), ContainsSubstring("10x10"));
   pruner.finalize();
   REQUIRE(pruner.report().finalized);
-  REQUIRE_THROWS_WITH(MagnitudePruner({{"a", a}}, {.exclude = {"a"}}), ContainsSubstring("must be unset for an explicit list"));
+  REQUIRE_THROWS_WITH(MagnitudePruner({{"a", a}}, {.exclude = {"a"}}),
+                      ContainsSubstring("must be unset for an explicit list"));
   REQUIRE_THROWS_WITH(MagnitudePruner({{"i", at::ones({2, 2}, at::kInt)}}),
                       ContainsSubstring("parameters must be floating point, got 'i'"));
 }
@@ -217,13 +218,17 @@ TEST_CASE("a pruner that fails leaves the model as it was", "[pruning]") {
   for (const double sparsity : {1.0, -0.1, std::nan("")}) {
     REQUIRE_THROWS_WITH(MagnitudePruner(*net, {.sparsity = sparsity}), ContainsSubstring("sparsity must be in [0, 1)"));
   }
-  const auto with = [](PolynomialSchedule schedule) { return MagnitudePrunerOptions{.sparsity = 0.5, .schedule = schedule}; };
-  REQUIRE_THROWS_WITH(MagnitudePruner(*net, with({.begin = 5, .end = 5})), ContainsSubstring("end must be larger than begin"));
+  const auto with = [](PolynomialSchedule schedule) {
+    return MagnitudePrunerOptions{.sparsity = 0.5, .schedule = schedule};
+  };
+  REQUIRE_THROWS_WITH(MagnitudePruner(*net, with({.begin = 5, .end = 5})),
+                      ContainsSubstring("end must be larger than begin"));
   REQUIRE_THROWS_WITH(MagnitudePruner(*net, with({.every = 0})), ContainsSubstring("every must be positive, got 0"));
   REQUIRE_THROWS_WITH(MagnitudePruner(*net, with({.initial = 0.7})),
                       ContainsSubstring("must not be below the schedule's initial 0.7, got 0.5"));
-  REQUIRE_THROWS_WITH(MagnitudePruner(*net, {.include = std::vector<std::string>{"fc9"}}),
-                      ContainsSubstring("every name in include must be that of a parameter or of a module with parameters, got 'fc9'"));
+  REQUIRE_THROWS_WITH(
+      MagnitudePruner(*net, {.include = std::vector<std::string>{"fc9"}}),
+      ContainsSubstring("every name in include must be that of a parameter or of a module with parameters, got 'fc9'"));
   torch::nn::BatchNorm2d norm(3);
   REQUIRE_THROWS_WITH(MagnitudePruner(*norm), ContainsSubstring("needs at least one parameter to prune"));
   REQUIRE_THROWS_WITH(parse_scope("layer"), ContainsSubstring("scope must be 'local' or 'global', got 'layer'"));

@@ -7,9 +7,9 @@
 #include <optional>
 #include <vector>
 
-// Packed pruning masks: one bit per element, 1 = kept, 0 = pruned. Element i in logical (contiguous) order, whatever the
-// strides, is bit i % 8 of byte i / 8 of a one-dimensional uint8 tensor, padded with zero bits to whole 64-bit words. So
-// a mask means the same for a channels-last weight, and its number of 1 bits is the number of kept elements.
+// Packed pruning masks: one bit per element, 1 = kept, 0 = pruned. Element i in logical (contiguous) order, whatever
+// the strides, is bit i % 8 of byte i / 8 of a one-dimensional uint8 tensor, padded with zero bits to whole 64-bit
+// words. So a mask means the same for a channels-last weight, and its number of 1 bits is the number of kept elements.
 //
 // Every function here is also torch.ops.rarefy.<name> in Python. Weights are float32, float64, bfloat16 or float16. A
 // wrong value or shape throws c10::ValueError, a wrong dtype c10::TypeError, and then nothing has changed.
@@ -20,11 +20,11 @@ namespace rarefy::ops {
 ///   sparsity  in [0, 1).
 ///   masks     unset, or one existing mask per weight: what is pruned there stays pruned and counts towards the number;
 ///             when more than that is pruned already, the masks come back unchanged.
-/// Of equal magnitudes the earlier ones are pruned, in the order of `weights` and then of elements: the result is what a
-/// stable ascending sort of |w| gives. Infinity is the largest magnitude; -0 equals 0. Throws c10::ValueError for a NaN,
-/// naming the tensor and the flat index.
-/// The threshold is found by selection on the bits of |w|, reading the weights about twice, with no sort and no copy of
-/// contiguous weights. Results do not depend on the number of threads or the instruction set.
+/// Of equal magnitudes the earlier ones are pruned, in the order of `weights` and then of elements: the result is what
+/// a stable ascending sort of |w| gives. Infinity is the largest magnitude; -0 equals 0. Throws c10::ValueError for a
+/// NaN, naming the tensor and the flat index. The threshold is found by selection on the bits of |w|, reading the
+/// weights about twice, with no sort and no copy of contiguous weights. Results do not depend on the number of threads
+/// or the instruction set.
 RAREFY_API std::vector<at::Tensor> magnitude_mask(at::TensorList weights, double sparsity,
                                                   std::optional<at::TensorList> masks = std::nullopt);
 

@@ -15,16 +15,16 @@
 
 namespace rarefy::pruning {
 
-/// Prunes a model gradually while it trains: after each optimizer step, the weights of smallest magnitude are held at zero
-/// by masks that grow along a schedule.
+/// Prunes a model gradually while it trains: after each optimizer step, the weights of smallest magnitude are held at
+/// zero by masks that grow along a schedule.
 ///
 ///   MagnitudePruner pruner(*net, {.sparsity = 0.9, .schedule = PolynomialSchedule{.end = 1000, .every = 50}});
 ///   for (...) { ...; optimizer.step(); pruner.step(); }
 ///   pruner.finalize();
 ///
 /// Parameters keep their identity and their names, so that optimizers stay valid and a forward pass costs what it did.
-/// All state lives in buffers of the model, so that torch::save keeps it and a fresh pruner on a loaded model goes on as
-/// if nothing had happened:
+/// All state lives in buffers of the model, so that torch::save keeps it and a fresh pruner on a loaded model goes on
+/// as if nothing had happened:
 ///   <module path>.<parameter>_mask_bits   the packed mask (see rarefy/ops/mask.h), uint8
 ///   pruning_step                          of the model itself: how often step() ran, int64
 /// Construct the pruner first, load second. A model that has these buffers already is continued.
@@ -37,13 +37,13 @@ class RAREFY_API MagnitudePruner {
   /// for other parameters than those chosen; then the model is as it was.
   explicit MagnitudePruner(torch::nn::Module& model, MagnitudePrunerOptions options = {});
 
-  /// Over an explicit list of parameters, which is the selection: include and exclude must be unset. The buffers belong to
-  /// the pruner; buffers() gives them for saving and loading.
+  /// Over an explicit list of parameters, which is the selection: include and exclude must be unset. The buffers belong
+  /// to the pruner; buffers() gives them for saving and loading.
   explicit MagnitudePruner(const std::vector<NamedParameter>& parameters, MagnitudePrunerOptions options = {});
 
-  /// Call after optimizer.step(): counts one step, grows the masks when the schedule says so, and sets what they prune to
-  /// zero in values and gradients. Throws c10::ValueError for NaN in a weight when masks are made, and for masks that do
-  /// not fit (a checkpoint of another model); then nothing has changed. Throws after finalize().
+  /// Call after optimizer.step(): counts one step, grows the masks when the schedule says so, and sets what they prune
+  /// to zero in values and gradients. Throws c10::ValueError for NaN in a weight when masks are made, and for masks
+  /// that do not fit (a checkpoint of another model); then nothing has changed. Throws after finalize().
   void step();
 
   /// Sets pruned weights to zero for good and removes the buffers. Throws when called again.

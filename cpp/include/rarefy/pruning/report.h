@@ -32,8 +32,8 @@ struct RAREFY_API LeftAlone {
 struct RAREFY_API PruningReport {
   std::vector<PrunedTensor> tensors;
   std::vector<LeftAlone> left_alone;
-  double target = 0;      // the final sparsity that was asked for
-  int64_t step = 0;       // pruner steps taken
+  double target = 0;  // the final sparsity that was asked for
+  int64_t step = 0;   // pruner steps taken
   bool finalized = false;
 
   int64_t elements() const;

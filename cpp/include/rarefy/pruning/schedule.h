@@ -24,9 +24,9 @@ struct RAREFY_API ConstantSchedule {
 ///
 ///   s(t) = final + (initial - final) * (1 - (t - begin) / (end - begin))^power        for begin <= t <= end
 ///
-/// 0 before `begin`, exactly `final` from `end` on (Zhu & Gupta, 2017, arXiv:1710.01878, equation 1, power 3). Masks are
-/// updated at begin, begin + every, begin + 2 * every, ... and always at `end`, so that the final sparsity is reached
-/// exactly there whether or not `every` divides the length.
+/// 0 before `begin`, exactly `final` from `end` on (Zhu & Gupta, 2017, arXiv:1710.01878, equation 1, power 3). Masks
+/// are updated at begin, begin + every, begin + 2 * every, ... and always at `end`, so that the final sparsity is
+/// reached exactly there whether or not `every` divides the length.
 struct RAREFY_API PolynomialSchedule {
   int64_t begin = 0;   // first step, >= 0
   int64_t end = 1;     // last step, > begin

@@ -22,8 +22,8 @@ struct Selection {
 };
 
 /// Chooses the parameters to prune.
-///   parameters  all of a model's, in order; a tensor that comes again under another name is taken once, by its first name.
-///   include     unset: every floating-point parameter that is called `weight` and has 2 or more dimensions.
+///   parameters  all of a model's, in order; a tensor that comes again under another name is taken once, by its first
+///   name. include     unset: every floating-point parameter that is called `weight` and has 2 or more dimensions.
 ///               set: those that a pattern matches, of 2 or more dimensions, or of any shape when given by full name.
 ///   exclude     patterns that are taken out again.
 /// A pattern is compared with the parameter's full name ("layer1.0.conv1.weight") and its module's ("layer1.0.conv1");

@@ -49,8 +49,8 @@ struct PruningState {
 RAREFY_API std::string mask_key(const std::string& parameter);
 inline constexpr const char* kStepKey = "pruning_step";
 
-/// True when a model with the buffers `existing` (those with a key of pruning) continues, false when it has none. Throws
-/// c10::ValueError when they are not exactly those of `parameters`.
+/// True when a model with the buffers `existing` (those with a key of pruning) continues, false when it has none.
+/// Throws c10::ValueError when they are not exactly those of `parameters`.
 RAREFY_API bool check_existing(const std::vector<std::string>& existing, const std::vector<std::string>& parameters);
 
 /// Sets what the masks prune to zero, in values and in dense gradients. The one place where masks are enforced.

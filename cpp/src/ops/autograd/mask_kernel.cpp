@@ -13,14 +13,16 @@ std::vector<at::Tensor> magnitude_mask_autograd(at::TensorList weights, double s
 }
 
 void apply_mask_autograd(at::Tensor& x, const at::Tensor& mask) {
-  TORCH_CHECK_VALUE(!(x.requires_grad() && at::GradMode::is_enabled()),
-                    "[apply_mask_] x must not require grad while gradients are recorded; call it under torch.no_grad()");
+  TORCH_CHECK_VALUE(
+      !(x.requires_grad() && at::GradMode::is_enabled()),
+      "[apply_mask_] x must not require grad while gradients are recorded; call it under torch.no_grad()");
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     apply_mask_(x, mask);
   }
   if (!x.is_inference()) {
-    x.unsafeGetTensorImpl()->bump_version();  // a graph that saved x must notice, as with torch's own in-place operators
+    x.unsafeGetTensorImpl()
+        ->bump_version();  // a graph that saved x must notice, as with torch's own in-place operators
   }
 }
 

@@ -1,7 +1,7 @@
-// magnitude_mask finds its threshold in one pass over the weights and writes the masks in a second one. A sample gives a
-// narrow range of magnitudes that holds the threshold nearly always; the pass counts what lies below the range and takes
-// out what lies inside it, a few percent, and an exact selection among those ends it. Where the sample misled, or most
-// weights are equal, histograms over all the weights narrow the range instead. Both give the same threshold.
+// magnitude_mask finds its threshold in one pass over the weights and writes the masks in a second one. A sample gives
+// a narrow range of magnitudes that holds the threshold nearly always; the pass counts what lies below the range and
+// takes out what lies inside it, a few percent, and an exact selection among those ends it. Where the sample misled, or
+// most weights are equal, histograms over all the weights narrow the range instead. Both give the same threshold.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/BFloat16.h>
@@ -23,8 +23,12 @@ namespace {
 
 constexpr int64_t kWord = 64;
 constexpr int64_t kChunk = 16384;    // elements that a thread works on at once; a multiple of kWord
-constexpr int64_t kSample = 65536;   // elements that locate the threshold; with fewer than that, all are taken
-constexpr double kDeviations = 5.0;  // half width of the located range, in standard deviations of the sample's rank
+constexpr uint64_t kPlaces = 16384;  // places of the sample that locates the threshold
+constexpr int64_t kRun = 4;          // neighbours taken at each place: they share a cache line
+constexpr int64_t kSample = static_cast<int64_t>(kPlaces) * kRun;  // with fewer elements than that, all are taken
+// Half width of the located range, in standard deviations of the rank of as many independent elements. Neighbours are
+// not quite independent: were they equal, the true deviation would be twice that.
+constexpr double kDeviations = 6.0;
 constexpr int64_t kInfinityKey64 = 0x7ff0000000000000;
 
 struct Source {
@@ -127,15 +131,24 @@ size_t this_thread() { return static_cast<size_t>(at::get_thread_num()); }
   TORCH_INTERNAL_ASSERT(false, "a NaN was seen and then was not found");
 }
 
+/// Sums the histograms that body(i, part) fills for i in [0, n), each thread into its own part.
+template <typename Body>
+void parallel_histogram(size_t n, Histogram& histogram, const Body& body) {
+  std::vector<Histogram> parts(static_cast<size_t>(at::get_num_threads()), Histogram{});
+  parallel_chunks(n, [&](size_t i) { body(i, parts[this_thread()]); });
+  for (const auto& part : parts) {
+    for (size_t bin = 0; bin < part.size(); ++bin) {
+      histogram[bin] += part[bin];
+    }
+  }
+}
+
 /// The key of the given rank among alive elements, and how many are below it, by passes over all weights.
 KeyRange select_by_passes(const Keys& keys, const KeyRange& range, int64_t rank) {
-  const auto threads = static_cast<size_t>(at::get_num_threads());
-  return select_rank(range, rank, [&](const KeyRange& r, int shift, Histogram& histogram) {
-    std::vector<Histogram> parts(threads, Histogram{});
-    parallel_chunks(keys.chunks.size(), [&](size_t c) {
+  return select_rank(range, rank, 1, [&](const KeyRange& r, int shift, Histogram& histogram) {
+    parallel_histogram(keys.chunks.size(), histogram, [&](size_t c, Histogram& part) {
       const Chunk& chunk = keys.chunks[c];
       const Source& source = keys.sources[chunk.source];
-      Histogram& part = parts[this_thread()];
       with_values(source.x, [&](const auto* values) {
         for (int64_t i = chunk.begin; i < chunk.end; ++i) {
           const int64_t key = key_of(values[i]);
@@ -145,63 +158,68 @@ KeyRange select_by_passes(const Keys& keys, const KeyRange& range, int64_t rank)
         }
       });
     });
-    for (const auto& part : parts) {
-      for (size_t bin = 0; bin < part.size(); ++bin) {
-        histogram[bin] += part[bin];
-      }
-    }
   });
 }
 
-KeyRange select_among(const std::vector<std::vector<int32_t>>& parts, const KeyRange& range, int64_t rank) {
-  return select_rank(range, rank, [&](const KeyRange& r, int shift, Histogram& histogram) {
-    for (const auto& part : parts) {
-      for (const int32_t key : part) {
+/// The same among keys that were taken out; ends with a range of `width` keys or fewer.
+KeyRange select_among(const std::vector<std::vector<int32_t>>& taken, const KeyRange& range, int64_t rank,
+                      int64_t width = 1) {
+  return select_rank(range, rank, width, [&](const KeyRange& r, int shift, Histogram& histogram) {
+    parallel_histogram(taken.size(), histogram, [&](size_t i, Histogram& part) {
+      for (const int32_t key : taken[i]) {
         if (key >= r.low && key <= r.high) {
-          ++histogram[static_cast<size_t>((key - r.low) >> shift)];
+          ++part[static_cast<size_t>((key - r.low) >> shift)];
         }
       }
-    }
+    });
   });
 }
 
-/// A range that holds the key of the given rank nearly always; its `below` is not known. One element is taken from each
-/// of kSample equal stretches, at a scattered place, so that a period in the weights does not mislead it.
+/// A range that holds the key of the given rank nearly always; its `below` is not known. A few neighbours are taken
+/// from each of kPlaces equal stretches, at a scattered place, so that a period in the weights does not mislead it.
 KeyRange locate(const Keys& keys, int64_t rank) {
   const KeyRange all{0, keys.infinity(), 0};
   if (keys.total <= kSample) {
     return all;
   }
-  std::vector<int32_t> sample;
-  sample.reserve(kSample);
-  const int64_t stretch = keys.total / kSample;
-  size_t s = 0;
-  int64_t first = 0;  // position of source s among all elements
-  uint32_t scatter = 1;
-  for (int64_t k = 0; k < kSample; ++k) {
-    scatter = scatter * 1664525u + 1013904223u;
-    const int64_t start = static_cast<int64_t>(static_cast<double>(k) * static_cast<double>(keys.total) / kSample);
-    const int64_t position = std::min(start + static_cast<int64_t>(scatter >> 8) % stretch, keys.total - 1);
-    while (position >= first + keys.sources[s].x.numel()) {
-      first += keys.sources[s++].x.numel();
-    }
-    const Source& source = keys.sources[s];
-    if (is_set(source.alive, position - first)) {
-      const int64_t key = with_values(source.x, [&](const auto* values) { return key_of(values[position - first]); });
-      if (key > keys.infinity()) {
-        return all;  // a NaN: the pass over all weights reports it
-      }
-      sample.push_back(static_cast<int32_t>(key));
-    }
+  std::vector<int64_t> first;  // position of each source's first element among all
+  for (int64_t position = 0; const auto& source : keys.sources) {
+    first.push_back(position);
+    position += source.x.numel();
   }
-  const auto size = static_cast<int64_t>(sample.size());
+  const auto stretch = static_cast<uint64_t>(keys.total) / kPlaces;
+  constexpr size_t kParts = 16;
+  std::vector<std::vector<int32_t>> sample(kParts);
+  parallel_chunks(kParts, [&](size_t part) {
+    auto& mine = sample[part];
+    mine.reserve(static_cast<size_t>(kSample) / kParts);
+    for (uint64_t k = part * kPlaces / kParts; k < (part + 1) * kPlaces / kParts; ++k) {
+      const uint64_t scatter = (k * 2654435761u) & 0xffffffffu;
+      const auto position = static_cast<int64_t>(k * stretch + (scatter * stretch >> 32));
+      const auto s = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), position) - first.begin()) - 1;
+      const Source& source = keys.sources[s];
+      const int64_t begin = position - first[s], end = std::min(begin + kRun, source.x.numel());
+      with_values(source.x, [&](const auto* values) {
+        for (int64_t i = begin; i < end; ++i) {
+          if (is_set(source.alive, i)) {
+            mine.push_back(static_cast<int32_t>(std::min(key_of(values[i]), all.high)));
+          }
+        }
+      });
+    }
+  });
+  int64_t size = 0;
+  for (const auto& part : sample) {
+    size += static_cast<int64_t>(part.size());
+  }
   const double fraction = (static_cast<double>(rank) + 0.5) / static_cast<double>(keys.total - keys.dead);
   const double centre = fraction * static_cast<double>(size);
   const double spread = kDeviations * std::sqrt(centre * (1.0 - fraction)) + 8.0;
   const auto from = static_cast<int64_t>(std::floor(centre - spread));
   const auto to = static_cast<int64_t>(std::ceil(centre + spread));
-  const std::vector<std::vector<int32_t>> parts{std::move(sample)};
-  return {from < 0 ? 0 : select_among(parts, all, from).low, to >= size ? all.high : select_among(parts, all, to).low, 0};
+  constexpr int64_t width = 512;  // of 2^23 keys per octave: as good as exact for a bound, and one pass less
+  return {from < 0 ? 0 : select_among(sample, all, from, width).low,
+          to >= size ? all.high : select_among(sample, all, to, width).high, 0};
 }
 
 /// The key of the given rank among alive elements of float32, bfloat16 and float16. rank < 0: only looks for NaN.
@@ -224,7 +242,7 @@ KeyRange select_by_scan(const Keys& keys, int64_t rank) {
     const Source& source = keys.sources[chunk.source];
     Part& part = parts[this_thread()];
     auto& mine = taken[this_thread()];
-    part.scratch.resize(static_cast<size_t>(kChunk));
+    part.scratch.resize(static_cast<size_t>(kChunk + cpu::kScanSlack));
     const auto scan = RAREFY_ISA_CALL(scan_keys, source.x.const_data_ptr(), source.alive, float_type(source.x),
                                       static_cast<int32_t>(range.low), static_cast<int32_t>(range.high), chunk.begin,
                                       chunk.end, part.scratch.data());
@@ -297,9 +315,8 @@ int64_t write_chunk(const Keys& keys, const Chunk& chunk, int64_t threshold, uin
 void write_masks(const Keys& keys, int64_t threshold, int64_t ties_pruned, const std::vector<at::Tensor>& masks) {
   const auto mask_of = [&](const Chunk& chunk) { return static_cast<uint8_t*>(masks[chunk.source].data_ptr()); };
   std::vector<int64_t> ties(keys.chunks.size());
-  parallel_chunks(keys.chunks.size(), [&](size_t c) {
-    ties[c] = write_chunk(keys, keys.chunks[c], threshold, mask_of(keys.chunks[c]));
-  });
+  parallel_chunks(keys.chunks.size(),
+                  [&](size_t c) { ties[c] = write_chunk(keys, keys.chunks[c], threshold, mask_of(keys.chunks[c])); });
   struct Kept {
     size_t chunk;
     int64_t prune_first;
@@ -343,78 +360,8 @@ std::vector<at::Tensor> magnitude_mask_cpu(at::TensorList weights, double sparsi
   return out;
 }
 
-/// Clears elements of a strided x where the bit of their logical position is 0.
-template <typename T>
-void apply_strided(const at::Tensor& x, const uint8_t* mask) {
-  // Neighbouring dimensions that are walked with one stride are one dimension.
-  std::vector<int64_t> sizes, strides;
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    if (x.size(d) == 1) {
-      continue;
-    }
-    if (!sizes.empty() && strides.back() == x.size(d) * x.stride(d)) {
-      sizes.back() *= x.size(d);
-      strides.back() = x.stride(d);
-    } else {
-      sizes.push_back(x.size(d));
-      strides.push_back(x.stride(d));
-    }
-  }
-  T* values = static_cast<T*>(x.data_ptr());
-  const size_t dims = sizes.size();
-  at::parallel_for(0, x.numel(), kChunk, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> index(dims);
-    int64_t offset = 0;
-    for (size_t d = dims, rest = static_cast<size_t>(begin); d-- > 0; rest /= static_cast<size_t>(sizes[d])) {
-      index[d] = static_cast<int64_t>(rest % static_cast<size_t>(sizes[d]));
-      offset += index[d] * strides[d];
-    }
-    const int64_t run = sizes[dims - 1], step = strides[dims - 1];
-    for (int64_t i = begin; i < end;) {
-      const int64_t run_end = std::min(end, i + run - index[dims - 1]);
-      for (T* p = values + offset; i < run_end; ++i, p += step) {
-        if ((mask[i / 8] >> (i % 8) & 1) == 0) {
-          *p = 0;
-        }
-      }
-      offset -= index[dims - 1] * step;
-      index[dims - 1] = 0;
-      for (size_t d = dims - 1; d-- > 0;) {
-        offset += strides[d];
-        if (++index[d] < sizes[d]) {
-          break;
-        }
-        offset -= sizes[d] * strides[d];
-        index[d] = 0;
-      }
-    }
-  });
-}
-
-void apply_mask_cpu(at::Tensor& x, const at::Tensor& mask) {
-  check_apply_mask(x, mask);
-  const auto packed = mask.contiguous();
-  const uint8_t* bits = packed.const_data_ptr<uint8_t>();
-  const int bytes = static_cast<int>(x.element_size());
-  if (x.is_contiguous()) {
-    void* values = x.data_ptr();
-    at::parallel_for(0, (x.numel() + kWord - 1) / kWord, kChunk / kWord, [&](int64_t first, int64_t last) {
-      RAREFY_ISA_CALL(apply_mask, values, bits, bytes, first * kWord, std::min(last * kWord, x.numel()));
-    });
-  } else if (bytes == 2) {
-    apply_strided<uint16_t>(x, bits);
-  } else if (bytes == 4) {
-    apply_strided<uint32_t>(x, bits);
-  } else {
-    apply_strided<uint64_t>(x, bits);
-  }
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(rarefy, CPU, m) {
-  m.impl("magnitude_mask", &magnitude_mask_cpu);
-  m.impl("apply_mask_", &apply_mask_cpu);
-}
+TORCH_LIBRARY_IMPL(rarefy, CPU, m) { m.impl("magnitude_mask", &magnitude_mask_cpu); }
 
 }  // namespace rarefy::ops

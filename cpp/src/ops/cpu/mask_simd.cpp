@@ -13,6 +13,7 @@ constexpr int kWord = 64;
 struct Keys {
   __m512i v;
 
+  Keys() = default;
   explicit Keys(int32_t key) : v(_mm512_set1_epi32(key)) {}
   explicit Keys(Vec x) : v(_mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffffff))) {}
   friend uint32_t greater(Keys a, Keys b) {
@@ -33,6 +34,7 @@ struct Keys {
 struct Keys {
   __m256i v;
 
+  Keys() = default;
   explicit Keys(int32_t key) : v(_mm256_set1_epi32(key)) {}
   explicit Keys(Vec x) : v(_mm256_and_si256(_mm256_castps_si256(x.v), _mm256_set1_epi32(0x7fffffff))) {}
   friend uint32_t greater(Keys a, Keys b) {
@@ -50,6 +52,7 @@ struct Keys {
 struct Keys {
   int32_t v[Vec::size];
 
+  Keys() = default;
   explicit Keys(int32_t key) {
     for (int32_t& lane : v) lane = key;
   }
@@ -81,8 +84,8 @@ inline uint64_t load_word(const uint8_t* mask, int64_t element) {
   return word;
 }
 
-/// Calls body(elements, alive, i) for each word of 64 elements from i = begin on. The last, partial word comes as a copy
-/// that is filled with zeros, which are not alive.
+/// Calls body(elements, alive, i) for each word of 64 elements from i = begin on. The last, partial word comes as a
+/// copy that is filled with zeros, which are not alive.
 template <typename T, typename Body>
 inline void for_each_word(const T* x, const uint8_t* alive, int64_t begin, int64_t end, Body body) {
   int64_t i = begin;
@@ -97,6 +100,30 @@ inline void for_each_word(const T* x, const uint8_t* alive, int64_t begin, int64
   }
 }
 
+/// Writes the keys whose bit is set to out, in order, and returns how many.
+#if defined(RAREFY_ISA_avx512)
+template <typename T>
+inline int64_t take(uint64_t bits, const T*, const Keys* keys, int32_t* out) {
+  const int32_t* const begin = out;
+  // No branch depends on the data: whether a word holds a key of the range is close to a coin toss.
+  for (int j = 0; j < kWord / Vec::size; ++j) {
+    const auto part = static_cast<__mmask16>(bits >> (j * Vec::size));
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(part, keys[j].v));
+    out += __builtin_popcount(part);
+  }
+  return out - begin;
+}
+#else
+template <typename T>
+inline int64_t take(uint64_t bits, const T* p, const Keys*, int32_t* out) {
+  int64_t count = 0;
+  for (; bits != 0; bits &= bits - 1) {
+    out[count++] = key_of(p[__builtin_ctzll(bits)]);
+  }
+  return count;
+}
+#endif
+
 template <typename T>
 KeyScan scan_range(const T* x, const uint8_t* alive, int32_t low, int32_t high, int64_t begin, int64_t end,
                    int32_t* inside) {
@@ -105,16 +132,16 @@ KeyScan scan_range(const T* x, const uint8_t* alive, int32_t low, int32_t high, 
   Keys largest(0);
   for_each_word(x, alive, begin, end, [&](const T* p, uint64_t present, int64_t) {
     uint64_t from_low = 0, above_high = 0;
+    Keys keys[kWord / Vec::size];
     for (int j = 0; j < kWord; j += Vec::size) {
-      const Keys keys(Vec::load(p + j));
-      from_low |= static_cast<uint64_t>(greater(keys, under)) << j;
-      above_high |= static_cast<uint64_t>(greater(keys, top)) << j;
-      largest = larger(largest, keys);
+      Keys& part = keys[j / Vec::size];
+      part = Keys(Vec::load(p + j));
+      from_low |= static_cast<uint64_t>(greater(part, under)) << j;
+      above_high |= static_cast<uint64_t>(greater(part, top)) << j;
+      largest = larger(largest, part);
     }
     result.below += __builtin_popcountll(present & ~from_low);
-    for (uint64_t bits = present & from_low & ~above_high; bits != 0; bits &= bits - 1) {
-      inside[result.inside++] = key_of(p[__builtin_ctzll(bits)]);
-    }
+    result.inside += take(present & from_low & ~above_high, p, keys, inside + result.inside);
   });
   int32_t lanes[Vec::size];
   largest.store(lanes);

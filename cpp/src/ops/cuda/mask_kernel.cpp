@@ -14,8 +14,7 @@ namespace rarefy::ops {
 namespace {
 
 void* stream_of(const at::Tensor& x) {
-  return reinterpret_cast<void*>(
-      c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle());
+  return reinterpret_cast<void*>(c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle());
 }
 
 void check_launch(const char* function, int error) {
@@ -60,7 +59,8 @@ std::vector<at::Tensor> magnitude_mask_cuda(at::TensorList weights, double spars
     const auto counts = at::zeros({kBins + 1}, values[0].options().dtype(at::kLong));
     auto* bins = reinterpret_cast<unsigned long long*>(counts.data_ptr<int64_t>());
     for (const auto& source : sources) {
-      check_launch("magnitude_mask", cuda::count_keys(source, range.low, range.high, shift, bins, bins + kBins, stream));
+      check_launch("magnitude_mask",
+                   cuda::count_keys(source, range.low, range.high, shift, bins, bins + kBins, stream));
     }
     const auto host = counts.cpu();
     const int64_t* read = host.const_data_ptr<int64_t>();
@@ -76,7 +76,7 @@ std::vector<at::Tensor> magnitude_mask_cuda(at::TensorList weights, double spars
   const int64_t more = std::max<int64_t>(0, elements_to_prune(sparsity, total) - dead);
   KeyRange selected{-1, -1, 0};
   if (more > 0) {
-    selected = select_rank({0, infinity, 0}, more - 1, fill);
+    selected = select_rank({0, infinity, 0}, more - 1, 1, fill);
   } else {
     Histogram unused{};
     fill({0, infinity, 0}, bin_shift({0, infinity, 0}), unused);  // for the check of the values
@@ -87,8 +87,7 @@ std::vector<at::Tensor> magnitude_mask_cuda(at::TensorList weights, double spars
     const int64_t chunks = (sources[i].elements + cuda::kChunk - 1) / cuda::kChunk;
     const auto ties = at::zeros({chunks}, values[i].options().dtype(at::kInt));
     auto* mask = out[i].data_ptr<uint8_t>();
-    check_launch("magnitude_mask",
-                 cuda::write_mask(sources[i], selected.low, mask, ties.data_ptr<int32_t>(), stream));
+    check_launch("magnitude_mask", cuda::write_mask(sources[i], selected.low, mask, ties.data_ptr<int32_t>(), stream));
     const auto host = ties.cpu();
     const int32_t* counts = host.const_data_ptr<int32_t>();
     for (int64_t c = 0; c < chunks; ++c) {

@@ -1,8 +1,8 @@
-#include "ops/cuda/mask_kernel.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include "ops/cuda/mask_kernel.h"
 
 namespace rarefy::cuda {
 namespace {
@@ -12,15 +12,17 @@ constexpr int kMaxBlocks = 132 * 8;
 constexpr int kBins = 2048;
 
 __device__ int64_t key_of(float value) { return __float_as_uint(value) & 0x7fffffffu; }
-__device__ int64_t key_of(__nv_bfloat16 value) { return static_cast<int64_t>(__bfloat16_as_ushort(value) & 0x7fffu) << 16; }
+__device__ int64_t key_of(__nv_bfloat16 value) {
+  return static_cast<int64_t>(__bfloat16_as_ushort(value) & 0x7fffu) << 16;
+}
 __device__ int64_t key_of(__half value) { return key_of(__half2float(value)); }
 __device__ int64_t key_of(double value) { return __double_as_longlong(value) & 0x7fffffffffffffffll; }
 
 __device__ bool is_set(const uint8_t* mask, int64_t i) { return mask == nullptr || (mask[i / 8] >> (i % 8) & 1) != 0; }
 
 template <typename T>
-__global__ void count_keys_kernel(const T* x, const uint8_t* alive, int64_t elements, int64_t low, int64_t high, int shift,
-                                  unsigned long long* histogram, unsigned long long* largest) {
+__global__ void count_keys_kernel(const T* x, const uint8_t* alive, int64_t elements, int64_t low, int64_t high,
+                                  int shift, unsigned long long* histogram, unsigned long long* largest) {
   __shared__ unsigned bins[kBins];
   __shared__ unsigned long long block_largest;
   for (int bin = threadIdx.x; bin < kBins; bin += blockDim.x) {

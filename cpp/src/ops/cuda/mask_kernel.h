@@ -1,5 +1,5 @@
-// Launchers of the CUDA kernels behind magnitude_mask and apply_mask_. Every launcher returns the cudaError_t of its launch
-// as int. The key of an element is its magnitude's bits as int64: float64's for float64, else float32's.
+// Launchers of the CUDA kernels behind magnitude_mask and apply_mask_. Every launcher returns the cudaError_t of its
+// launch as int. The key of an element is its magnitude's bits as int64: float64's for float64, else float32's.
 #pragma once
 
 #include <stdint.h>
@@ -17,8 +17,8 @@ struct Weights {
   int64_t elements;
 };
 
-/// Adds the alive keys in [low, high] to histogram[(key - low) >> shift], 2048 values, and raises *largest to the largest
-/// key, alive or not.
+/// Adds the alive keys in [low, high] to histogram[(key - low) >> shift], 2048 values, and raises *largest to the
+/// largest key, alive or not.
 int count_keys(Weights weights, int64_t low, int64_t high, int shift, unsigned long long* histogram,
                unsigned long long* largest, void* stream);
 
