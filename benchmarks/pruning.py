@@ -9,11 +9,12 @@ import argparse
 import json
 
 import numpy as np
-import rarefy as rf
 import torch
 from timing import interleaved
 from torch import nn
 from torch.nn.utils import prune
+
+import rarefy as rf
 
 
 def make_weights(elements: int) -> list[torch.Tensor]:

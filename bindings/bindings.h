@@ -2,6 +2,8 @@
 // compute.
 #pragma once
 
+#include <pybind11/operators.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
 namespace rarefy::python {
@@ -10,5 +12,6 @@ namespace py = pybind11;
 
 void init_config(py::module_& m);
 void init_pruning(py::module_& m);
+void init_quantization(py::module_& m);
 
 }  // namespace rarefy::python

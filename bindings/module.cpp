@@ -29,6 +29,7 @@ PYBIND11_MODULE(_core, m) {
   py::register_local_exception_translator(&translate);
   init_config(m);
   init_pruning(m);
+  init_quantization(m);
 }
 
 }  // namespace rarefy::python

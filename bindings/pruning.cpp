@@ -1,4 +1,3 @@
-#include <pybind11/stl.h>
 #include <rarefy/ops/mask.h>
 #include <rarefy/pruning/pruner.h>
 

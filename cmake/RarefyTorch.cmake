@@ -24,7 +24,9 @@ if(NOT Torch_DIR AND Python_Interpreter_FOUND)
   endif()
 endif()
 
+# A GPU build of torch adds flags and architectures for CUDA code that uses its headers. Ours does not, so they are dropped.
 find_package(Torch QUIET)
+unset(CMAKE_CUDA_FLAGS)
 if(NOT Torch_FOUND)
   message(
     FATAL_ERROR
@@ -35,13 +37,8 @@ get_filename_component(RAREFY_TORCH_LIBRARY_DIR "${TORCH_LIBRARY}" DIRECTORY)
 get_filename_component(RAREFY_TORCH_ROOT "${RAREFY_TORCH_LIBRARY_DIR}" DIRECTORY)
 set(RAREFY_TORCH_INCLUDE_DIR "${RAREFY_TORCH_ROOT}/include")
 
-# torch's own version.py tells builds apart ("2.13.0+cpu"); a bare libtorch has the file build-version instead.
-if(EXISTS "${RAREFY_TORCH_ROOT}/version.py")
-  file(STRINGS "${RAREFY_TORCH_ROOT}/version.py" rarefy_torch_version_line REGEX "^__version__ = ")
-  string(REGEX REPLACE ".*['\"]([^'\"]+)['\"].*" "\\1" RAREFY_TORCH_VERSION "${rarefy_torch_version_line}")
-else()
-  file(STRINGS "${RAREFY_TORCH_ROOT}/build-version" RAREFY_TORCH_VERSION LIMIT_COUNT 1)
-endif()
+include(rarefyTorchVersion)
+rarefy_torch_version("${RAREFY_TORCH_ROOT}" RAREFY_TORCH_VERSION)
 message(STATUS "rarefy: torch ${RAREFY_TORCH_VERSION} in ${RAREFY_TORCH_ROOT}")
 
 find_package(Eigen3 3.3 QUIET NO_MODULE)

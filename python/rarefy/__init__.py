@@ -25,7 +25,6 @@ def _check_torch() -> None:
 _check_torch()
 
 from rarefy import _core  # noqa: E402  (after the check, so that a mismatch is said instead of an undefined symbol)
-from rarefy import pruning  # noqa: E402
 
 __version__: str = _build_info.version
 
@@ -39,4 +38,9 @@ def show_config() -> None:
     print(f"{_core.show_config()}running torch: {_torch.__version__}\nGPU: {cuda}\nCMake prefix: {cmake_prefix_path}")
 
 
-__all__ = ["__version__", "cmake_prefix_path", "pruning", "show_config"]
+from rarefy import pruning, quantization  # noqa: E402
+
+# isort: split
+from rarefy import nn  # noqa: E402  (its layers are built on quantization's fake quantizers)
+
+__all__ = ["__version__", "cmake_prefix_path", "nn", "pruning", "quantization", "show_config"]

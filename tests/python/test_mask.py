@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-import rarefy as rf
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import rarefy as rf
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ISAS = [isa for isa in ("plain", "avx2", "avx512") if isa in rf._core.show_config().split("in use")[0]]
@@ -46,7 +47,8 @@ def check(weights: list[torch.Tensor], sparsity: float, kept: list[np.ndarray] |
     masks = torch.ops.rarefy.magnitude_mask(weights, sparsity, None if kept is None else [pack(k) for k in kept])
     got = [unpack(mask, w.numel()) for mask, w in zip(masks, weights, strict=True)]
     for mine, expected, mask, w in zip(got, reference(weights, sparsity, kept), masks, weights, strict=True):
-        assert mask.dtype == torch.uint8 and mask.shape == (-(-w.numel() // 64) * 8,)
+        assert mask.dtype == torch.uint8
+        assert mask.shape == (-(-w.numel() // 64) * 8,)
         np.testing.assert_array_equal(mine, expected)
     return got
 
@@ -96,11 +98,12 @@ def test_all_equal(isa, value, dtype):
     for sparsity in (0.1, 0.5, 0.9):
         got = np.concatenate(check(weights, sparsity))
         count = round(sparsity * got.size)
-        assert not got[:count].any() and got[count:].all()
+        assert not got[:count].any()
+        assert got[count:].all()
 
 
 def test_misleading_sample(isa):
-    """Outliers at just the places that the sample takes: the answer is exact all the same, by passes over all weights."""
+    """Outliers at just the places that the sample takes: the answer is exact, by passes over all weights."""
     n, places, run = 1 << 20, 16384, 4
     x = torch.rand(n)
     for k in range(places):

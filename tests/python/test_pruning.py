@@ -6,10 +6,11 @@ import pickle
 
 import numpy as np
 import pytest
-import rarefy as rf
 import torch
-from rarefy.pruning import ConstantSchedule, MagnitudePruner, PolynomialSchedule
 from torch import nn
+
+import rarefy as rf
+from rarefy.pruning import ConstantSchedule, MagnitudePruner, PolynomialSchedule
 
 
 class Net(nn.Module):
@@ -203,9 +204,12 @@ def test_initial_sparsity_comes_with_the_first_step():
 def test_one_shot():
     model = make()
     pruner = MagnitudePruner(model, 0.5)
-    assert zeros(model) == 0 and pruner.sparsity == 0.0 and pruner.steps == 0
+    assert zeros(model) == 0
+    assert pruner.sparsity == 0.0
+    assert pruner.steps == 0
     pruner.step()
-    assert zeros(model) == round(0.5 * ELEMENTS) and pruner.steps == 1
+    assert zeros(model) == round(0.5 * ELEMENTS)
+    assert pruner.steps == 1
 
 
 def test_channels_last_gives_the_same_masks():
@@ -232,7 +236,8 @@ def test_forward_and_saved_keys_are_untouched():
     MagnitudePruner(model, 0.5)
     assert [n for n, _ in model.named_parameters()] == names
     assert sorted(set(model.state_dict()) - keys) == KEYS
-    assert not model.conv._forward_pre_hooks and not model.conv._forward_hooks
+    assert not model.conv._forward_pre_hooks
+    assert not model.conv._forward_hooks
 
 
 # --- selection -------------------------------------------------------------------------------------------------------
@@ -263,7 +268,8 @@ def test_include_and_exclude():
     assert pruned_names(make(), exclude=["head.2"]) == ["conv.weight", "head.0.weight"]
     report = MagnitudePruner(make(), 0.5, include=["head.*"], exclude=["head.2"]).report()
     reasons = {o.name: o.reason for o in report.left_alone}
-    assert reasons["conv.weight"] == "not included" and reasons["head.2.weight"] == "excluded"
+    assert reasons["conv.weight"] == "not included"
+    assert reasons["head.2.weight"] == "excluded"
 
 
 def test_other_parameters_by_name():
@@ -278,7 +284,8 @@ def test_tied_parameters_are_pruned_once():
     pruner = MagnitudePruner(model, 0.5)
     pruner.step()
     report = pruner.report()
-    assert report.elements == 60 and report.zeros == 30
+    assert report.elements == 60
+    assert report.zeros == 30
     assert [(o.name, o.reason) for o in report.left_alone] == [("out.weight", "the same tensor as embed.weight")]
     assert model["out"].weight is model["embed"].weight
     assert "out.weight_mask_bits" not in model.state_dict()
@@ -289,7 +296,8 @@ def test_shared_module_continues():
     model = nn.Sequential(shared, nn.ReLU(), shared)
     MagnitudePruner(model, 0.5).step()
     again = MagnitudePruner(model, 0.5)
-    assert again.steps == 1 and again.sparsity == 0.5
+    assert again.steps == 1
+    assert again.sparsity == 0.5
 
 
 def test_frozen_parameters_are_pruned_too():
@@ -339,11 +347,13 @@ def test_deepcopy_keeps_masks_and_goes_on():
     clone = copy.deepcopy(model)
     assert sorted(k for k in clone.state_dict() if "mask" in k or "pruning" in k) == KEYS
     pruner = MagnitudePruner(clone, 0.8, schedule=SCHEDULE)
-    assert pruner.steps == 8 and pruner.sparsity == zeros(model) / ELEMENTS
+    assert pruner.steps == 8
+    assert pruner.sparsity == zeros(model) / ELEMENTS
     before = zeros(model)
     for _ in range(12):
         pruner.step()
-    assert zeros(clone) == round(0.8 * ELEMENTS) and zeros(model) == before
+    assert zeros(clone) == round(0.8 * ELEMENTS)
+    assert zeros(model) == before
 
 
 def test_whole_model_can_be_pickled():
@@ -374,7 +384,9 @@ def test_finalize():
     assert set(model.state_dict()) == keys
     assert zeros(model) == round(0.8 * ELEMENTS)
     report = pruner.report()
-    assert report.finalized and report.zeros == round(0.8 * ELEMENTS) and pruner.steps == 20
+    assert report.finalized
+    assert report.zeros == round(0.8 * ELEMENTS)
+    assert pruner.steps == 20
     assert pruner.sparsity == round(0.8 * ELEMENTS) / ELEMENTS
     for call in (pruner.step, pruner.finalize):
         with pytest.raises(
@@ -393,14 +405,21 @@ def test_finalize():
 def test_report():
     model, _, pruner = run(range(20))
     report = pruner.report()
-    assert report.elements == ELEMENTS and report.zeros == report.pruned == round(0.8 * ELEMENTS)
-    assert report.sparsity == report.zeros / ELEMENTS and report.target == 0.8 and report.step == 20
+    assert report.elements == ELEMENTS
+    assert report.zeros == report.pruned == round(0.8 * ELEMENTS)
+    assert report.sparsity == report.zeros / ELEMENTS
+    assert report.target == 0.8
+    assert report.step == 20
     for row in report.tensors:
         parameter = weights(model)[row.name]
         assert (row.shape, row.elements) == (tuple(parameter.shape), parameter.numel())
-        assert row.zeros == int((parameter == 0).sum()) and row.sparsity == row.zeros / row.elements
+        assert row.zeros == int((parameter == 0).sum())
+        assert row.sparsity == row.zeros / row.elements
     text = repr(report)
-    assert "conv.weight" in text and "7x3x3x3" in text and "left alone:" in text and f"{report.sparsity:.4f}" in text
+    assert "conv.weight" in text
+    assert "7x3x3x3" in text
+    assert "left alone:" in text
+    assert f"{report.sparsity:.4f}" in text
     assert report._repr_html_().count("<tr>") == 1 + 3 + 1 + 5
     assert repr(pruner).startswith("MagnitudePruner(3 tensors, global, sparsity 0.8")
     with pytest.raises(AttributeError):
@@ -465,7 +484,7 @@ def test_construction_errors(options, error, message):
 def test_other_masks_in_the_model():
     model = make()
     MagnitudePruner(model, 0.5, include=["head.*"])
-    with pytest.raises(ValueError, match="must have them for the parameters chosen, got none for 'conv.weight'"):
+    with pytest.raises(ValueError, match=r"must have them for the parameters chosen, got none for 'conv.weight'"):
         MagnitudePruner(model, 0.5)
     with pytest.raises(ValueError, match=r"for the parameters chosen only, got 'head.2.weight_mask_bits' too"):
         MagnitudePruner(model, 0.5, include=["head.0"])

@@ -2,7 +2,16 @@
 
 // Everything that rarefy offers to C++.
 #include <rarefy/config.h>
+#include <rarefy/nn/add.h>
+#include <rarefy/nn/conv.h>
+#include <rarefy/nn/linear.h>
 #include <rarefy/ops/fake_quantize.h>
+#include <rarefy/ops/inverse_std.h>
 #include <rarefy/ops/mask.h>
+#include <rarefy/ops/quantized_linear.h>
 #include <rarefy/pruning/pruner.h>
+#include <rarefy/quantization/fake_quantizer.h>
+#include <rarefy/quantization/prepare.h>
+#include <rarefy/quantization/qconfig.h>
+#include <rarefy/quantization/scheme.h>
 #include <rarefy/version.h>

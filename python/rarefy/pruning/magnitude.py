@@ -21,9 +21,9 @@ class MagnitudePruner:
     >>> optimizer.step(); pruner.step()  # in the loop
     >>> pruner.finalize()  # at its end
 
-    Parameters keep their identity and names, so optimizers stay valid and a forward pass costs what it did. All state is
-    in buffers of the model, so ``state_dict`` keeps it, and a fresh pruner on a model that is loaded afterwards goes on as
-    if nothing had happened:
+    Parameters keep their identity and names, so optimizers stay valid and a forward pass costs what it did. All state
+    is in buffers of the model, so ``state_dict`` keeps it, and a fresh pruner on a model that is loaded afterwards goes
+    on as if nothing had happened:
 
     - ``<module path>.<parameter>_mask_bits``: uint8, one bit per element in contiguous order, 1 = kept;
     - ``pruning_step``: int64, how often ``step`` ran.
@@ -40,8 +40,8 @@ class MagnitudePruner:
         exclude: patterns that are taken out again.
 
     Raises:
-        ValueError: an option out of range, a name that is not in the model, no parameter to prune, or a model with masks
-            for other parameters; the model is then as it was.
+        ValueError: an option out of range, a name that is not in the model, no parameter to prune, or a model with
+            masks for other parameters; the model is then as it was.
     """
 
     def __init__(

@@ -20,20 +20,21 @@ Isa best_isa() {
   return Isa::plain;
 }
 
-Isa parse(const char* wanted) {
+/// `where` says in the error who asked: a function or the environment variable.
+Isa parse(const char* where, const char* wanted) {
   for (const auto isa : all_isas) {
     if (is_available(isa) && std::strcmp(wanted, name(isa)) == 0) {
       return isa;
     }
   }
-  TORCH_CHECK_VALUE(false, "[set_instruction_set] must be one of plain, avx2 and avx512 that this processor has (the best is ",
+  TORCH_CHECK_VALUE(false, "[", where, "] must be one of plain, avx2 and avx512 that this processor has (the best is ",
                     name(best_isa()), "), got '", wanted, "'");
 }
 
 std::atomic<Isa>& current() {
   static std::atomic<Isa> isa = [] {
     const char* wanted = std::getenv("RAREFY_ISA");
-    return wanted != nullptr && *wanted != '\0' ? parse(wanted) : best_isa();
+    return wanted != nullptr && *wanted != '\0' ? parse("RAREFY_ISA", wanted) : best_isa();
   }();
   return isa;
 }
@@ -58,7 +59,7 @@ bool is_available(Isa isa) {
 
 Isa current_isa() { return current().load(std::memory_order_relaxed); }
 
-void set_isa(const char* name) { current().store(parse(name)); }
+void set_isa(const char* name) { current().store(parse("set_instruction_set", name)); }
 
 const char* name(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "plain"; }
 

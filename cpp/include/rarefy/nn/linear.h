@@ -1,0 +1,30 @@
+#pragma once
+
+#include <rarefy/nn/weighted.h>
+#include <torch/nn/options/linear.h>
+
+namespace rarefy::nn {
+
+using LinearOptions = torch::nn::LinearOptions;
+
+/// Takes the place of torch::nn::Linear: x [..., in] to [..., out]. Floating point until
+/// rarefy::quantization::prepare_qat or prepare; int8 after convert. Same parameter names and initialization.
+class RAREFY_API LinearImpl : public WeightedModule<LinearImpl> {
+ public:
+  LinearImpl(int64_t in_features, int64_t out_features) : LinearImpl(LinearOptions(in_features, out_features)) {}
+  explicit LinearImpl(const LinearOptions& options);
+
+  void reset_parameters();
+  void pretty_print(std::ostream& stream) const override;
+  std::string kind() const override { return "Linear"; }
+  torch::Tensor forward(const torch::Tensor& x);
+
+  LinearOptions options;
+
+ protected:
+  void register_floating() override;
+  torch::Tensor pack() override;
+};
+TORCH_MODULE(Linear);
+
+}  // namespace rarefy::nn

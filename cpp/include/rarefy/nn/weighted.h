@@ -1,0 +1,113 @@
+#pragma once
+
+#include <rarefy/nn/quantizable.h>
+
+namespace rarefy::nn {
+
+/// What Linear, Conv2d and ConvBn2d share: a weight and a bias that are parameters while floating or prepared, and
+/// buffers (int8 and float32) once converted. Derived gives the arithmetic.
+template <typename Derived>
+class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable {
+ public:
+  void reset() override {
+    if (mode_ == Mode::converted) {
+      register_converted();
+    } else {
+      register_floating();
+    }
+    if (!specs_.empty()) {
+      quant = this->register_module("quant", QuantState(specs_));
+    }
+  }
+
+  void prepare(const quantization::LayerConfig& config, const quantization::Observer& default_observer) override {
+    TORCH_CHECK_VALUE(mode_ == Mode::floating, "[prepare] ", kind(), " must be floating point, but is already prepared");
+    if (!config.weight.has_value()) {
+      return;
+    }
+    if (config.activation.has_value()) {
+      specs_.push_back({"input", {*config.activation, config.observer.value_or(default_observer), 1}});
+    }
+    specs_.push_back({"weight", {*config.weight, quantization::Latest{}, weight.size(0)}});
+    quant = this->register_module("quant", QuantState(specs_));
+    quant->train(this->is_training());
+    mode_ = Mode::prepared;
+  }
+
+  /// The trained integers, with batch normalization folded in where there is one.
+  IntegerWeight integer_weight() {
+    TORCH_CHECK_VALUE(mode_ == Mode::prepared, "[integer_weight] ", kind(), " must be prepared");
+    const torch::NoGradGuard no_grad;
+    auto [folded_weight, folded_bias] = folded();
+    auto* quantizer = quant->find("weight");
+    if (quantizer->observe) {
+      quantizer->forward(folded_weight);
+    }
+    return {quantizer->quantize_to_integer(folded_weight), quantizer->scale.expand({weight.size(0)}).contiguous(),
+            folded_bias.defined() ? folded_bias.detach().to(torch::kFloat32) : folded_bias};
+  }
+
+  void convert() override {
+    auto integers = integer_weight();
+    this->parameters_.erase("weight");
+    if (bias.defined()) {
+      this->parameters_.erase("bias");
+    }
+    weight = this->register_buffer("weight", integers.values);
+    bias = integers.bias.defined() ? this->register_buffer("bias", integers.bias) : torch::Tensor();
+    weight_scale_ = integers.scale;
+    after_convert();
+    mode_ = Mode::converted;
+  }
+
+  /// Parameter (floating point) until converted; then a buffer of int8.
+  torch::Tensor weight;
+  /// Parameter until converted; then a buffer of float32. Undefined without bias.
+  torch::Tensor bias;
+
+ protected:
+  virtual void register_floating() = 0;
+  /// The float weight and bias that are quantized.
+  virtual std::pair<torch::Tensor, torch::Tensor> folded() { return {weight, bias}; }
+  virtual torch::Tensor pack() = 0;
+  /// Called by convert() while the layer still counts as prepared.
+  virtual void after_convert() {}
+
+  bool executes_integers() const { return quant->find("input") != nullptr; }
+
+  /// The packed weight, made anew when the weight was written to (a checkpoint was loaded).
+  const torch::Tensor& packed() {
+    const auto version = weight._version();
+    if (!packed_.defined() || packed_version_ != version) {
+      weight_scale_ = quant->find("weight")->scale.expand({weight.size(0)}).contiguous();
+      packed_ = pack();
+      packed_version_ = version;
+    }
+    return packed_;
+  }
+
+  /// The float weight of the integers, for layers whose input stays in floating point.
+  torch::Tensor dequantized_weight() {
+    packed_.reset();
+    std::vector<int64_t> shape(static_cast<size_t>(weight.dim()), 1);
+    shape[0] = weight.size(0);
+    return weight.to(torch::kFloat32) * quant->find("weight")->scale.expand({weight.size(0)}).view(shape);
+  }
+
+  QuantStateImpl::Specs specs_;
+  torch::Tensor weight_scale_;
+
+ private:
+  void register_converted() {
+    weight = this->register_buffer("weight", torch::empty_like(weight));
+    if (bias.defined()) {
+      bias = this->register_buffer("bias", torch::empty_like(bias));
+    }
+    packed_.reset();
+  }
+
+  torch::Tensor packed_;
+  uint32_t packed_version_ = 0;
+};
+
+}  // namespace rarefy::nn

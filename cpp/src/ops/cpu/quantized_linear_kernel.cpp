@@ -1,0 +1,147 @@
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/zeros.h>
+#include <rarefy/ops/fake_quantize.h>
+#include <rarefy/ops/quantized_linear.h>
+#include <torch/library.h>
+
+namespace rarefy::ops {
+namespace {
+
+using Scalars = torch::List<std::optional<c10::Scalar>>;
+
+/// The oneDNN operators are reached through the dispatcher: their C++ declarations are not part of LibTorch's headers.
+template <typename Function>
+c10::TypedOperatorHandle<Function> onednn(const char* name) {
+  const auto schema = c10::Dispatcher::singleton().findSchema({name, ""});
+  TORCH_CHECK_NOT_IMPLEMENTED(schema.has_value(), "[quantized_linear] this LibTorch has no operator ", name,
+                              ": int8 execution on the CPU needs a build with oneDNN");
+  return schema->typed<Function>();
+}
+
+void check_weight(const char* function, const at::Tensor& weight, int64_t dim) {
+  TORCH_CHECK_TYPE(weight.scalar_type() == at::kChar, "[", function, "] weight must be int8, got ", weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.dim() == dim && weight.numel() > 0, "[", function, "] weight must have ", dim,
+                    " dimensions and no empty one, got shape ", weight.sizes());
+}
+
+struct Parameters {
+  double scale;
+  int64_t zero_point;
+};
+
+/// Checks what both layers share and reads the input's parameters.
+Parameters check_input(const char* function, const at::Tensor& x, const at::Tensor& weight_scale,
+                       const std::optional<at::Tensor>& bias, const at::Tensor& input_scale,
+                       const at::Tensor& input_zero_point) {
+  TORCH_CHECK_VALUE(x.is_cpu(), "[", function, "] input must be on the CPU, got ", x.device());
+  TORCH_CHECK_TYPE(weight_scale.scalar_type() == at::kFloat, "[", function, "] weight_scale must be float32, got ",
+                   weight_scale.scalar_type());
+  TORCH_CHECK_VALUE(weight_scale.dim() == 1, "[", function, "] weight_scale must have shape [out], got ",
+                    weight_scale.sizes());
+  if (bias.has_value()) {
+    TORCH_CHECK_TYPE(bias->scalar_type() == at::kFloat, "[", function, "] bias must be float32, got ",
+                     bias->scalar_type());
+    TORCH_CHECK_VALUE(bias->sizes() == weight_scale.sizes(), "[", function, "] bias must have shape ",
+                      weight_scale.sizes(), ", got ", bias->sizes());
+  }
+  TORCH_CHECK_VALUE(input_scale.numel() == 1 && input_zero_point.numel() == 1, "[", function,
+                    "] input_scale and input_zero_point must have 1 element, got ", input_scale.numel(), " and ",
+                    input_zero_point.numel());
+  return {input_scale.item<double>(), input_zero_point.item<int64_t>()};
+}
+
+struct QuantizedInput {
+  at::Tensor values;  // uint8
+  double scale;
+  int64_t zero_point;
+};
+
+/// The input as uint8, which every int8 kernel of oneDNN takes (signed activations give wrong convolutions in some of
+/// them). A signed range moves up by 128 together with its zero point: the same numbers under other names.
+QuantizedInput quantize_input(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point, int64_t qmin,
+                              int64_t qmax, const Parameters& parameters) {
+  const int64_t shift = qmin < 0 ? 128 : 0;
+  const auto moved = shift == 0 ? zero_point : zero_point + shift;
+  return {quantize(x, scale, moved, std::nullopt, qmin + shift, qmax + shift), parameters.scale,
+          parameters.zero_point + shift};
+}
+
+at::Tensor pack_linear_weight_cpu(const at::Tensor& weight) {
+  check_weight("pack_linear_weight", weight, 2);
+  using Signature = at::Tensor(at::Tensor, std::optional<c10::List<int64_t>>);
+  static const auto prepack = onednn<Signature>("onednn::qlinear_prepack");
+  return prepack.call(weight.contiguous(), std::nullopt);
+}
+
+at::Tensor quantized_linear_cpu(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight_scale,
+                                const std::optional<at::Tensor>& bias, const at::Tensor& input_scale,
+                                const at::Tensor& input_zero_point, int64_t qmin, int64_t qmax, bool relu) {
+  constexpr const char* function = "quantized_linear";
+  const auto parameters = check_input(function, x, weight_scale, bias, input_scale, input_zero_point);
+  // oneDNN keeps the packed weight as [in, out].
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == packed.size(0), "[", function, "] input must have ", packed.size(0),
+                    " features in its last dimension, got shape ", x.sizes());
+  TORCH_CHECK_VALUE(weight_scale.size(0) == packed.size(1), "[", function, "] weight_scale must have shape [",
+                    packed.size(1), "], got ", weight_scale.sizes());
+  if (x.numel() == 0) {
+    auto sizes = x.sizes().vec();
+    sizes.back() = weight_scale.size(0);
+    return at::zeros(sizes, weight_scale.options());
+  }
+  const auto q = quantize_input(x.contiguous(), input_scale, input_zero_point, qmin, qmax, parameters);
+  const auto zeros = at::zeros(weight_scale.sizes(), weight_scale.options().dtype(at::kInt));
+  using Signature = at::Tensor(at::Tensor, double, int64_t, at::Tensor, at::Tensor, at::Tensor,
+                               std::optional<at::Tensor>, double, int64_t, std::optional<c10::ScalarType>,
+                               std::string_view, Scalars, std::string_view);
+  static const auto linear = onednn<Signature>("onednn::qlinear_pointwise");
+  return linear.call(q.values, q.scale, q.zero_point, packed, weight_scale, zeros, bias, 1.0, 0, at::kFloat,
+                     relu ? "relu" : "none", Scalars(), "");
+}
+
+at::Tensor pack_conv2d_weight_cpu(const at::Tensor& weight, const at::Tensor& weight_scale, at::IntArrayRef stride,
+                                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  check_weight("pack_conv2d_weight", weight, 4);
+  TORCH_CHECK_VALUE(groups > 0 && weight.size(0) % groups == 0, "[pack_conv2d_weight] groups must divide ",
+                    weight.size(0), " output channels, got ", groups);
+  using Signature = at::Tensor(at::Tensor, at::Tensor, double, int64_t, torch::List<int64_t>, torch::List<int64_t>,
+                               torch::List<int64_t>, int64_t, std::optional<torch::List<int64_t>>);
+  static const auto prepack = onednn<Signature>("onednn::qconv_prepack");
+  return prepack.call(weight.contiguous(), weight_scale, 1.0, 0, torch::List<int64_t>(stride),
+                      torch::List<int64_t>(padding), torch::List<int64_t>(dilation), groups, std::nullopt);
+}
+
+at::Tensor quantized_conv2d_cpu(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight_scale,
+                                const std::optional<at::Tensor>& bias, const at::Tensor& input_scale,
+                                const at::Tensor& input_zero_point, int64_t qmin, int64_t qmax, at::IntArrayRef stride,
+                                at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool relu) {
+  constexpr const char* function = "quantized_conv2d";
+  const auto parameters = check_input(function, x, weight_scale, bias, input_scale, input_zero_point);
+  TORCH_CHECK_VALUE(x.dim() == 4, "[", function, "] input must have shape [N, C, H, W], got ", x.sizes());
+  const auto q = quantize_input(x.contiguous(at::MemoryFormat::ChannelsLast), input_scale, input_zero_point, qmin, qmax,
+                                parameters);
+  const auto zeros = at::zeros(weight_scale.sizes(), weight_scale.options().dtype(at::kInt));
+  using Signature = at::Tensor(at::Tensor, double, int64_t, at::Tensor, at::Tensor, at::Tensor,
+                               std::optional<at::Tensor>, torch::List<int64_t>, torch::List<int64_t>,
+                               torch::List<int64_t>, int64_t, double, int64_t, std::optional<c10::ScalarType>,
+                               std::string_view, Scalars, std::optional<std::string_view>);
+  static const auto conv = onednn<Signature>("onednn::qconv_pointwise");
+  return conv.call(q.values, q.scale, q.zero_point, packed, weight_scale, zeros, bias,
+                   torch::List<int64_t>(stride), torch::List<int64_t>(padding), torch::List<int64_t>(dilation), groups,
+                   1.0, 0, at::kFloat, relu ? "relu" : "none", Scalars(), std::nullopt);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rarefy, CPU, m) {
+  m.impl("pack_linear_weight", &pack_linear_weight_cpu);
+  m.impl("pack_conv2d_weight", &pack_conv2d_weight_cpu);
+}
+
+// The packed weight is an opaque oneDNN tensor, and that decides the dispatch key.
+TORCH_LIBRARY_IMPL(rarefy, MkldnnCPU, m) {
+  m.impl("quantized_linear", &quantized_linear_cpu);
+  m.impl("quantized_conv2d", &quantized_conv2d_cpu);
+}
+
+}  // namespace rarefy::ops

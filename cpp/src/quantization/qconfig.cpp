@@ -1,0 +1,65 @@
+#include <c10/util/Exception.h>
+#include <rarefy/quantization/qconfig.h>
+
+namespace rarefy::quantization {
+
+void LayerConfig::validate() const {
+  if (weight.has_value()) {
+    weight->validate();
+    TORCH_CHECK_VALUE(weight->symmetric && weight->signed_range(),
+                      "[QConfig] weight must be symmetric and signed (integer kernels have no weight zero point), got ",
+                      weight->str());
+    TORCH_CHECK_VALUE(weight->axis().value_or(0) == 0,
+                      "[QConfig] weight must be per tensor or per output channel (axis 0), got axis ",
+                      weight->axis().value_or(0));
+  }
+  if (activation.has_value()) {
+    activation->validate();
+    TORCH_CHECK_VALUE(weight.has_value(), "[QConfig] activation needs a weight scheme beside it, got none");
+    TORCH_CHECK_VALUE(!activation->axis().has_value(), "[QConfig] activation must be per tensor, got ",
+                      activation->str());
+  }
+  if (observer.has_value()) {
+    quantization::validate(*observer);
+  }
+}
+
+QConfig QConfig::int8() {
+  QConfig config;
+  config.weight = Scheme{.bits = 8, .symmetric = true, .narrow_range = true, .granularity = PerChannel{0}};
+  config.activation = Scheme{.bits = 8, .symmetric = false};
+  return config;
+}
+
+std::optional<LayerConfig> QConfig::resolve(const std::string& name) const {
+  for (auto entry = overrides.rbegin(); entry != overrides.rend(); ++entry) {
+    if (matches(entry->first, name)) {
+      return entry->second;
+    }
+  }
+  return static_cast<const LayerConfig&>(*this);
+}
+
+bool matches(const std::string& pattern, const std::string& name) {
+  size_t p = 0, n = 0, star = std::string::npos, resume = 0;
+  while (n < name.size()) {
+    if (p < pattern.size() && (pattern[p] == '?' || pattern[p] == name[n]) && pattern[p] != '*') {
+      ++p;
+      ++n;
+    } else if (p < pattern.size() && pattern[p] == '*') {
+      star = p++;
+      resume = n;
+    } else if (star != std::string::npos) {  // let the last star take one character more
+      p = star + 1;
+      n = ++resume;
+    } else {
+      return false;
+    }
+  }
+  while (p < pattern.size() && pattern[p] == '*') {
+    ++p;
+  }
+  return p == pattern.size();
+}
+
+}  // namespace rarefy::quantization

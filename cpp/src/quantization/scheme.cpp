@@ -1,0 +1,52 @@
+#include <c10/util/Exception.h>
+#include <fmt/format.h>
+#include <rarefy/quantization/scheme.h>
+
+namespace rarefy::quantization {
+
+bool Scheme::signed_range() const { return is_signed.value_or(symmetric); }
+
+int64_t Scheme::qmin() const {
+  const int64_t lowest = signed_range() ? -(int64_t{1} << (bits - 1)) : 0;
+  return narrow_range ? lowest + 1 : lowest;
+}
+
+int64_t Scheme::qmax() const { return (int64_t{1} << (signed_range() ? bits - 1 : bits)) - 1; }
+
+std::optional<int64_t> Scheme::axis() const {
+  const auto* channel = std::get_if<PerChannel>(&granularity);
+  return channel == nullptr ? std::nullopt : std::optional<int64_t>(channel->axis);
+}
+
+c10::ScalarType Scheme::dtype() const { return signed_range() ? c10::kChar : c10::kByte; }
+
+void Scheme::validate() const {
+  TORCH_CHECK_VALUE(bits >= 2 && bits <= 8, "[Scheme] bits must be in 2..8, got ", bits);
+}
+
+std::string Scheme::str() const {
+  return fmt::format("{}{} {} {} [{}, {}]", signed_range() ? "int" : "uint", bits,
+                     symmetric ? "symmetric" : "asymmetric",
+                     axis().has_value() ? fmt::format("per-channel(axis={})", *axis()) : "per-tensor", qmin(), qmax());
+}
+
+std::optional<double> averaging_constant(const Observer& observer) {
+  if (const auto* average = std::get_if<MovingAverage>(&observer)) {
+    return average->constant;
+  }
+  return std::holds_alternative<Latest>(observer) ? std::optional<double>(1.0) : std::nullopt;
+}
+
+void validate(const Observer& observer) {
+  const double constant = averaging_constant(observer).value_or(1.0);
+  TORCH_CHECK_VALUE(constant > 0.0 && constant <= 1.0, "[MovingAverage] constant must be in (0, 1], got ", constant);
+}
+
+std::string str(const Observer& observer) {
+  if (const auto* average = std::get_if<MovingAverage>(&observer)) {
+    return fmt::format("MovingAverage(constant={})", average->constant);
+  }
+  return std::holds_alternative<Latest>(observer) ? "Latest()" : "MinMax()";
+}
+
+}  // namespace rarefy::quantization

@@ -1,0 +1,134 @@
+"""Layers that execute in integers: what ``rarefy.quantization.convert`` makes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rarefy.nn._base import QuantState, WeightedLayer
+from rarefy.nn.conv import Conv2d, ConvBn2d
+from rarefy.nn.linear import Linear
+
+
+class _QuantizedLayer(nn.Module):
+    """An int8 weight (buffer ``weight``), a float bias, and the parameters of input and weight under ``quant``."""
+
+    weight: Tensor
+    bias: Tensor | None
+    quant: QuantState
+
+    def __init__(self, layer: WeightedLayer) -> None:
+        super().__init__()
+        integers = layer.integer_weight()
+        self.register_buffer("weight", integers.values)
+        self.register_buffer("bias", integers.bias)
+        self.quant = layer.quant
+        self.relu = layer.relu
+        self._packed: Tensor | None = None
+        self._packed_version = -1
+        self.train(layer.training)
+
+    def _weight_scale(self) -> Tensor:
+        assert self.quant.weight is not None
+        return self.quant.weight.scale.expand(self.weight.shape[0]).contiguous()
+
+    def _pack(self) -> Tensor:
+        raise NotImplementedError
+
+    def _packed_weight(self) -> Tensor:
+        # The packed form is opaque: made on first use, and again when a checkpoint has written to the weight.
+        if self._packed is None or self._packed_version != self.weight._version:
+            self._packed, self._packed_version = self._pack(), self.weight._version
+        return self._packed
+
+    def _dequantized_weight(self) -> Tensor:
+        return self.weight.float() * self._weight_scale().view(-1, *[1] * (self.weight.dim() - 1))
+
+    def _apply(self, fn: object, recurse: bool = True) -> nn.Module:
+        self._packed = None
+        return super()._apply(fn, recurse)  # type: ignore[arg-type]
+
+    def __getstate__(self) -> dict[str, object]:
+        """Everything but the packed weight, which cannot be copied or pickled."""
+        return {**self.__dict__, "_packed": None}
+
+    def _finish(self, y: Tensor) -> Tensor:
+        return y if self.quant.output is None else self.quant.output(y)
+
+
+class QuantizedLinear(_QuantizedLayer):
+    """A linear layer on int8 kernels: x [..., in] (float) to [..., out] (float32). For inference, on the CPU."""
+
+    def __init__(self, layer: Linear) -> None:
+        super().__init__(layer)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def _pack(self) -> Tensor:
+        return torch.ops.rarefy.pack_linear_weight(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer in integers; with float input where the activation was not quantized."""
+        quantizer = self.quant.input
+        if quantizer is None:
+            y = F.linear(x, self._dequantized_weight(), self.bias)
+            return self._finish(torch.relu(y) if self.relu else y)
+        return self._finish(
+            torch.ops.rarefy.quantized_linear(
+                x,
+                self._packed_weight(),
+                self._weight_scale(),
+                self.bias,
+                quantizer.scale,
+                quantizer.zero_point,
+                quantizer.qmin,
+                quantizer.qmax,
+                self.relu,
+            )
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes and what is fused."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, relu={self.relu}"
+
+
+class QuantizedConv2d(_QuantizedLayer):
+    """A 2-d convolution on int8 kernels: x [N, in, H, W] (float) to [N, out, h, w] (float32). For inference, on the CPU."""
+
+    def __init__(self, layer: Conv2d | ConvBn2d) -> None:
+        super().__init__(layer)
+        self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
+        self.kernel_size = layer.kernel_size
+        self._geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    def _pack(self) -> Tensor:
+        return torch.ops.rarefy.pack_conv2d_weight(self.weight, self._weight_scale(), *self._geometry)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer in integers; with float input where the activation was not quantized."""
+        quantizer = self.quant.input
+        if quantizer is None:
+            y = F.conv2d(x, self._dequantized_weight(), self.bias, *self._geometry)
+            return self._finish(torch.relu(y) if self.relu else y)
+        return self._finish(
+            torch.ops.rarefy.quantized_conv2d(
+                x,
+                self._packed_weight(),
+                self._weight_scale(),
+                self.bias,
+                quantizer.scale,
+                quantizer.zero_point,
+                quantizer.qmin,
+                quantizer.qmax,
+                *self._geometry,
+                self.relu,
+            )
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes and what is fused."""
+        stride, padding, dilation, groups = self._geometry
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={stride}, "
+            f"padding={padding}, dilation={dilation}, groups={groups}, bias={self.bias is not None}, relu={self.relu}"
+        )

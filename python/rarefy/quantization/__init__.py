@@ -1,0 +1,26 @@
+"""Quantization: schemes, fake quantizers, quantization-aware training, calibration, integer execution."""
+
+from rarefy._core import Latest, MinMax, MovingAverage, PerChannel, PerTensor, Scheme
+from rarefy.quantization.fake_quantizer import FakeQuantizer
+from rarefy.quantization.prepare import calibrate, convert, prepare, prepare_qat, set_state
+from rarefy.quantization.qconfig import QConfig
+from rarefy.quantization.report import LayerReport, QuantizationReport, report
+
+__all__ = [
+    "FakeQuantizer",
+    "Latest",
+    "LayerReport",
+    "MinMax",
+    "MovingAverage",
+    "PerChannel",
+    "PerTensor",
+    "QConfig",
+    "QuantizationReport",
+    "Scheme",
+    "calibrate",
+    "convert",
+    "prepare",
+    "prepare_qat",
+    "report",
+    "set_state",
+]

@@ -1,0 +1,174 @@
+"""Which layer feeds which: one eager run of the model, recorded.
+
+``prepare`` needs three facts that module names do not tell: which batch normalization follows which convolution, which
+results go into a ReLU and nothing else, and which results reach an operation that stays in floating point.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+# Operations that hand values on unchanged: a tensor on a grid stays on it. ReLU is one: zero is on every grid.
+_PASS_THROUGH = {
+    "relu", "relu_", "max_pool2d", "boolean_dispatch", "flatten", "reshape", "view", "permute", "transpose", "contiguous",
+    "squeeze", "unsqueeze", "dropout", "clone", "detach",
+}  # fmt: skip
+_RELU = {"relu", "relu_"}
+# Reading a tensor's facts is not computing with it.
+_NO_USE = {"size", "dim", "numel", "__get__", "is_floating_point", "stride", "__len__", "is_contiguous"}
+
+Key = tuple[int, int]  # identity of a tensor and its version, as in-place operations make a new value
+
+
+@dataclass(frozen=True)
+class Event:
+    """One call: of the layer ``module`` (by name), or of a function called ``kind``."""
+
+    kind: str
+    module: str | None
+    inputs: tuple[Key, ...]
+    outputs: tuple[Key, ...]
+
+
+@dataclass
+class Flow:
+    """A recorded run."""
+
+    events: list[Event] = field(default_factory=list)
+    results: set[Key] = field(default_factory=set)  # what the model returned
+    _kept: list[Tensor] = field(default_factory=list)  # alive, so that no identity is used twice
+
+    def __post_init__(self) -> None:
+        self._consumers: dict[Key, list[Event]] = defaultdict(list)
+        self._calls: dict[str, list[Event]] = defaultdict(list)
+
+    def add(self, event: Event) -> None:
+        """Append a call."""
+        self.events.append(event)
+        for key in dict.fromkeys(event.inputs):
+            self._consumers[key].append(event)
+        if event.module is not None:
+            self._calls[event.module].append(event)
+
+    def only_call(self, module: str) -> Event | None:
+        """The one call of a layer; None when it ran not at all or several times."""
+        calls = self._calls[module]
+        return calls[0] if len(calls) == 1 else None
+
+    def sole_consumer(self, event: Event) -> Event | None:
+        """The one call that uses a call's one result, unless the model returns it too."""
+        if len(event.outputs) != 1 or event.outputs[0] in self.results:
+            return None
+        consumers = self._consumers[event.outputs[0]]
+        return consumers[0] if len(consumers) == 1 else None
+
+    def final_consumers(self, event: Event) -> tuple[list[Event], bool]:
+        """The calls that compute with a call's result, looking through what only hands it on; and whether the model
+        returns it."""
+        consumers: list[Event] = []
+        returned = False
+        todo, seen = list(event.outputs), set()
+        while todo:
+            key = todo.pop()
+            if key in seen:
+                continue
+            seen.add(key)
+            returned = returned or key in self.results
+            for consumer in self._consumers[key]:
+                if consumer.kind in _PASS_THROUGH:
+                    todo.extend(consumer.outputs)
+                else:
+                    consumers.append(consumer)
+        return consumers, returned
+
+    def is_relu(self, event: Event | None) -> bool:
+        """True for a ReLU, as a function or a module."""
+        return event is not None and event.kind in _RELU
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+        self.inside = 0  # depth of watched layers: what they do inside is theirs
+
+    def keys(self, values: object) -> tuple[Key, ...]:
+        tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+        self.flow._kept.extend(tensors)
+        return tuple((id(tensor), tensor._version) for tensor in tensors)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204, D105
+        kwargs = kwargs or {}
+        if self.inside:
+            return func(*args, **kwargs)
+        inputs = self.keys((args, kwargs))
+        self.inside += 1
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self.inside -= 1
+        name = getattr(func, "__name__", str(func))
+        if name not in _NO_USE:
+            self.flow.add(Event(name, None, inputs, self.keys(out)))
+        return out
+
+
+def record(model: nn.Module, example_inputs: object, watched: Iterable[type[nn.Module]]) -> Flow:
+    """Run the model once in evaluation mode, without gradients, and record calls of ``watched`` layers and functions.
+
+    Args:
+        model: any module; its training mode is restored.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
+        watched: module types whose calls count as one event each.
+    """
+    flow = Flow()
+    recorder = _Recorder(flow)
+    watched = tuple(watched)
+    handles = []
+    pending: list[tuple[str, tuple[Key, ...]]] = []
+
+    def before(name: str):  # noqa: ANN202
+        def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            pending.append((name, recorder.keys((args, kwargs)) if not recorder.inside else ()))
+            recorder.inside += 1
+
+        return hook
+
+    def after(kind: str):  # noqa: ANN202
+        def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], out: object) -> None:
+            recorder.inside -= 1
+            name, inputs = pending.pop()
+            if not recorder.inside:
+                flow.add(Event(kind, name, inputs, recorder.keys(out)))
+
+        return hook
+
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for name, module in model.named_modules():
+            if isinstance(module, watched):
+                kind = "relu" if isinstance(module, nn.ReLU) else type(module).__name__
+                handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+                handles.append(module.register_forward_hook(after(kind), with_kwargs=True))
+        model.eval()
+        with torch.no_grad(), recorder:
+            if isinstance(example_inputs, dict):
+                out = model(**example_inputs)
+            elif isinstance(example_inputs, (tuple, list)):
+                out = model(*example_inputs)
+            else:
+                out = model(example_inputs)
+        flow.results = set(recorder.keys(out))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    return flow

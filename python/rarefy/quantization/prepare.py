@@ -1,0 +1,353 @@
+"""The verbs: prepare_qat, prepare, calibrate, convert, set_state, report."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from rarefy import nn as rnn
+from rarefy._core import Latest, MinMax, MovingAverage
+from rarefy.nn.conv import unsupported
+from rarefy.quantization.fake_quantizer import FakeQuantizer, Observer
+from rarefy.quantization.flow import Flow, record
+from rarefy.quantization.qconfig import QConfig
+from rarefy.quantization.report import QuantizationReport, report
+
+_PREPARED = (rnn.Linear, rnn.Conv2d, rnn.ConvBn2d)
+
+
+@dataclass
+class _Step:
+    """One layer to swap: decided before the first is."""
+
+    name: str
+    module: nn.Module
+    config: QConfig
+    bn: str | None = None  # name of the batch normalization to fold in
+    relu: bool = False
+    quantize_output: bool = False
+
+
+def _is_quantizable(module: nn.Module) -> bool:
+    # Subclasses of Linear and Conv2d may do anything in their forward: they are left alone.
+    return type(module) in (nn.Linear, nn.Conv2d, rnn.Add, rnn.ConvBn2d)
+
+
+def _is_prepared(module: nn.Module) -> bool:
+    if isinstance(module, rnn.Add):
+        return bool(list(module.quant.children()))
+    return isinstance(module, _PREPARED) and module.quant.weight is not None
+
+
+def _plan(model: nn.Module, config: QConfig, function: str) -> tuple[dict[str, _Step], dict[str, str]]:
+    """What to swap, and why other layers are left alone. Changes nothing."""
+    layers = {name: module for name, module in model.named_modules() if _is_quantizable(module) or _is_prepared(module)}
+    for key in config.overrides:
+        hit = any(fnmatch.fnmatchcase(n, key) if isinstance(key, str) else isinstance(m, key) for n, m in layers.items())
+        if not hit:
+            shown = repr(key) if isinstance(key, str) else key.__name__
+            raise ValueError(
+                f"[{function}] override {shown} must match a layer that can be quantized, but matches none of: "
+                f"{', '.join(layers) or '(no such layer)'}"
+            )
+    steps: dict[str, _Step] = {}
+    skipped: dict[str, str] = {}
+    for name, module in layers.items():
+        resolved, reason = config.resolve(name, module)
+        if resolved is None:
+            skipped[name] = reason
+            continue
+        if _is_prepared(module):
+            raise ValueError(f"[{function}] layer {name} must be floating point, but is already prepared")
+        if isinstance(module, nn.Conv2d):
+            why = unsupported(module)
+            if why is not None:
+                skipped[name] = why
+                continue
+        if isinstance(module, rnn.Add) and resolved.activation is None:
+            skipped[name] = "the configuration quantizes weights only"
+            continue
+        steps[name] = _Step(name, module, resolved)
+    if not steps:
+        raise ValueError(
+            f"[{function}] the model must have a layer that the configuration quantizes "
+            f"(Linear, Conv2d, rarefy.nn.Add), but has none"
+        )
+    return steps, skipped
+
+
+def _read_flow(model: nn.Module, steps: dict[str, _Step], flow: Flow) -> None:
+    modules = dict(model.named_modules())
+    for step in steps.values():
+        event = flow.only_call(step.name)
+        if event is None:
+            continue
+        consumer = flow.sole_consumer(event)
+        if type(step.module) is nn.Conv2d and consumer is not None and consumer.module is not None:
+            bn = modules[consumer.module]
+            if _foldable(bn, step.module) and flow.only_call(consumer.module) is not None:
+                step.bn = consumer.module
+                event = consumer
+                consumer = flow.sole_consumer(event)
+        step.relu = flow.is_relu(consumer)
+        if isinstance(step.module, nn.Linear):
+            continue
+        consumers, returned = flow.final_consumers(event)
+        takes_float = [not (c.module in steps and steps[c.module].config.activation is not None) for c in consumers]
+        step.quantize_output = bool(consumers) and not returned and all(takes_float)
+
+
+def _foldable(bn: nn.Module, conv: nn.Conv2d) -> bool:
+    return (
+        type(bn) is nn.BatchNorm2d
+        and bn.affine
+        and bn.track_running_stats
+        and bn.momentum is not None
+        and bn.num_features == conv.out_channels
+    )
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _prepare(
+    function: str,
+    model: nn.Module,
+    config: QConfig,
+    example_inputs: object | None,
+    inplace: bool,
+    default_observer: Observer,
+) -> nn.Module:
+    if not isinstance(config, QConfig):
+        raise TypeError(f"[{function}] config must be a QConfig, got {type(config).__name__}")
+    if _is_quantizable(model):
+        raise ValueError(f"[{function}] model must contain its layers, got a single {type(model).__name__}; wrap it in nn.Sequential")
+    if not inplace:
+        model = copy.deepcopy(model)
+    steps, skipped = _plan(model, config, function)
+    if example_inputs is not None:
+        watched = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, rnn.Add)
+        _read_flow(model, steps, record(model, example_inputs, watched))
+    # Build every layer first: the model is touched only when nothing can fail any more.
+    swaps: list[tuple[str, nn.Module]] = []
+    for step in steps.values():
+        layer_config = step.config
+        if layer_config.observer is None:
+            layer_config = QConfig(layer_config.weight, layer_config.activation, default_observer)
+        options = {"relu": step.relu, "quantize_output": step.quantize_output}
+        if isinstance(step.module, rnn.Add):
+            swaps.append((step.name, rnn.Add.from_float(step.module, layer_config, **options)))
+        elif isinstance(step.module, nn.Linear):
+            swaps.append((step.name, rnn.Linear.from_float(step.module, layer_config, **options)))
+        elif isinstance(step.module, rnn.ConvBn2d):
+            swaps.append((step.name, rnn.ConvBn2d.from_float(step.module, None, layer_config, **options)))
+        elif step.bn is not None:
+            bn = rnn.FoldedBatchNorm2d.from_float(model.get_submodule(step.bn))
+            swaps.append((step.bn, bn))
+            swaps.append((step.name, rnn.ConvBn2d.from_float(step.module, bn, layer_config, **options)))
+        else:
+            swaps.append((step.name, rnn.Conv2d.from_float(step.module, layer_config, **options)))
+    # One new layer for each module, also where the model holds it under several names.
+    replacement = {id(model.get_submodule(name)): layer for name, layer in swaps}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in replacement:
+            _replace(model, name, replacement[id(module)])
+    model._rarefy_skipped = skipped  # read by report()
+    return model
+
+
+def prepare_qat(
+    model: nn.Module, config: QConfig, example_inputs: object | None = None, *, inplace: bool = False
+) -> nn.Module:
+    """A model that trains with quantization: its Linear, Conv2d and ``rarefy.nn.Add`` layers compute on integer grids.
+
+    Every quantized layer quantizes its own input and weight, so that no tracing is needed. With ``example_inputs`` the
+    model is run once, and what the run shows is used: a batch normalization that alone follows a convolution is folded
+    into it, a ReLU that alone follows a layer is fused into it, and a result that flows only into operations that stay in
+    floating point (a pooling, say) is quantized where it is made, as integer runtimes want it.
+
+    Args:
+        model: any module with such layers. Parameter names and values stay.
+        config: schemes and overrides.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
+        inplace: swap the layers of ``model`` itself; Parameter objects stay the same, so an optimizer stays valid.
+
+    Returns:
+        The prepared model; ``model`` itself is unchanged unless ``inplace``.
+
+    Raises:
+        ValueError: an override matches no layer, nothing is left to quantize, or a layer is prepared already. The model
+            is then as it was.
+    """
+    return _prepare("prepare_qat", model, config, example_inputs, inplace, MovingAverage())
+
+
+def prepare(
+    model: nn.Module, config: QConfig, example_inputs: object | None = None, *, inplace: bool = False
+) -> nn.Module:
+    """A model that is ready for ``calibrate``: quantization after training, without training.
+
+    Arguments, result and errors are those of ``prepare_qat``. Until ``calibrate`` has run, activations pass unchanged.
+    """
+    model = _prepare("prepare", model, config, example_inputs, inplace, MinMax())
+    for _, quantizer in _activation_quantizers(model):
+        quantizer.observe = quantizer.quantize = False
+    return model
+
+
+def _quantizers(model: nn.Module) -> Iterator[tuple[str, FakeQuantizer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantizer):
+            yield name, module
+
+
+def _activation_quantizers(model: nn.Module) -> list[tuple[str, FakeQuantizer]]:
+    return [(name, q) for name, q in _quantizers(model) if not isinstance(q.observer, Latest)]
+
+
+def _require_prepared(function: str, model: nn.Module) -> None:
+    if next(_quantizers(model), None) is None:
+        raise ValueError(f"[{function}] the model must have prepared layers; call prepare_qat or prepare first")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def calibrate(
+    model: nn.Module,
+    loader: Iterable[object],
+    *,
+    forward: Callable[[nn.Module, object], object] | None = None,
+    progress: bool = False,
+) -> nn.Module:
+    """Run the data through a prepared model so that its activation quantizers learn their ranges.
+
+    In evaluation mode, without gradients; the training mode is restored. Statistics add up over several calls.
+
+    Args:
+        model: of ``prepare`` (or ``prepare_qat``).
+        loader: batches. A tensor is the model's input; of a tuple or list the first element is; a dict is keyword
+            arguments.
+        forward: ``forward(model, batch)`` feeds other kinds of batches.
+        progress: show a progress bar.
+
+    Returns:
+        ``model`` itself, with quantizing activations.
+
+    Raises:
+        ValueError: the model is not prepared, there is no batch, or some layer saw no data (they are listed), or the data
+            is NaN or infinite. The quantizers' switches, and their ranges, are then as they were.
+    """
+    _require_prepared("calibrate", model)
+    quantizers = _activation_quantizers(model)
+    before = [(q, q.observe, q.quantize, {k: v.clone() for k, v in q.state_dict().items()}) for _, q in quantizers]
+    try:
+        batches = 0
+        with _evaluating(model), torch.no_grad():
+            for _, quantizer in quantizers:
+                quantizer.observe, quantizer.quantize = True, False
+            for batch in tqdm(loader, desc="calibrate", disable=not progress):
+                _feed(model, batch, forward)
+                batches += 1
+        if batches == 0:
+            raise ValueError("[calibrate] loader must yield at least one batch, got none")
+        missed = [name for name, quantizer in quantizers if not quantizer.calibrated]
+        if missed:
+            raise ValueError(f"[calibrate] every quantizer must see data, but none reached: {', '.join(missed)}")
+    except BaseException:
+        for quantizer, observe, quantize, state in before:
+            quantizer.load_state_dict(state)
+            quantizer.observe, quantizer.quantize = observe, quantize
+        raise
+    for _, quantizer in quantizers:
+        quantizer.observe, quantizer.quantize = False, True
+    return model
+
+
+def _feed(model: nn.Module, batch: object, forward: Callable[[nn.Module, object], object] | None) -> None:
+    if forward is not None:
+        forward(model, batch)
+    elif isinstance(batch, Tensor):
+        model(batch)
+    elif isinstance(batch, dict):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+        model(batch[0])
+    else:
+        raise TypeError(
+            f"[calibrate] a batch must be a tensor, a tuple or list that begins with one, or a dict of keyword arguments, "
+            f"got {type(batch).__name__}; pass forward= for other kinds"
+        )
+
+
+def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """A model whose prepared layers execute in integers, on LibTorch's oneDNN int8 kernels. For inference, on the CPU.
+
+    Args:
+        model: prepared, and trained or calibrated.
+        inplace: swap the layers of ``model`` itself.
+
+    Returns:
+        The converted model, in evaluation mode.
+
+    Raises:
+        ValueError: the model is not prepared, or some quantizer has not been calibrated (they are listed). The model is
+            then as it was.
+    """
+    _require_prepared("convert", model)
+    missed = [name for name, quantizer in _activation_quantizers(model) if not quantizer.calibrated]
+    if missed:
+        raise ValueError(
+            f"[convert] every quantizer must be calibrated (train or calibrate first), but these are not: {', '.join(missed)}"
+        )
+    if not inplace:
+        model = copy.deepcopy(model)
+    swaps: dict[int, nn.Module] = {}
+    for module in model.modules():
+        if isinstance(module, rnn.Linear):
+            swaps[id(module)] = rnn.QuantizedLinear(module)
+        elif isinstance(module, (rnn.Conv2d, rnn.ConvBn2d)) and module.quant.weight is not None:
+            swaps[id(module)] = rnn.QuantizedConv2d(module)
+            if isinstance(module, rnn.ConvBn2d):
+                swaps[id(module.bn)] = nn.Identity()
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in swaps:
+            _replace(model, name, swaps[id(module)])
+    return model.eval()
+
+
+def set_state(model: nn.Module, *, observe: bool | None = None, quantize: bool | None = None) -> None:
+    """What every fake quantizer of a prepared model does from now on; None leaves a switch as it is.
+
+    Args:
+        model: prepared.
+        observe: follow the data (False freezes scales and zero points).
+        quantize: round to the grid (False trains in floating point).
+
+    Raises:
+        ValueError: the model is not prepared.
+    """
+    _require_prepared("set_state", model)
+    for _, quantizer in _quantizers(model):
+        quantizer.observe = quantizer.observe if observe is None else observe
+        quantizer.quantize = quantizer.quantize if quantize is None else quantize
+
+
+__all__ = ["QuantizationReport", "calibrate", "convert", "prepare", "prepare_qat", "report", "set_state"]

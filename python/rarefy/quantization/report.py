@@ -1,0 +1,96 @@
+"""What was quantized, what was left alone, and why."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+
+from torch import nn
+
+from rarefy import nn as rnn
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of a model."""
+
+    name: str
+    kind: str
+    state: str  #: "prepared", "integer" or "fp32"
+    weight: str  #: scheme of the weight, or ""
+    activation: str  #: scheme of the input, or ""
+    note: str  #: what is fused, or why the layer is in FP32
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """One row per layer that is quantized or could be."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def quantized(self) -> tuple[LayerReport, ...]:
+        """The layers on integer grids."""
+        return tuple(layer for layer in self.layers if layer.state != "fp32")
+
+    @property
+    def skipped(self) -> tuple[LayerReport, ...]:
+        """The layers in FP32."""
+        return tuple(layer for layer in self.layers if layer.state == "fp32")
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = [("layer", "kind", "state", "weight", "activation", "note")]
+        rows += [(e.name, e.kind, e.state, e.weight, e.activation, e.note) for e in self.layers]
+        return rows
+
+    def __repr__(self) -> str:
+        rows = self._rows()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.append(f"{len(self.quantized)} quantized, {len(self.skipped)} in FP32")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        head, *body = self._rows()
+        cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+        lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
+        summary = f"{len(self.quantized)} quantized, {len(self.skipped)} in FP32"
+        return f"<table><caption>{summary}</caption><tr>{cells}</tr>{lines}</table>"
+
+
+def _prepared(name: str, module: nn.Module, state: str) -> LayerReport:
+    quant: rnn.QuantState = module.quant  # type: ignore[assignment]
+    first = quant.input if quant.input is not None else quant.input0
+    notes = []
+    if isinstance(module, rnn.ConvBn2d):
+        notes.append("batch norm folded")
+    if module.relu:
+        notes.append("ReLU fused")
+    if quant.output is not None:
+        notes.append("output quantized")
+    if any(not quantizer.calibrated for quantizer in quant.children() if quantizer is not quant.weight):
+        notes.append("not calibrated")
+    return LayerReport(
+        name,
+        type(module).__name__,
+        state,
+        "" if quant.weight is None else str(quant.weight.scheme),
+        "" if first is None else str(first.scheme),
+        ", ".join(notes),
+    )
+
+
+def report(model: nn.Module) -> QuantizationReport:
+    """What ``prepare_qat``, ``prepare`` or ``convert`` did to a model: a table that prints itself, also in notebooks."""
+    skipped: dict[str, str] = getattr(model, "_rarefy_skipped", {})
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, (rnn.QuantizedLinear, rnn.QuantizedConv2d)):
+            layers.append(_prepared(name, module, "integer"))
+        elif isinstance(module, (rnn.WeightedLayer, rnn.Add)) and list(module.quant.children()):
+            layers.append(_prepared(name, module, "prepared"))
+        elif isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, rnn.Add)):
+            known = isinstance(module, (nn.Linear, nn.Conv2d, rnn.Add)) and not skipped
+            reason = skipped.get(name, "not prepared" if known else f"{type(module).__name__} is not supported")
+            layers.append(LayerReport(name, type(module).__name__, "fp32", "", "", reason))
+    return QuantizationReport(tuple(layers))
