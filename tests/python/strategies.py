@@ -1,4 +1,4 @@
-"""Hypothesis strategies for quantization: ranges, scales, shapes, layouts, and values around bin centres and edges."""
+"""Inputs for quantization: Hypothesis strategies, layouts, values around bin centres and edges, observer states."""
 
 import itertools
 
@@ -68,3 +68,13 @@ def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
         views["padded"] = padded[..., 3:]
         views["unaligned"] = torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
     return views
+
+
+def new_state(count: int = 1, device: torch.device | str = "cpu") -> list[torch.Tensor]:
+    """min_val, max_val, scale, zero_point of an observer that has seen nothing."""
+    return [
+        torch.full((count,), torch.inf, device=device),
+        torch.full((count,), -torch.inf, device=device),
+        torch.ones(count, device=device),
+        torch.zeros(count, dtype=torch.int32, device=device),
+    ]

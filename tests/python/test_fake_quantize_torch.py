@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import strategies
 import torch
-from test_observe import new_state
+from strategies import new_state
 
 ops = torch.ops.rarefy
 INT8 = (-128, 127)

@@ -9,20 +9,11 @@ import strategies
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import new_state
 
 ops = torch.ops.rarefy
 INFINITY = float("inf")
-State = list[torch.Tensor]
-
-
-def new_state(count: int = 1, device: torch.device | str = "cpu") -> State:
-    """min_val, max_val, scale, zero_point of an observer that has seen nothing."""
-    return [
-        torch.full((count,), INFINITY, device=device),
-        torch.full((count,), -INFINITY, device=device),
-        torch.ones(count, device=device),
-        torch.zeros(count, dtype=torch.int32, device=device),
-    ]
+State = list[torch.Tensor]  # min_val, max_val, scale, zero_point
 
 
 def assert_parameters(state: State, qmin: int, qmax: int, symmetric: bool) -> None:

@@ -25,10 +25,10 @@ bool is_ours_alone(const at::Tensor& grad, at::IntArrayRef strides) {
          grad.is_non_overlapping_and_dense() && grad.strides() == strides;
 }
 
-void mask_in_place(const at::Tensor& grad, const at::Tensor& mask) {
+void mask_in_place(at::Tensor grad, const at::Tensor& mask) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("rarefy::fake_quantize_backward_", "")
-                             .typed<void(const at::Tensor&, const at::Tensor&)>();
+                             .typed<void(at::Tensor&, const at::Tensor&)>();
   op.call(grad, mask);
 }
 
