@@ -41,7 +41,6 @@ def show_config() -> None:
 from rarefy import distillation, quantization  # noqa: E402
 
 # isort: split
-from rarefy import nn  # noqa: E402  (its layers are built on quantization's fake quantizers)
-from rarefy import export  # noqa: E402
+from rarefy import export, nn  # noqa: E402  (nn's layers are built on quantization's fake quantizers)
 
 __all__ = ["__version__", "cmake_prefix_path", "distillation", "export", "nn", "quantization", "show_config"]
