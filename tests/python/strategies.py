@@ -34,9 +34,15 @@ def shapes(max_dims: int = 4, max_side: int = 9) -> st.SearchStrategy[tuple[int,
 
 
 def around_bins(
-    shape: tuple[int, ...], scale: torch.Tensor, zero_point: torch.Tensor, axis: int | None, qmin: int, qmax: int, seed: int
+    shape: tuple[int, ...],
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    axis: int | None,
+    qmin: int,
+    qmax: int,
+    seed: int,
 ) -> torch.Tensor:
-    """float32 values at bin centres, at bin edges, one ulp beside them, in between, and beyond both ends of the range."""
+    """float32 values at bin centres, at bin edges, one ulp beside them, in between, and beyond both ends."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randint(qmin - 3, qmax + 4, shape, generator=generator).float()
     offsets = torch.tensor([0.0, 0.5, -0.5, 0.25, -0.49, 0.4999, 0.5001])
