@@ -41,8 +41,7 @@ def show_config() -> None:
 from rarefy import distillation, pruning, quantization  # noqa: E402
 
 # isort: split
-from rarefy import nn  # noqa: E402  (its layers are built on quantization's fake quantizers)
-from rarefy import export  # noqa: E402
+from rarefy import export, nn  # noqa: E402  (nn's layers are built on quantization's fake quantizers)
 
 __all__ = [
     "__version__",
