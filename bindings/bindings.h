@@ -11,6 +11,8 @@ namespace rarefy::python {
 namespace py = pybind11;
 
 void init_config(py::module_& m);
+void init_pruning(py::module_& m);
 void init_quantization(py::module_& m);
+void init_distillation(py::module_& m);
 
 }  // namespace rarefy::python

@@ -1,4 +1,5 @@
 #include <c10/util/Exception.h>
+#include <torch/csrc/Exceptions.h>
 
 #include "bindings.h"
 
@@ -11,6 +12,8 @@ void translate(std::exception_ptr pointer) {
     if (pointer) {
       std::rethrow_exception(pointer);
     }
+  } catch (python_error& e) {  // raised by Python code that the autograd engine called
+    e.restore();
   } catch (const c10::IndexError& e) {
     py::set_error(PyExc_IndexError, e.what_without_backtrace());
   } catch (const c10::ValueError& e) {
@@ -28,7 +31,9 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The C++ core of rarefy. Its tensor functions are registered as torch.ops.rarefy.*";
   py::register_local_exception_translator(&translate);
   init_config(m);
+  init_pruning(m);
   init_quantization(m);
+  init_distillation(m);
 }
 
 }  // namespace rarefy::python

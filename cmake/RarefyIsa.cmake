@@ -2,7 +2,7 @@
 # namespace (plain, avx2, avx512) that its functions go to. Which one runs is decided at run time (ops/cpu/isa.h).
 # Such a file includes no torch and no standard-library template: an inline function compiled here with AVX-512 could
 # otherwise be the copy that the linker keeps for the whole library.
-# -Wno-maybe-uninitialized: GCC 12 warns inside its own avx512fintrin.h (GCC bug 105593).
+# -Wno-uninitialized, -Wno-maybe-uninitialized: GCC 12 warns inside its own avx512fintrin.h (GCC bug 105593).
 function(rarefy_add_isa_sources target)
   set(flags_plain "")
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
@@ -19,7 +19,7 @@ function(rarefy_add_isa_sources target)
       set(wrapper "${CMAKE_CURRENT_BINARY_DIR}/isa/${stem}.${isa}.cpp")
       file(CONFIGURE OUTPUT "${wrapper}" CONTENT "#define RAREFY_ISA @isa@\n#define RAREFY_ISA_@isa@ 1\n#include \"@path@\"\n" @ONLY)
       set_source_files_properties(
-        "${wrapper}" PROPERTIES COMPILE_OPTIONS "-O3;-fno-trapping-math;-Wno-maybe-uninitialized;${flags_${isa}}" SKIP_PRECOMPILE_HEADERS ON
+        "${wrapper}" PROPERTIES COMPILE_OPTIONS "-O3;-fno-trapping-math;-Wno-uninitialized;-Wno-maybe-uninitialized;${flags_${isa}}" SKIP_PRECOMPILE_HEADERS ON
                                 OBJECT_DEPENDS "${path}")
       target_sources(${target} PRIVATE "${wrapper}")
     endforeach()

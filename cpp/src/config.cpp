@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "ops/allocate.h"
 #include "ops/cpu/isa.h"
 
 namespace rarefy {
@@ -17,6 +18,8 @@ bool has_cuda_kernels() { return RAREFY_HAS_CUDA != 0; }
 std::string instruction_set() { return cpu::name(cpu::current_isa()); }
 
 void set_instruction_set(const std::string& name) { cpu::set_isa(name.c_str()); }
+
+size_t release_cached_memory() { return ops::release_cached_memory(); }
 
 std::string show_config() {
   std::string available;

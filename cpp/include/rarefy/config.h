@@ -2,6 +2,7 @@
 
 #include <rarefy/export.h>
 
+#include <cstddef>
 #include <string>
 
 namespace rarefy {
@@ -22,6 +23,10 @@ RAREFY_API std::string instruction_set();
 /// Run the CPU kernels with `name` ("plain", "avx2", "avx512") from now on, in all threads. Results do not depend on it.
 /// Throws c10::ValueError for an unknown name and for one that this processor does not have.
 RAREFY_API void set_instruction_set(const std::string& name);
+
+/// Results of CPU operators that are at least 64 KiB live in memory that is kept, up to 1 GiB, when they are freed, and
+/// used again for the next ones. This gives what is kept back to the system and returns how many bytes that was.
+RAREFY_API size_t release_cached_memory();
 
 /// Versions, compiler, instruction sets and CUDA, one "name: value" a line.
 RAREFY_API std::string show_config();

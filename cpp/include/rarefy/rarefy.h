@@ -5,9 +5,14 @@
 #include <rarefy/nn/add.h>
 #include <rarefy/nn/conv.h>
 #include <rarefy/nn/linear.h>
+#include <rarefy/distillation/loss.h>
+#include <rarefy/distillation/trainer.h>
+#include <rarefy/ops/distillation_loss.h>
 #include <rarefy/ops/fake_quantize.h>
 #include <rarefy/ops/inverse_std.h>
+#include <rarefy/ops/mask.h>
 #include <rarefy/ops/quantized_linear.h>
+#include <rarefy/pruning/pruner.h>
 #include <rarefy/quantization/fake_quantizer.h>
 #include <rarefy/quantization/prepare.h>
 #include <rarefy/quantization/qconfig.h>

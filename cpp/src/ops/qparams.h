@@ -18,22 +18,36 @@ struct QParams {
 };
 
 /// Smallest scale that is handed out: the product of two of them is still a normal float.
-constexpr float kSmallestScale = 8.673617379884035e-19f;  // 2^-60
+constexpr float kSmallestScale = 0x1p-60f;
+/// Largest distance from 0 to a grid point: no grid point rounds to infinity.
+constexpr double kLargestGridValue = 0x1.fffep127;
+
+/// (1 - constant) * average + constant * value, the arithmetic in double and rounded once to float. A constant of 1 gives
+/// the value itself, and no pair of finite floats overflows. Compiled without fused multiply-add on every device.
+RAREFY_HOST_DEVICE inline float moving_average(float average, float value, double constant) {
+  return static_cast<float>((1.0 - constant) * static_cast<double>(average) + constant * static_cast<double>(value));
+}
 
 /// See choose_qparams in rarefy/ops/fake_quantize.h. Computed in double, so that max - min cannot overflow.
+/// A symmetric range has at least three integers.
 RAREFY_HOST_DEVICE inline QParams range_to_qparams(float min_val, float max_val, int64_t qmin, int64_t qmax,
                                                    bool symmetric) {
   const double low = min_val < 0.0f ? min_val : 0.0;
   const double high = max_val > 0.0f ? max_val : 0.0;
   QParams out;
+  double scale, reach;  // reach: steps from 0 to the farthest grid point, at most
   if (symmetric) {
-    out.zero_point = static_cast<int32_t>((qmin + qmax + 1) >> 1);
-    const double amax = -low > high ? -low : high;
-    out.scale = static_cast<float>(amax / static_cast<double>(qmax - out.zero_point));
+    const int64_t middle = (qmin + qmax + 1) >> 1;
+    out.zero_point = static_cast<int32_t>(middle);
+    scale = (-low > high ? -low : high) / static_cast<double>(qmax - middle);
+    reach = static_cast<double>(middle - qmin);
   } else {
-    out.scale = static_cast<float>((high - low) / static_cast<double>(qmax - qmin));
     out.zero_point = static_cast<int32_t>(qmin);
+    scale = (high - low) / static_cast<double>(qmax - qmin);
+    reach = static_cast<double>(qmax - qmin);
   }
+  const double largest = kLargestGridValue / reach;
+  out.scale = static_cast<float>(scale < largest ? scale : largest);
   if (low == high) {
     out.scale = 1.0f;
   } else if (out.scale < kSmallestScale) {

@@ -1,7 +1,11 @@
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <rarefy/ops/fake_quantize.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include <type_traits>
+#include <utility>
 
 namespace rarefy::ops {
 namespace {
@@ -10,14 +14,38 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-void save(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& mask) {
-  ctx->save_for_backward({mask});
-  ctx->saved_data["strides"] = x.sym_strides().vec();
+/// Whether nobody but the caller can see the gradient's memory, so that it may be overwritten: torch's own accumulation
+/// of gradients takes buffers over on the same grounds. Only plain tensors, so that tracing never meets a mutation.
+bool is_ours_alone(const at::Tensor& grad, at::IntArrayRef strides) {
+  constexpr c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView,
+                                       c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutogradCUDA,
+                                       c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA});
+  return !at::GradMode::is_enabled() && grad.use_count() == 1 && plain.isSupersetOf(grad.key_set()) &&
+         !c10::impl::TorchDispatchModeTLS::any_modes_set() && grad.storage().use_count() == 1 &&
+         grad.is_non_overlapping_and_dense() && grad.strides() == strides;
 }
 
-at::Tensor masked(AutogradContext* ctx, const at::Tensor& grad) {
+void mask_in_place(at::Tensor grad, const at::Tensor& mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("rarefy::fake_quantize_backward_", "")
+                             .typed<void(at::Tensor&, const at::Tensor&)>();
+  op.call(grad, mask);
+}
+
+at::Tensor masked(AutogradContext* ctx, const variable_list& grads) {
   const auto strides = ctx->saved_data["strides"].toSymIntVector();
-  return fake_quantize_backward(grad, ctx->get_saved_variables()[0], strides);
+  const auto mask = ctx->get_saved_variables()[0];
+  const auto concrete = c10::asIntArrayRefSlowOpt(strides);
+  if (concrete.has_value() && is_ours_alone(grads[0], *concrete)) {
+    mask_in_place(grads[0], mask);
+    return grads[0];
+  }
+  return fake_quantize_backward(grads[0], mask, strides);
+}
+
+void save(AutogradContext* ctx, const at::Tensor& mask, c10::SymIntArrayRef strides) {
+  ctx->save_for_backward({mask});
+  ctx->saved_data["strides"] = strides.vec();
 }
 
 class FakeQuantize : public torch::autograd::Function<FakeQuantize> {
@@ -26,20 +54,36 @@ class FakeQuantize : public torch::autograd::Function<FakeQuantize> {
                           std::optional<int64_t> axis, int64_t qmin, int64_t qmax) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [out, mask] = fake_quantize_mask(x, scale, zero_point, axis, qmin, qmax);
-    save(ctx, out, mask);
+    save(ctx, mask, out.sym_strides());
     return out;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return {masked(ctx, grads[0]), {}, {}, {}, {}, {}};
+    return {masked(ctx, grads), {}, {}, {}, {}, {}};
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> call_observe_fake_quantize_mask(
-    const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale, at::Tensor& zero_point,
-    std::optional<int64_t> axis, std::optional<double> averaging_constant, int64_t qmin, int64_t qmax, bool symmetric) {
+/// fake_quantize_backward is linear in its gradient, by the mask again: that is the second derivative.
+class FakeQuantizeBackward : public torch::autograd::Function<FakeQuantizeBackward> {
+ public:
+  static Variable forward(AutogradContext* ctx, const Variable& grad, const Variable& mask,
+                          c10::SymIntArrayRef strides) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    save(ctx, mask, strides);
+    return fake_quantize_backward(grad, mask, strides);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    return {masked(ctx, grads), {}, {}};
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor> observe_fake_quantize_mask(const at::Tensor& x, at::Tensor& min_val,
+                                                              at::Tensor& max_val, at::Tensor& scale,
+                                                              at::Tensor& zero_point, std::optional<int64_t> axis,
+                                                              std::optional<double> averaging_constant, int64_t qmin,
+                                                              int64_t qmax, bool symmetric) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("rarefy::observe_fake_quantize_mask", "")
-                             .typed<decltype(call_observe_fake_quantize_mask)>();
+                             .typed<decltype(observe_fake_quantize_mask)>();
   return op.call(x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
 }
 
@@ -48,43 +92,123 @@ class ObserveFakeQuantize : public torch::autograd::Function<ObserveFakeQuantize
   static Variable forward(AutogradContext* ctx, const Variable& x, Variable min_val, Variable max_val, Variable scale,
                           Variable zero_point, std::optional<int64_t> axis, std::optional<double> averaging_constant,
                           int64_t qmin, int64_t qmax, bool symmetric) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, mask] = call_observe_fake_quantize_mask(x, min_val, max_val, scale, zero_point, axis, averaging_constant,
-                                                       qmin, qmax, symmetric);
-    save(ctx, out, mask);
+    at::AutoDispatchBelowAutograd guard;
+    auto [out, mask] = observe_fake_quantize_mask(x, min_val, max_val, scale, zero_point, axis, averaging_constant,
+                                                  qmin, qmax, symmetric);
+    save(ctx, mask, out.sym_strides());
     return out;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return {masked(ctx, grads[0]), {}, {}, {}, {}, {}, {}, {}, {}, {}};
+    return {masked(ctx, grads), {}, {}, {}, {}, {}, {}, {}, {}, {}};
   }
 };
 
+bool is_differentiated(const at::Tensor& x) { return x.requires_grad() && at::GradMode::is_enabled(); }
+
 at::Tensor fake_quantize_autograd(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
                                   std::optional<int64_t> axis, int64_t qmin, int64_t qmax) {
-  if (!x.requires_grad() || !at::GradMode::is_enabled()) {  // no mask is needed
+  if (!is_differentiated(x)) {  // no mask is needed
     at::AutoDispatchBelowADInplaceOrView guard;
     return fake_quantize(x, scale, zero_point, axis, qmin, qmax);
   }
   return FakeQuantize::apply(x, scale, zero_point, axis, qmin, qmax);
 }
 
+at::Tensor fake_quantize_backward_autograd(const at::Tensor& grad, const at::Tensor& mask,
+                                           c10::SymIntArrayRef strides) {
+  if (!is_differentiated(grad)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return fake_quantize_backward(grad, mask, strides);
+  }
+  return FakeQuantizeBackward::apply(grad, mask, strides);
+}
+
+/// The state is written in place, outside of what autograd records.
+void check_state(const char* function, const at::Tensor& min_val, const at::Tensor& max_val, const at::Tensor& scale) {
+  for (const auto& [tensor, name] : {std::pair{&min_val, "min_val"}, {&max_val, "max_val"}, {&scale, "scale"}}) {
+    TORCH_CHECK_VALUE(!tensor->requires_grad(), "[", function, "] ", name,
+                      " is written in place and must not require a gradient");
+  }
+}
+
+void observe_autograd(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
+                      at::Tensor& zero_point, std::optional<int64_t> axis, std::optional<double> averaging_constant,
+                      int64_t qmin, int64_t qmax, bool symmetric) {
+  check_state("observe", min_val, max_val, scale);
+  at::AutoDispatchBelowAutograd guard;
+  observe(x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
+}
+
 at::Tensor observe_fake_quantize_autograd(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val,
                                           at::Tensor& scale, at::Tensor& zero_point, std::optional<int64_t> axis,
                                           std::optional<double> averaging_constant, int64_t qmin, int64_t qmax,
                                           bool symmetric) {
-  if (!x.requires_grad() || !at::GradMode::is_enabled()) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return observe_fake_quantize(x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
+  check_state("observe_fake_quantize", min_val, max_val, scale);
+  if (!is_differentiated(x)) {
+    at::AutoDispatchBelowAutograd guard;
+    return observe_fake_quantize(x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax,
+                                 symmetric);
   }
   return ObserveFakeQuantize::apply(x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax,
                                     symmetric);
 }
 
+/// An operator without a derivative: its results do not require a gradient.
+template <auto op>
+struct NotDifferentiable;
+template <typename Result, typename... Arguments, Result (*op)(Arguments...)>
+struct NotDifferentiable<op> {
+  static Result call(Arguments... arguments) {
+    at::AutoDispatchBelowAutograd guard;
+    return op(std::forward<Arguments>(arguments)...);
+  }
+};
+
+/// An operator that writes its tensor arguments number 1 to 4: their versions go up, as after any in-place operation, so
+/// that autograd notices when it had saved one of them.
+template <auto op>
+struct WritesState;
+template <typename Result, typename... Rest,
+          Result (*op)(const at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, Rest...)>
+struct WritesState<op> {
+  static Result call(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
+                     at::Tensor& zero_point, Rest... rest) {
+    const auto bump = [&] {
+      for (const auto* state : {&min_val, &max_val, &scale, &zero_point}) {
+        if (!state->is_inference()) {
+          state->unsafeGetTensorImpl()->bump_version();
+        }
+      }
+    };
+    at::AutoDispatchBelowADInplaceOrView guard;
+    if constexpr (std::is_void_v<Result>) {
+      op(x, min_val, max_val, scale, zero_point, rest...);
+      bump();
+    } else {
+      auto result = op(x, min_val, max_val, scale, zero_point, rest...);
+      bump();
+      return result;
+    }
+  }
+};
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rarefy, Autograd, m) {
   m.impl("fake_quantize", &fake_quantize_autograd);
+  m.impl("fake_quantize_mask", &NotDifferentiable<&fake_quantize_mask>::call);
+  m.impl("fake_quantize_backward", &fake_quantize_backward_autograd);
+  m.impl("quantize", &NotDifferentiable<&quantize>::call);
+  m.impl("observe", &observe_autograd);
   m.impl("observe_fake_quantize", &observe_fake_quantize_autograd);
+  m.impl("observe_fake_quantize_mask", &NotDifferentiable<&observe_fake_quantize_mask>::call);
+  m.impl("choose_qparams", &NotDifferentiable<&choose_qparams>::call);
+}
+
+TORCH_LIBRARY_IMPL(rarefy, ADInplaceOrView, m) {
+  m.impl("observe", &WritesState<&observe>::call);
+  m.impl("observe_fake_quantize", &WritesState<&observe_fake_quantize>::call);
+  m.impl("observe_fake_quantize_mask", &WritesState<&observe_fake_quantize_mask>::call);
 }
 
 }  // namespace rarefy::ops

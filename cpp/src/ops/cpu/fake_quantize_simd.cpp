@@ -5,26 +5,30 @@
 namespace rarefy::cpu::RAREFY_ISA {
 namespace {
 
-constexpr float kLargest = 3.402823466e38f;
+constexpr uint32_t kAllLanes = (1u << Vec::size) - 1u;
 
 /// Appends bits and writes them out 64 at a time; a range starts on a whole 64-bit word.
 class BitWriter {
  public:
   explicit BitWriter(uint8_t* out) : out_(out) {}
 
+  /// 64 bits at once; only when a whole number of words has been pushed before.
+  void push_word(uint64_t word) {
+    memcpy(out_, &word, 8);
+    out_ += 8;
+  }
   void push(uint32_t bits, int count) {
     word_ |= static_cast<uint64_t>(bits) << fill_;
     fill_ += count;
     if (fill_ >= 64) {
-      memcpy(out_, &word_, 8);
-      out_ += 8;
+      push_word(word_);
       fill_ -= 64;
       word_ = fill_ == 0 ? 0 : static_cast<uint64_t>(bits) >> (count - fill_);
     }
   }
   void finish() {
-    for (; fill_ > 0; fill_ -= 8, word_ >>= 8) {
-      *out_++ = static_cast<uint8_t>(word_);
+    if (fill_ > 0) {
+      push_word(word_);
     }
   }
 
@@ -36,209 +40,304 @@ class BitWriter {
 
 struct Parameters {
   Vec scale, zero_point, qmin, qmax;
+
+  explicit Parameters(Grid grid) : qmin(grid.qmin), qmax(grid.qmax) {}
+  /// One channel for all lanes.
+  void set(Grid grid, int64_t channel) {
+    scale = Vec(grid.scale[channel]);
+    zero_point = Vec(grid.zero_point[channel]);
+  }
+  /// Channels channel, channel + 1, ... for the first `count` lanes.
+  void load(Grid grid, int64_t channel, int count) {
+    const bool whole = count == Vec::size;
+    scale = whole ? Vec::load(grid.scale + channel) : Vec::load_first(grid.scale + channel, count, 1.0f);
+    zero_point = whole ? Vec::load(grid.zero_point + channel) : Vec::load_first(grid.zero_point + channel, count, 0.0f);
+  }
 };
 
 inline Vec to_grid(Vec x, const Parameters& p) { return round_even(x / p.scale) + p.zero_point; }
 // The bounds come first: max(low, NaN) is NaN, so that a NaN stays visible in simulated execution.
 inline Vec clamp(Vec q, const Parameters& p) { return min(p.qmax, max(p.qmin, q)); }
 
-/// Calls body(offset, count, parameters) over [begin, end) in steps of at most Vec::size elements that share one vector
-/// of parameters. Steps run in order.
-template <typename Body>
-inline void for_each_vector(Layout layout, Grid grid, int64_t begin, int64_t end, Body body) {
-  Parameters p;
-  p.qmin = Vec(grid.qmin);
-  p.qmax = Vec(grid.qmax);
-  if (layout.inner == 1 && layout.channels >= Vec::size) {
-    // The channel is the fastest axis (channels-last): parameters come as vectors.
-    for (int64_t i = begin; i < end;) {
-      const int64_t channel = i % layout.channels;
-      const int64_t row_end = i + (layout.channels - channel) < end ? i + (layout.channels - channel) : end;
-      const float* scale = grid.scale + channel;
-      const float* zero_point = grid.zero_point + channel;
-      for (; i + Vec::size <= row_end; i += Vec::size, scale += Vec::size, zero_point += Vec::size) {
-        p.scale = Vec::load(scale);
-        p.zero_point = Vec::load(zero_point);
-        body(i, Vec::size, p);
-      }
-      if (i < row_end) {
-        p.scale = load_tail(scale, row_end - i, 1.0f);
-        p.zero_point = load_tail(zero_point, row_end - i, 0.0f);
-        body(i, static_cast<int>(row_end - i), p);
-        i = row_end;
-      }
-    }
-    return;
-  }
+/// Calls run(first, last, channel) for each stretch of [begin, end) that belongs to one channel, in order.
+template <typename Run>
+inline void for_each_run(Layout layout, int64_t begin, int64_t end, Run run) {
   for (int64_t i = begin; i < end;) {
     const int64_t block = i / layout.inner;
     const int64_t block_end = (block + 1) * layout.inner < end ? (block + 1) * layout.inner : end;
-    const int64_t channel = block % layout.channels;
-    p.scale = Vec(grid.scale[channel]);
-    p.zero_point = Vec(grid.zero_point[channel]);
-    for (; i + Vec::size <= block_end; i += Vec::size) {
-      body(i, Vec::size, p);
+    run(i, block_end, block % layout.channels);
+    i = block_end;
+  }
+}
+
+/// Where the channel is the fastest axis: calls body(first, channel, count) for stretches of at most Vec::size elements
+/// with channels channel, channel + 1, ..., in order.
+template <typename Body>
+inline void for_each_row_vector(Layout layout, int64_t begin, int64_t end, Body body) {
+  for (int64_t i = begin; i < end;) {
+    int64_t channel = i % layout.channels;
+    const int64_t row_end = i + (layout.channels - channel) < end ? i + (layout.channels - channel) : end;
+    for (; i + Vec::size <= row_end; i += Vec::size, channel += Vec::size) {
+      body(i, channel, Vec::size);
     }
-    if (i < block_end) {
-      body(i, static_cast<int>(block_end - i), p);
-      i = block_end;
+    if (i < row_end) {
+      body(i, channel, static_cast<int>(row_end - i));
+      i = row_end;
     }
   }
 }
 
+/// Whether for_each_row_vector fills its vectors.
+inline bool has_rows(Layout layout) { return layout.inner == 1 && layout.channels >= Vec::size; }
+
 template <typename T>
-void fake_quantize_range(const T* x, T* y, uint8_t* mask, Layout layout, Grid grid, int64_t begin, int64_t end) {
-  if (mask == nullptr) {
-    for_each_vector(layout, grid, begin, end, [&](int64_t i, int count, const Parameters& p) {
-      const Vec value = count == Vec::size ? Vec::load(x + i) : load_tail(x + i, count, 0.0f);
-      const Vec out = (clamp(to_grid(value, p), p) - p.zero_point) * p.scale;
-      count == Vec::size ? out.store(y + i) : store_tail(out, y + i, count);
-    });
-    return;
-  }
-  BitWriter bits(mask + begin / 8);
-  for_each_vector(layout, grid, begin, end, [&](int64_t i, int count, const Parameters& p) {
-    const Vec value = count == Vec::size ? Vec::load(x + i) : load_tail(x + i, count, 0.0f);
-    const Vec q = to_grid(value, p);
-    const Vec out = (clamp(q, p) - p.zero_point) * p.scale;
-    const uint32_t inside = within(q, p.qmin, p.qmax);
-    if (count == Vec::size) {
-      out.store(y + i);
-      bits.push(inside, Vec::size);
-    } else {
-      store_tail(out, y + i, count);
-      bits.push(inside & ((1u << count) - 1u), count);
+inline Vec load_some(const T* p, int count) {
+  return count == Vec::size ? Vec::load(p) : Vec::load_first(p, count, 0.0f);
+}
+template <typename T>
+inline void store_some(Vec value, T* p, int count) {
+  count == Vec::size ? value.store(p) : value.store_first(p, count);
+}
+
+// --- fake_quantize ----------------------------------------------------------------------------------------------------
+
+template <typename T, bool Masked>
+class FakeQuantizer {
+ public:
+  FakeQuantizer(const T* x, T* y, uint8_t* mask) : x_(x), y_(y), bits_(mask) {}
+
+  /// At most Vec::size elements.
+  void some(int64_t i, int count, const Parameters& p) {
+    const Vec q = to_grid(load_some(x_ + i, count), p);
+    store_some((clamp(q, p) - p.zero_point) * p.scale, y_ + i, count);
+    if (Masked) {
+      bits_.push(within(q, p.qmin, p.qmax) & ((1u << count) - 1u), count);
     }
-  });
-  bits.finish();
+  }
+
+  template <bool Streaming>
+  void run(int64_t i, int64_t end, const Parameters& p) {
+    if (i % 64 == 0) {
+      for (; i + 64 <= end; i += 64) {
+        uint64_t word = 0;
+        for (int lane = 0; lane < 64; lane += Vec::size) {
+          const Vec q = to_grid(Vec::load(x_ + i + lane), p);
+          const Vec out = (clamp(q, p) - p.zero_point) * p.scale;
+          Streaming ? out.stream(y_ + i + lane) : out.store(y_ + i + lane);
+          if (Masked) {
+            word |= static_cast<uint64_t>(within(q, p.qmin, p.qmax)) << lane;
+          }
+        }
+        if (Masked) {
+          bits_.push_word(word);
+        }
+      }
+    }
+    for (; i < end; i += Vec::size) {
+      some(i, end - i < Vec::size ? static_cast<int>(end - i) : Vec::size, p);
+    }
+  }
+
+  void finish() {
+    if (Masked) {
+      bits_.finish();
+    }
+  }
+
+ private:
+  const T* x_;
+  T* y_;
+  BitWriter bits_;
+};
+
+template <typename T, bool Masked>
+void fake_quantize_range(const T* x, T* y, uint8_t* mask, Layout layout, Grid grid, bool streaming, int64_t begin,
+                         int64_t end) {
+  FakeQuantizer<T, Masked> quantizer(x, y, Masked ? mask + begin / 8 : nullptr);
+  Parameters p(grid);
+  streaming = streaming && reinterpret_cast<uintptr_t>(y) % kStreamAlignment == 0;
+  if (has_rows(layout)) {
+    for_each_row_vector(layout, begin, end, [&](int64_t i, int64_t channel, int count) {
+      p.load(grid, channel, count);
+      quantizer.some(i, count, p);
+    });
+  } else {
+    for_each_run(layout, begin, end, [&](int64_t first, int64_t last, int64_t channel) {
+      p.set(grid, channel);
+      streaming ? quantizer.template run<true>(first, last, p) : quantizer.template run<false>(first, last, p);
+    });
+  }
+  quantizer.finish();
+  if (streaming) {
+    stream_fence();
+  }
+}
+
+// --- quantize -----------------------------------------------------------------------------------------------------------
+
+template <typename T>
+inline void quantize_some(const T* x, uint8_t* y, int64_t i, int count, const Parameters& p) {
+  // An integer has no NaN: min(q, qmax) with the bound second turns it into qmax.
+  const Vec clamped = max(p.qmin, min(to_grid(load_some(x + i, count), p), p.qmax));
+  count == Vec::size ? clamped.store_bytes(y + i) : clamped.store_bytes_first(y + i, count);
 }
 
 template <typename T>
 void quantize_range(const T* x, uint8_t* y, Layout layout, Grid grid, int64_t begin, int64_t end) {
-  for_each_vector(layout, grid, begin, end, [&](int64_t i, int count, const Parameters& p) {
-    const Vec value = count == Vec::size ? Vec::load(x + i) : load_tail(x + i, count, 0.0f);
-    const Vec q = to_grid(value, p);
-    // An integer has no NaN: min(q, qmax) with the bound second turns it into qmax.
-    const Vec clamped = max(p.qmin, min(q, p.qmax));
-    count == Vec::size ? clamped.store_bytes(y + i) : store_bytes_tail(clamped, y + i, count);
+  Parameters p(grid);
+  if (has_rows(layout)) {
+    for_each_row_vector(layout, begin, end, [&](int64_t i, int64_t channel, int count) {
+      p.load(grid, channel, count);
+      quantize_some(x, y, i, count, p);
+    });
+    return;
+  }
+  for_each_run(layout, begin, end, [&](int64_t i, int64_t last, int64_t channel) {
+    p.set(grid, channel);
+    for (; i + Vec::size <= last; i += Vec::size) {
+      quantize_some(x, y, i, Vec::size, p);
+    }
+    if (i < last) {
+      quantize_some(x, y, i, static_cast<int>(last - i), p);
+    }
   });
 }
 
-template <typename T>
-void mask_gradient_range(const T* grad, const uint8_t* mask, T* out, int64_t begin, int64_t end) {
+// --- mask_gradient ------------------------------------------------------------------------------------------------------
+
+/// Moves bits and does no arithmetic: every value comes through as it is, NaN payloads too.
+template <bool Streaming, typename Word>
+void mask_gradient_range(const Word* grad, const uint8_t* mask, Word* out, int64_t begin, int64_t end) {
   int64_t i = begin;
-  for (; i + 16 <= end; i += 16) {
-    uint32_t bits = mask[i / 8] | static_cast<uint32_t>(mask[i / 8 + 1]) << 8;
-    for (int lane = 0; lane < 16; lane += Vec::size, bits >>= Vec::size % 32) {
-      keep(bits & ((1u << Vec::size) - 1u), Vec::load(grad + i + lane)).store(out + i + lane);
+  uint64_t word = 0;
+  for (; i + 64 <= end; i += 64) {
+    memcpy(&word, mask + i / 8, 8);
+    keep_words<Streaming>(grad + i, word, out + i);
+  }
+  if (i < end) {
+    memcpy(&word, mask + i / 8, 8);
+    keep_words_tail(grad + i, word, out + i, static_cast<int>(end - i));
+  }
+  if (Streaming) {
+    stream_fence();
+  }
+}
+
+template <typename Word>
+void mask_gradient_words(const void* grad, const uint8_t* mask, void* out, bool streaming, int64_t begin, int64_t end) {
+  const auto* in = static_cast<const Word*>(grad);
+  auto* to = static_cast<Word*>(out);
+  if (streaming && reinterpret_cast<uintptr_t>(out) % kStreamAlignment == 0) {
+    mask_gradient_range<true>(in, mask, to, begin, end);
+  } else {
+    mask_gradient_range<false>(in, mask, to, begin, end);
+  }
+}
+
+// --- min_max ------------------------------------------------------------------------------------------------------------
+
+/// The range of a run and whether it is finite: value - value is 0 for finite values and NaN otherwise, and sticks.
+struct RunningRange {
+  Vec low, high, unusual;
+
+  RunningRange(float least_so_far, float greatest_so_far) : low(least_so_far), high(greatest_so_far), unusual(0.0f) {}
+  void add(Vec value) {
+    low = min(value, low);
+    high = max(value, high);
+    unusual = unusual + (value - value);
+  }
+  void add(const RunningRange& other) {
+    low = min(other.low, low);
+    high = max(other.high, high);
+    unusual = unusual + other.unusual;
+  }
+};
+
+inline bool all_zero(Vec sticky) { return within(sticky, Vec(0.0f), Vec(0.0f)) == kAllLanes; }
+
+template <typename T>
+bool min_max_rows(const T* x, Layout layout, float* minimum, float* maximum, int64_t begin, int64_t end) {
+  Vec unusual(0.0f);
+  for_each_row_vector(layout, begin, end, [&](int64_t i, int64_t channel, int count) {
+    float* low = minimum + channel;
+    float* high = maximum + channel;
+    if (count == Vec::size) {
+      const Vec value = Vec::load(x + i);
+      min(value, Vec::load(low)).store(low);
+      max(value, Vec::load(high)).store(high);
+      unusual = unusual + (value - value);
+    } else {
+      const Vec value = Vec::load_first(x + i, count, 0.0f);
+      min(value, Vec::load_first(low, count, 0.0f)).store_first(low, count);
+      max(value, Vec::load_first(high, count, 0.0f)).store_first(high, count);
+      unusual = unusual + (value - value);
     }
-  }
-  for (; i < end; ++i) {
-    from_float((mask[i / 8] >> (i % 8) & 1) != 0 ? to_float(grad[i]) : 0.0f, out + i);
-  }
+  });
+  return all_zero(unusual);
 }
 
 template <typename T>
 bool min_max_range(const T* x, Layout layout, float* minimum, float* maximum, int64_t begin, int64_t end) {
-  bool finite = true;
-  const Vec lowest(-kLargest), largest(kLargest);
-  if (layout.inner == 1 && layout.channels >= Vec::size) {
-    for (int64_t i = begin; i < end;) {
-      const int64_t channel = i % layout.channels;
-      const int64_t row_end = i + (layout.channels - channel) < end ? i + (layout.channels - channel) : end;
-      float* low = minimum + channel;
-      float* high = maximum + channel;
-      for (; i + Vec::size <= row_end; i += Vec::size, low += Vec::size, high += Vec::size) {
-        const Vec value = Vec::load(x + i);
-        finite = finite && within(value, lowest, largest) == (1u << Vec::size) - 1u;
-        min(value, Vec::load(low)).store(low);
-        max(value, Vec::load(high)).store(high);
-      }
-      for (; i < row_end; ++i, ++low, ++high) {
-        const float value = to_float(x[i]);
-        finite = finite && value >= -kLargest && value <= kLargest;
-        *low = value < *low ? value : *low;
-        *high = value > *high ? value : *high;
-      }
-    }
-    return finite;
+  if (has_rows(layout)) {
+    return min_max_rows(x, layout, minimum, maximum, begin, end);
   }
-  for (int64_t i = begin; i < end;) {
-    const int64_t block = i / layout.inner;
-    const int64_t block_end = (block + 1) * layout.inner < end ? (block + 1) * layout.inner : end;
-    const int64_t channel = block % layout.channels;
-    float low = minimum[channel], high = maximum[channel];
-    // Four accumulators hide the latency of min and max; x - x is 0 for finite values and NaN otherwise, and sticks.
-    Vec lows[4], highs[4], unusual[4];
-    for (int k = 0; k < 4; ++k) {
-      lows[k] = Vec(low);
-      highs[k] = Vec(high);
-      unusual[k] = Vec(0.0f);
-    }
-    for (; i + 4 * Vec::size <= block_end; i += 4 * Vec::size) {
-      for (int k = 0; k < 4; ++k) {
-        const Vec value = Vec::load(x + i + k * Vec::size);
-        lows[k] = min(value, lows[k]);
-        highs[k] = max(value, highs[k]);
-        unusual[k] = unusual[k] + (value - value);
+  Vec unusual(0.0f);
+  for_each_run(layout, begin, end, [&](int64_t i, int64_t last, int64_t channel) {
+    RunningRange total(minimum[channel], maximum[channel]);
+    if (i + 4 * Vec::size <= last) {
+      // Four of them hide the latency of min and max.
+      RunningRange ranges[4] = {total, total, total, total};
+      for (; i + 4 * Vec::size <= last; i += 4 * Vec::size) {
+        for (int k = 0; k < 4; ++k) {
+          ranges[k].add(Vec::load(x + i + k * Vec::size));
+        }
+      }
+      for (const auto& range : ranges) {
+        total.add(range);
       }
     }
-    const Vec sticky = (unusual[0] + unusual[1]) + (unusual[2] + unusual[3]);
-    finite = finite && within(sticky, Vec(0.0f), Vec(0.0f)) == (1u << Vec::size) - 1u;
-    float lanes_low[Vec::size], lanes_high[Vec::size];
-    min(min(lows[0], lows[1]), min(lows[2], lows[3])).store(static_cast<float*>(lanes_low));
-    max(max(highs[0], highs[1]), max(highs[2], highs[3])).store(static_cast<float*>(lanes_high));
-    for (int k = 0; k < Vec::size; ++k) {
-      low = lanes_low[k] < low ? lanes_low[k] : low;
-      high = lanes_high[k] > high ? lanes_high[k] : high;
+    for (; i + Vec::size <= last; i += Vec::size) {
+      total.add(Vec::load(x + i));
     }
-    for (; i < block_end; ++i) {
-      const float value = to_float(x[i]);
-      finite = finite && value >= -kLargest && value <= kLargest;
-      low = value < low ? value : low;
-      high = value > high ? value : high;
+    if (i < last) {
+      total.add(Vec::load_first(x + i, static_cast<int>(last - i), to_float(x[i])));
     }
-    minimum[channel] = low;
-    maximum[channel] = high;
-  }
-  return finite;
+    unusual = unusual + total.unusual;
+    minimum[channel] = least(total.low);
+    maximum[channel] = greatest(total.high);
+  });
+  return all_zero(unusual);
 }
 
 }  // namespace
 
-#define RAREFY_FOR_FLOAT_TYPE(type, T, ...) \
-  switch (type) {                           \
-    case FloatType::f32: {                  \
-      using T = float;                      \
-      return __VA_ARGS__;                   \
-    }                                       \
-    case FloatType::bf16: {                 \
-      using T = Bf16;                       \
-      return __VA_ARGS__;                   \
-    }                                       \
-    default: {                              \
-      using T = Half;                       \
-      return __VA_ARGS__;                   \
-    }                                       \
+void fake_quantize(const void* x, void* y, uint8_t* mask, Layout layout, Grid grid, bool streaming, int64_t begin,
+                   int64_t end) {
+  if (mask == nullptr) {
+    RAREFY_FOR_FLOAT_TYPE(layout.type, T,
+                          fake_quantize_range<T, false>(static_cast<const T*>(x), static_cast<T*>(y), nullptr, layout,
+                                                        grid, streaming, begin, end))
   }
-
-void fake_quantize(const void* x, void* y, uint8_t* mask, Layout layout, Grid grid, int64_t begin, int64_t end) {
   RAREFY_FOR_FLOAT_TYPE(layout.type, T,
-                        fake_quantize_range(static_cast<const T*>(x), static_cast<T*>(y), mask, layout, grid, begin, end))
+                        fake_quantize_range<T, true>(static_cast<const T*>(x), static_cast<T*>(y), mask, layout, grid,
+                                                     streaming, begin, end))
 }
 
 void quantize(const void* x, uint8_t* y, Layout layout, Grid grid, int64_t begin, int64_t end) {
   RAREFY_FOR_FLOAT_TYPE(layout.type, T, quantize_range(static_cast<const T*>(x), y, layout, grid, begin, end))
 }
 
-void mask_gradient(const void* grad, const uint8_t* mask, void* out, FloatType type, int64_t begin, int64_t end) {
-  RAREFY_FOR_FLOAT_TYPE(type, T,
-                        mask_gradient_range(static_cast<const T*>(grad), mask, static_cast<T*>(out), begin, end))
+void mask_gradient(const void* grad, const uint8_t* mask, void* out, int element_bytes, bool streaming, int64_t begin,
+                   int64_t end) {
+  if (element_bytes == 4) {
+    mask_gradient_words<uint32_t>(grad, mask, out, streaming, begin, end);
+  } else {
+    mask_gradient_words<uint16_t>(grad, mask, out, streaming, begin, end);
+  }
 }
 
 bool min_max(const void* x, Layout layout, float* minimum, float* maximum, int64_t begin, int64_t end) {
-  RAREFY_FOR_FLOAT_TYPE(layout.type, T,
-                        min_max_range(static_cast<const T*>(x), layout, minimum, maximum, begin, end))
+  RAREFY_FOR_FLOAT_TYPE(layout.type, T, min_max_range(static_cast<const T*>(x), layout, minimum, maximum, begin, end))
 }
 
 }  // namespace rarefy::cpu::RAREFY_ISA

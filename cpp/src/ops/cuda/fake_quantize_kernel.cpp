@@ -14,8 +14,7 @@ namespace rarefy::ops {
 namespace {
 
 void* stream_of(const at::Tensor& x) {
-  return reinterpret_cast<void*>(
-      c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle());
+  return reinterpret_cast<void*>(c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle());
 }
 
 void check_launch(const char* function, int error) {
@@ -30,29 +29,29 @@ cuda::Layout layout_of(const at::Tensor& x, int64_t axis) {
                     : x.scalar_type() == at::kHalf     ? cuda::FloatType::f16
                                                        : cuda::FloatType::f32;
   const bool one_channel = axis < 0 || x.size(axis) == 1;
-  return {type, x.numel(), one_channel ? 1 : x.size(axis), one_channel ? std::max<int64_t>(x.numel(), 1) : x.stride(axis)};
+  return {type, x.numel(), one_channel ? 1 : x.size(axis),
+          one_channel ? std::max<int64_t>(x.numel(), 1) : x.stride(axis)};
 }
 
-/// Keeps the float32 copies of the parameters alive while the kernel's arguments are built.
+/// Keeps the parameters alive, in the type that x is computed in, while the kernel's arguments are built.
 struct DeviceGrid {
   at::Tensor scale;
   at::Tensor zero_point;
   cuda::Grid grid;
 
-  DeviceGrid(const at::Tensor& s, const at::Tensor& z, int64_t qmin, int64_t qmax)
-      : scale(s.to(at::kFloat).contiguous()),
+  DeviceGrid(const at::Tensor& x, const at::Tensor& s, const at::Tensor& z, int64_t qmin, int64_t qmax)
+      : scale(s.to(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous()),
         zero_point(z.contiguous()),
-        grid{scale.const_data_ptr<float>(), zero_point.const_data_ptr<int32_t>(), static_cast<int>(qmin),
+        grid{scale.const_data_ptr(), zero_point.const_data_ptr<int32_t>(), static_cast<int>(qmin),
              static_cast<int>(qmax)} {}
 };
 
-at::Tensor fake_quantize_into(const char* function, const at::Tensor& in, void* mask, const at::Tensor& scale,
-                              const at::Tensor& zero_point, int64_t axis, int64_t qmin, int64_t qmax) {
-  auto out = at::empty_like(in);
-  const DeviceGrid grid(scale, zero_point, qmin, qmax);
+void fake_quantize_into(const char* function, const at::Tensor& in, const at::Tensor& out, void* mask,
+                        const at::Tensor& scale, const at::Tensor& zero_point, int64_t axis, int64_t qmin,
+                        int64_t qmax) {
+  const DeviceGrid grid(in, scale, zero_point, qmin, qmax);
   check_launch(function, cuda::fake_quantize(in.const_data_ptr(), out.data_ptr(), mask, layout_of(in, axis), grid.grid,
                                              stream_of(in)));
-  return out;
 }
 
 at::Tensor empty_mask(const at::Tensor& x) { return at::empty({mask_bytes(x.numel())}, x.options().dtype(at::kByte)); }
@@ -61,7 +60,10 @@ at::Tensor fake_quantize_cuda(const at::Tensor& x, const at::Tensor& scale, cons
                               std::optional<int64_t> axis, int64_t qmin, int64_t qmax) {
   const int64_t resolved = check_fake_quantize("fake_quantize", x, scale, zero_point, axis, qmin, qmax);
   const c10::DeviceGuard guard(x.device());
-  return fake_quantize_into("fake_quantize", dense(x), nullptr, scale, zero_point, resolved, qmin, qmax);
+  const auto in = dense(x);
+  auto out = at::empty_like(in);
+  fake_quantize_into("fake_quantize", in, out, nullptr, scale, zero_point, resolved, qmin, qmax);
+  return out;
 }
 
 std::tuple<at::Tensor, at::Tensor> fake_quantize_mask_cuda(const at::Tensor& x, const at::Tensor& scale,
@@ -70,18 +72,17 @@ std::tuple<at::Tensor, at::Tensor> fake_quantize_mask_cuda(const at::Tensor& x, 
   const int64_t resolved = check_fake_quantize("fake_quantize", x, scale, zero_point, axis, qmin, qmax);
   const c10::DeviceGuard guard(x.device());
   const auto in = dense(x);
+  auto out = at::empty_like(in);
   auto mask = empty_mask(in);
-  auto out = fake_quantize_into("fake_quantize", in, mask.data_ptr(), scale, zero_point, resolved, qmin, qmax);
+  fake_quantize_into("fake_quantize", in, out, mask.data_ptr(), scale, zero_point, resolved, qmin, qmax);
   return {out, mask};
 }
 
 at::Tensor fake_quantize_backward_cuda(const at::Tensor& grad, const at::Tensor& mask, c10::SymIntArrayRef strides) {
-  check_float("fake_quantize_backward", grad, "grad");
-  TORCH_CHECK_VALUE(mask.scalar_type() == at::kByte && mask.numel() == mask_bytes(grad.numel()),
-                    "[fake_quantize_backward] mask must hold ", mask_bytes(grad.numel()), " bytes for ", grad.numel(),
-                    " elements, got ", mask.numel(), " of ", mask.scalar_type());
-  const c10::DeviceGuard guard(grad.device());
+  check_backward("fake_quantize_backward", grad, mask);
   const auto wanted = C10_AS_INTARRAYREF_SLOW(strides);
+  check_dense_strides("fake_quantize_backward", grad.sizes(), wanted);
+  const c10::DeviceGuard guard(grad.device());
   auto out = at::empty_strided(grad.sizes(), wanted, grad.options());
   at::Tensor in = grad;
   if (grad.strides() != wanted) {
@@ -93,6 +94,14 @@ at::Tensor fake_quantize_backward_cuda(const at::Tensor& grad, const at::Tensor&
   return out;
 }
 
+void fake_quantize_backward_inplace_cuda(at::Tensor& grad, const at::Tensor& mask) {
+  check_backward("fake_quantize_backward_", grad, mask);
+  check_dense_strides("fake_quantize_backward_", grad.sizes(), grad.strides());
+  const c10::DeviceGuard guard(grad.device());
+  check_launch("fake_quantize_backward_", cuda::mask_gradient(grad.const_data_ptr(), mask.const_data_ptr(),
+                                                              grad.data_ptr(), layout_of(grad, -1), stream_of(grad)));
+}
+
 at::Tensor quantize_cuda(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
                          std::optional<int64_t> axis, int64_t qmin, int64_t qmax) {
   const int64_t resolved = check_fake_quantize("quantize", x, scale, zero_point, axis, qmin, qmax);
@@ -100,9 +109,9 @@ at::Tensor quantize_cuda(const at::Tensor& x, const at::Tensor& scale, const at:
   const c10::DeviceGuard guard(x.device());
   const auto in = dense(x);
   auto out = at::empty_like(in, in.options().dtype(qmin < 0 ? at::kChar : at::kByte));
-  const DeviceGrid grid(scale, zero_point, qmin, qmax);
-  check_launch("quantize", cuda::quantize(in.const_data_ptr(), out.data_ptr(), layout_of(in, resolved), grid.grid,
-                                          stream_of(in)));
+  const DeviceGrid grid(in, scale, zero_point, qmin, qmax);
+  check_launch("quantize",
+               cuda::quantize(in.const_data_ptr(), out.data_ptr(), layout_of(in, resolved), grid.grid, stream_of(in)));
   return out;
 }
 
@@ -113,38 +122,41 @@ void observe_into(const char* function, const at::Tensor& in, at::Tensor& min_va
   auto encoded = at::empty({2 * layout.channels + 1}, in.options().dtype(at::kInt));
   auto* codes = reinterpret_cast<uint32_t*>(encoded.data_ptr<int32_t>());
   check_launch(function, cuda::min_max(in.const_data_ptr(), codes, layout, stream_of(in)));
-  check_launch(function,
-               cuda::update_observer(codes,
-                                     {min_val.data_ptr<float>(), max_val.data_ptr<float>(), scale.data_ptr<float>(),
-                                      zero_point.data_ptr<int32_t>()},
-                                     layout.channels, static_cast<float>(averaging_constant.value_or(0.0)), qmin, qmax,
-                                     symmetric, stream_of(in)));
+  check_launch(function, cuda::update_observer(codes,
+                                               {min_val.data_ptr<float>(), max_val.data_ptr<float>(),
+                                                scale.data_ptr<float>(), zero_point.data_ptr<int32_t>()},
+                                               layout.channels, averaging_constant.value_or(0.0), qmin, qmax, symmetric,
+                                               stream_of(in)));
   // Reads one flag back, so that bad data is an error where it enters.
   TORCH_CHECK_VALUE(encoded[2 * layout.channels].item<int32_t>() == 0, "[", function,
-                    "] input must be finite (in float32), got NaN or infinite values in a tensor of shape ", in.sizes());
+                    "] input must be finite (in float32), got NaN or infinite values in a tensor of shape ",
+                    in.sizes());
 }
 
 void observe_cuda(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
                   at::Tensor& zero_point, std::optional<int64_t> axis, std::optional<double> averaging_constant,
                   int64_t qmin, int64_t qmax, bool symmetric) {
   const int64_t resolved =
-      check_observe("observe", x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax);
+      check_observe("observe", x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
   const c10::DeviceGuard guard(x.device());
   observe_into("observe", dense(x), min_val, max_val, scale, zero_point, resolved, averaging_constant, qmin, qmax,
                symmetric);
 }
 
-std::tuple<at::Tensor, at::Tensor> observe_fake_quantize_mask_cuda(
-    const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale, at::Tensor& zero_point,
-    std::optional<int64_t> axis, std::optional<double> averaging_constant, int64_t qmin, int64_t qmax, bool symmetric) {
+std::tuple<at::Tensor, at::Tensor> observe_fake_quantize_mask_cuda(const at::Tensor& x, at::Tensor& min_val,
+                                                                   at::Tensor& max_val, at::Tensor& scale,
+                                                                   at::Tensor& zero_point, std::optional<int64_t> axis,
+                                                                   std::optional<double> averaging_constant,
+                                                                   int64_t qmin, int64_t qmax, bool symmetric) {
   constexpr const char* function = "observe_fake_quantize";
   const int64_t resolved =
-      check_observe(function, x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax);
+      check_observe(function, x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
   const c10::DeviceGuard guard(x.device());
   const auto in = dense(x);
-  observe_into(function, in, min_val, max_val, scale, zero_point, resolved, averaging_constant, qmin, qmax, symmetric);
+  auto out = at::empty_like(in);
   auto mask = empty_mask(in);
-  auto out = fake_quantize_into(function, in, mask.data_ptr(), scale, zero_point, resolved, qmin, qmax);
+  observe_into(function, in, min_val, max_val, scale, zero_point, resolved, averaging_constant, qmin, qmax, symmetric);
+  fake_quantize_into(function, in, out, mask.data_ptr(), scale, zero_point, resolved, qmin, qmax);
   return {out, mask};
 }
 
@@ -154,16 +166,19 @@ at::Tensor observe_fake_quantize_cuda(const at::Tensor& x, at::Tensor& min_val, 
                                       bool symmetric) {
   constexpr const char* function = "observe_fake_quantize";
   const int64_t resolved =
-      check_observe(function, x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax);
+      check_observe(function, x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
   const c10::DeviceGuard guard(x.device());
   const auto in = dense(x);
+  auto out = at::empty_like(in);
   observe_into(function, in, min_val, max_val, scale, zero_point, resolved, averaging_constant, qmin, qmax, symmetric);
-  return fake_quantize_into(function, in, nullptr, scale, zero_point, resolved, qmin, qmax);
+  fake_quantize_into(function, in, out, nullptr, scale, zero_point, resolved, qmin, qmax);
+  return out;
 }
 
 std::tuple<at::Tensor, at::Tensor> choose_qparams_cuda(const at::Tensor& min_val, const at::Tensor& max_val,
                                                        int64_t qmin, int64_t qmax, bool symmetric) {
-  // A handful of values: computed where the checks are.
+  check_choose_qparams("choose_qparams", min_val, max_val, qmin, qmax, symmetric);
+  // A handful of values: computed where their own checks are.
   auto [scale, zero_point] = choose_qparams(min_val.cpu(), max_val.cpu(), qmin, qmax, symmetric);
   return {scale.to(min_val.device()), zero_point.to(min_val.device())};
 }
@@ -174,6 +189,7 @@ TORCH_LIBRARY_IMPL(rarefy, CUDA, m) {
   m.impl("fake_quantize", &fake_quantize_cuda);
   m.impl("fake_quantize_mask", &fake_quantize_mask_cuda);
   m.impl("fake_quantize_backward", &fake_quantize_backward_cuda);
+  m.impl("fake_quantize_backward_", &fake_quantize_backward_inplace_cuda);
   m.impl("quantize", &quantize_cuda);
   m.impl("observe", &observe_cuda);
   m.impl("observe_fake_quantize", &observe_fake_quantize_cuda);

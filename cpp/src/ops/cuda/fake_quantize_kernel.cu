@@ -40,13 +40,15 @@ template <typename T, bool WithMask>
 __global__ void fake_quantize_kernel(const T* x, T* y, uint32_t* mask, Layout layout, Grid grid) {
   using C = Compute<T>;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  // Whole warps run to the padded end, so that every lane takes part in the ballot.
-  const int64_t padded = (layout.elements + 31) / 32 * 32;
+  // The grid's stride and the padded end are multiples of 32: the lanes of a warp take every step together, so that all of
+  // them reach the ballot, and the last 64-bit word of the mask is written whole.
+  const int64_t padded = (layout.elements + 63) / 64 * 64;
+  const C* scales = static_cast<const C*>(grid.scale);
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < padded; i += stride) {
     bool inside = false;
     if (i < layout.elements) {
       const int64_t channel = layout.channels == 1 ? 0 : (i / layout.inner) % layout.channels;
-      const C scale = static_cast<C>(grid.scale[channel]);
+      const C scale = scales[channel];
       const C zero_point = static_cast<C>(grid.zero_point[channel]);
       const C low = static_cast<C>(grid.qmin), high = static_cast<C>(grid.qmax);
       const C q = nearest_even(divide(load(x + i), scale)) + zero_point;
@@ -63,24 +65,25 @@ __global__ void fake_quantize_kernel(const T* x, T* y, uint32_t* mask, Layout la
   }
 }
 
-template <typename T>
-__global__ void mask_gradient_kernel(const T* grad, const uint8_t* mask, T* out, int64_t elements) {
+// Moves bits and does no arithmetic: every value comes through as it is, NaN payloads too.
+template <typename Word>
+__global__ void mask_gradient_kernel(const Word* grad, const uint8_t* mask, Word* out, int64_t elements) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < elements; i += stride) {
-    using C = Compute<T>;
-    put(out + i, (mask[i / 8] >> (i % 8) & 1) != 0 ? load(grad + i) : static_cast<C>(0));
+    out[i] = (mask[i / 8] >> (i % 8) & 1) != 0 ? grad[i] : Word{0};
   }
 }
 
 template <typename T>
 __global__ void quantize_kernel(const T* x, uint8_t* y, Layout layout, Grid grid) {
+  using C = Compute<T>;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < layout.elements; i += stride) {
     const int64_t channel = layout.channels == 1 ? 0 : (i / layout.inner) % layout.channels;
-    const float value = static_cast<float>(load(x + i));
-    const float q = rintf(__fdiv_rn(value, grid.scale[channel])) + static_cast<float>(grid.zero_point[channel]);
-    const float low = static_cast<float>(grid.qmin), high = static_cast<float>(grid.qmax);
-    const float upper = q < high ? q : high;  // NaN gives qmax, as on the CPU
+    const C q = nearest_even(divide(load(x + i), static_cast<const C*>(grid.scale)[channel])) +
+                static_cast<C>(grid.zero_point[channel]);
+    const C low = static_cast<C>(grid.qmin), high = static_cast<C>(grid.qmax);
+    const C upper = q < high ? q : high;  // NaN gives qmax, as on the CPU
     y[i] = static_cast<uint8_t>(static_cast<int>(upper > low ? upper : low));
   }
 }
@@ -141,20 +144,21 @@ __global__ void min_max_kernel(const T* x, uint32_t* encoded, Layout layout) {
   }
 }
 
-__global__ void update_observer_kernel(const uint32_t* encoded, ObserverState state, int64_t channels, float constant,
+__global__ void update_observer_kernel(const uint32_t* encoded, ObserverState state, int64_t channels, double constant,
                                        int64_t qmin, int64_t qmax, bool symmetric) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (c >= channels || encoded[2 * channels] != 0u) {
     return;
   }
   float low = state.min_val[c], high = state.max_val[c];
-  const float batch_low = decode(encoded[c]), batch_high = decode(encoded[channels + c]);
+  // Adding 0 turns -0 into 0, as on the CPU.
+  const float batch_low = decode(encoded[c]) + 0.0f, batch_high = decode(encoded[channels + c]) + 0.0f;
   if (!(low <= high)) {
     low = batch_low;
     high = batch_high;
-  } else if (constant > 0.0f) {
-    low = __fadd_rn(low, __fmul_rn(constant, batch_low - low));
-    high = __fadd_rn(high, __fmul_rn(constant, batch_high - high));
+  } else if (constant > 0.0) {
+    low = moving_average(low, batch_low, constant);
+    high = moving_average(high, batch_high, constant);
   } else {
     low = fminf(low, batch_low);
     high = fmaxf(high, batch_high);
@@ -207,15 +211,25 @@ int fake_quantize(const void* x, void* y, void* mask, Layout layout, Grid grid, 
   });
 }
 
+template <typename Word>
+int mask_gradient_words(const void* grad, const void* mask, void* out, int64_t elements, cudaStream_t stream) {
+  mask_gradient_kernel<Word><<<blocks_for(elements), kThreads, 0, stream>>>(
+      static_cast<const Word*>(grad), static_cast<const uint8_t*>(mask), static_cast<Word*>(out), elements);
+  return static_cast<int>(cudaGetLastError());
+}
+
 int mask_gradient(const void* grad, const void* mask, void* out, Layout layout, void* stream) {
   if (layout.elements == 0) {
     return 0;
   }
-  return for_type(layout.type, [&](auto tag) {
-    using T = decltype(tag);
-    mask_gradient_kernel<T><<<blocks_for(layout.elements), kThreads, 0, as_stream(stream)>>>(
-        static_cast<const T*>(grad), static_cast<const uint8_t*>(mask), static_cast<T*>(out), layout.elements);
-  });
+  switch (layout.type) {
+    case FloatType::f64:
+      return mask_gradient_words<uint64_t>(grad, mask, out, layout.elements, as_stream(stream));
+    case FloatType::f32:
+      return mask_gradient_words<uint32_t>(grad, mask, out, layout.elements, as_stream(stream));
+    default:
+      return mask_gradient_words<uint16_t>(grad, mask, out, layout.elements, as_stream(stream));
+  }
 }
 
 int quantize(const void* x, void* y, Layout layout, Grid grid, void* stream) {
@@ -233,12 +247,12 @@ int min_max(const void* x, uint32_t* encoded, Layout layout, void* stream) {
   reset_kernel<<<blocks_for(2 * layout.channels + 1), kThreads, 0, as_stream(stream)>>>(encoded, layout.channels);
   return for_type(layout.type, [&](auto tag) {
     using T = decltype(tag);
-    min_max_kernel<T><<<blocks_for(layout.elements), kThreads, 0, as_stream(stream)>>>(static_cast<const T*>(x),
-                                                                                       encoded, layout);
+    min_max_kernel<T>
+        <<<blocks_for(layout.elements), kThreads, 0, as_stream(stream)>>>(static_cast<const T*>(x), encoded, layout);
   });
 }
 
-int update_observer(const uint32_t* encoded, ObserverState state, int64_t channels, float constant, int64_t qmin,
+int update_observer(const uint32_t* encoded, ObserverState state, int64_t channels, double constant, int64_t qmin,
                     int64_t qmax, bool symmetric, void* stream) {
   update_observer_kernel<<<static_cast<int>((channels + kThreads - 1) / kThreads), kThreads, 0, as_stream(stream)>>>(
       encoded, state, channels, constant, qmin, qmax, symmetric);

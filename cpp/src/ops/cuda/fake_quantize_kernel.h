@@ -16,15 +16,15 @@ struct Layout {
   int64_t inner;
 };
 
-/// Device arrays of `channels` values.
+/// Device arrays of `channels` values; the scales are double for FloatType::f64 and float otherwise.
 struct Grid {
-  const float* scale;
+  const void* scale;
   const int32_t* zero_point;
   int qmin;
   int qmax;
 };
 
-/// mask may be null; otherwise it has one bit per element, in whole 64-bit words.
+/// mask may be null; otherwise it has one bit per element, in whole 64-bit words that are filled up with 0.
 int fake_quantize(const void* x, void* y, void* mask, Layout layout, Grid grid, void* stream);
 int mask_gradient(const void* grad, const void* mask, void* out, Layout layout, void* stream);
 int quantize(const void* x, void* y, Layout layout, Grid grid, void* stream);
@@ -41,7 +41,7 @@ struct ObserverState {
 };
 
 /// Updates the state from the encoded ranges; leaves it alone when the not-finite flag is set. constant <= 0: running range.
-int update_observer(const uint32_t* encoded, ObserverState state, int64_t channels, float constant, int64_t qmin,
+int update_observer(const uint32_t* encoded, ObserverState state, int64_t channels, double constant, int64_t qmin,
                     int64_t qmax, bool symmetric, void* stream);
 
 const char* error_string(int error);

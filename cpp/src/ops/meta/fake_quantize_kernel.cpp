@@ -25,8 +25,13 @@ std::tuple<at::Tensor, at::Tensor> fake_quantize_mask_meta(const at::Tensor& x, 
   return {fake_quantize_meta(x, scale, zero_point, axis, qmin, qmax), mask_for(x)};
 }
 
-at::Tensor fake_quantize_backward_meta(const at::Tensor& grad, const at::Tensor&, c10::SymIntArrayRef strides) {
+at::Tensor fake_quantize_backward_meta(const at::Tensor& grad, const at::Tensor& mask, c10::SymIntArrayRef strides) {
+  check_backward("fake_quantize_backward", grad, mask);
   return at::empty_strided_symint(grad.sym_sizes(), strides, grad.options());
+}
+
+void fake_quantize_backward_inplace_meta(at::Tensor& grad, const at::Tensor& mask) {
+  check_backward("fake_quantize_backward_", grad, mask);
 }
 
 at::Tensor quantize_meta(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
@@ -38,30 +43,34 @@ at::Tensor quantize_meta(const at::Tensor& x, const at::Tensor& scale, const at:
 
 void observe_meta(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
                   at::Tensor& zero_point, std::optional<int64_t> axis, std::optional<double> averaging_constant,
-                  int64_t qmin, int64_t qmax, bool) {
-  check_observe("observe", x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax);
+                  int64_t qmin, int64_t qmax, bool symmetric) {
+  check_observe("observe", x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
 }
 
 at::Tensor observe_fake_quantize_meta(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
                                       at::Tensor& zero_point, std::optional<int64_t> axis,
-                                      std::optional<double> averaging_constant, int64_t qmin, int64_t qmax, bool) {
-  check_observe("observe_fake_quantize", x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax);
+                                      std::optional<double> averaging_constant, int64_t qmin, int64_t qmax,
+                                      bool symmetric) {
+  check_observe("observe_fake_quantize", x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax,
+                symmetric);
   return at::empty_like(x);
 }
 
-std::tuple<at::Tensor, at::Tensor> observe_fake_quantize_mask_meta(
-    const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale, at::Tensor& zero_point,
-    std::optional<int64_t> axis, std::optional<double> averaging_constant, int64_t qmin, int64_t qmax, bool symmetric) {
+std::tuple<at::Tensor, at::Tensor> observe_fake_quantize_mask_meta(const at::Tensor& x, at::Tensor& min_val,
+                                                                   at::Tensor& max_val, at::Tensor& scale,
+                                                                   at::Tensor& zero_point, std::optional<int64_t> axis,
+                                                                   std::optional<double> averaging_constant,
+                                                                   int64_t qmin, int64_t qmax, bool symmetric) {
   return {observe_fake_quantize_meta(x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax,
                                      symmetric),
           mask_for(x)};
 }
 
-std::tuple<at::Tensor, at::Tensor> choose_qparams_meta(const at::Tensor& min_val, const at::Tensor&, int64_t qmin,
-                                                       int64_t qmax, bool) {
-  check_range("choose_qparams", qmin, qmax);
-  return {at::empty_like(min_val, min_val.options().dtype(at::kFloat)),
-          at::empty_like(min_val, min_val.options().dtype(at::kInt))};
+std::tuple<at::Tensor, at::Tensor> choose_qparams_meta(const at::Tensor& min_val, const at::Tensor& max_val,
+                                                       int64_t qmin, int64_t qmax, bool symmetric) {
+  check_choose_qparams("choose_qparams", min_val, max_val, qmin, qmax, symmetric);
+  return {at::empty_symint(min_val.sym_sizes(), min_val.options().dtype(at::kFloat)),
+          at::empty_symint(min_val.sym_sizes(), min_val.options().dtype(at::kInt))};
 }
 
 }  // namespace
@@ -70,6 +79,7 @@ TORCH_LIBRARY_IMPL(rarefy, Meta, m) {
   m.impl("fake_quantize", &fake_quantize_meta);
   m.impl("fake_quantize_mask", &fake_quantize_mask_meta);
   m.impl("fake_quantize_backward", &fake_quantize_backward_meta);
+  m.impl("fake_quantize_backward_", &fake_quantize_backward_inplace_meta);
   m.impl("quantize", &quantize_meta);
   m.impl("observe", &observe_meta);
   m.impl("observe_fake_quantize", &observe_fake_quantize_meta);

@@ -1,0 +1,167 @@
+"""Fake quantization beside torch's own, as ratios to the time of moving the bytes that must move.
+
+One JSON line per row on stdout, a table on stderr. The limit of a row copies as many bytes as its inputs and outputs
+have into memory that is already mapped: forward reads x and writes x_hat, backward reads and writes a gradient, so two
+copies.
+
+    python benchmarks/fake_quantize.py [--threads 2] [--repeats 21] [--compile] [--rows 1M ...]
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+
+import torch
+from timing import interleaved
+
+import rarefy
+
+ops = torch.ops.rarefy
+
+
+def forward_backward(
+    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, grad: torch.Tensor
+) -> Callable[[], None]:
+    def run() -> None:
+        x.grad = None
+        function(x).backward(grad)
+
+    return run
+
+
+def forward(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            return function(x)
+
+    return run
+
+
+def copies(sources: list[torch.Tensor]) -> Callable[[], None]:
+    """Copy every source into mapped memory of its own, as the operator reads and writes different tensors."""
+    pairs = [(source.detach(), torch.zeros_like(source)) for source in sources]
+
+    def run() -> None:
+        for source, target in pairs:
+            target.copy_(source)
+
+    return run
+
+
+def plain_formula(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int) -> torch.Tensor:
+    """Straight-through fake quantization written with torch's operators."""
+    scaled = (x / scale + zero_point).clamp(qmin, qmax)
+    rounded = scaled + (scaled.round() - scaled).detach()
+    return (rounded - zero_point) * scale
+
+
+def observed(x: torch.Tensor, with_compile: bool) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Moving-average observer and per-tensor fake quantization to uint8."""
+    low, high = torch.tensor([float("inf")]), torch.tensor([-float("inf")])
+    scale, zero_point = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    on = torch.ones(1)
+    theirs = (
+        torch.tensor([float("inf")]),
+        torch.tensor([-float("inf")]),
+        torch.ones(1),
+        torch.zeros(1, dtype=torch.int32),
+    )
+    plain = {"low": torch.zeros(1), "high": torch.ones(1)}
+
+    def formula(x: torch.Tensor) -> torch.Tensor:
+        batch_low, batch_high = torch.aminmax(x.detach())
+        plain["low"].mul_(0.99).add_(0.01 * batch_low)
+        plain["high"].mul_(0.99).add_(0.01 * batch_high)
+        step = (plain["high"].clamp(min=0) - plain["low"].clamp(max=0)) / 255
+        return plain_formula(x, step, (-plain["low"].clamp(max=0) / step).round(), 0, 255)
+
+    functions = {
+        "rarefy": lambda x: ops.observe_fake_quantize(x, low, high, scale, zero_point, None, 0.01, 0, 255, False),
+        "torch fused_moving_avg_obs": lambda x: torch.fused_moving_avg_obs_fake_quant(
+            x, on, on, *theirs, 0.01, 0, 255, -1
+        ),
+    }
+    if with_compile:
+        functions["torch.compile"] = torch.compile(formula, dynamic=False)
+    return functions
+
+
+def per_tensor(x: torch.Tensor, with_compile: bool) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    scale, zero_point = torch.tensor([0.02]), torch.tensor([128], dtype=torch.int32)
+    functions = {
+        "rarefy": lambda x: ops.fake_quantize(x, scale, zero_point, None, 0, 255),
+        "torch per_tensor_affine": lambda x: torch.fake_quantize_per_tensor_affine(x, 0.02, 128, 0, 255),
+    }
+    if with_compile:
+        functions["torch.compile"] = torch.compile(lambda x: plain_formula(x, scale, zero_point, 0, 255), dynamic=False)
+    return functions
+
+
+def per_channel(x: torch.Tensor, with_compile: bool) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    scale = x.detach().abs().amax(dim=(1, 2, 3)) / 127
+    zero_point = torch.zeros(len(x), dtype=torch.int32)
+    functions = {
+        "rarefy": lambda x: ops.fake_quantize(x, scale, zero_point, 0, -128, 127),
+        "torch per_channel_affine": lambda x: torch.fake_quantize_per_channel_affine(
+            x, scale, zero_point, 0, -128, 127
+        ),
+    }
+    if with_compile:
+        view = [-1, 1, 1, 1]
+        functions["torch.compile"] = torch.compile(
+            lambda x: plain_formula(x, scale.view(view), zero_point.view(view), -128, 127), dynamic=False
+        )
+    return functions
+
+
+ROWS = {
+    "observe + fake quantize, 1M": ((1 << 20,), observed),
+    "observe + fake quantize, 64M": ((1 << 26,), observed),
+    "fake quantize, 1M": ((1 << 20,), per_tensor),
+    "fake quantize, 64M": ((1 << 26,), per_tensor),
+    "per-channel weights 512x512x3x3": ((512, 512, 3, 3), per_channel),
+    "per-channel weights 512x1x3x3": ((512, 1, 3, 3), per_channel),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile of the plain formula")
+    parser.add_argument("--rows", nargs="*", default=[""], help="only rows whose name contains one of these")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    print(f"{'row':36} {'pass':9} {'function':28} {'ms':>9} {'/ limit':>8}", file=sys.stderr)
+    for row, (shape, build) in ROWS.items():
+        if not any(wanted in row for wanted in arguments.rows):
+            continue
+        torch.manual_seed(0)
+        x = torch.randn(shape, requires_grad=True)
+        grad = torch.randn(shape)
+        functions = build(x, arguments.compile)
+        forwards = {name: forward(function, x) for name, function in functions.items()}
+        both = {name: forward_backward(function, x, grad) for name, function in functions.items()}
+        for name_of_pass, candidates, moved in (("forward", forwards, [x]), ("both", both, [x, grad])):
+            repeats = max(5, arguments.repeats // 4) if x.numel() >= 1 << 24 else arguments.repeats
+            medians = interleaved({"limit": copies(moved)} | candidates, repeats)
+            for name, seconds in medians.items():
+                ratio = seconds / medians["limit"]
+                record = {
+                    "benchmark": "fake_quantize",
+                    "row": row,
+                    "pass": name_of_pass,
+                    "function": name,
+                    "milliseconds": round(seconds * 1e3, 4),
+                    "ratio_to_limit": round(ratio, 3),
+                    "threads": arguments.threads,
+                    "instruction_set": rarefy._core.instruction_set(),
+                }
+                print(json.dumps(record), flush=True)
+                print(f"{row:36} {name_of_pass:9} {name:28} {seconds * 1e3:9.3f} {ratio:8.2f}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

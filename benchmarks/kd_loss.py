@@ -1,0 +1,104 @@
+"""Time the distillation loss, forward and backward, beside torch's own operators and the time to move its bytes.
+
+The limit reads both logits and writes the gradient once, into memory that is already mapped, with as many threads:
+torch.add with an output. Prints one JSON line per shape on stdout and a table on stderr.
+
+    python benchmarks/kd_loss.py [--shape ROWSxCLASSES ...] [--temperature T] [--quick]
+"""
+
+import argparse
+import json
+import sys
+
+import rarefy as rf
+import torch
+import torch.nn.functional as F
+from timing import interleaved
+
+SHAPES = ["8192x1000", "512x32000"]
+
+
+def eager_loss(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, temperature: float, alpha: float
+) -> torch.Tensor:
+    """Return the loss as it is written with torch's operators."""
+    log_q = F.log_softmax(student / temperature, dim=-1)
+    p = F.softmax(teacher / temperature, dim=-1)
+    soft = F.kl_div(log_q, p, reduction="batchmean") * temperature**2
+    return alpha * soft + (1 - alpha) * F.cross_entropy(student, labels)
+
+
+def measure(rows: int, classes: int, dtype: torch.dtype, temperature: float, alpha: float, repeats: int) -> dict:
+    """Return one row of the table for logits of shape [rows, classes]."""
+    torch.manual_seed(0)
+    student = (torch.randn(rows, classes) * 3).to(dtype).requires_grad_()
+    teacher = (torch.randn(rows, classes) * 3).to(dtype)
+    labels = torch.randint(0, classes, (rows,))
+    mapped = torch.zeros_like(teacher)
+    loss_fn = rf.distillation.DistillationLoss(temperature=temperature, alpha=alpha)
+
+    def forward_backward(loss) -> torch.Tensor:
+        student.grad = None
+        value = loss()
+        value.backward()
+        return value.detach()
+
+    def ours() -> torch.Tensor:
+        return forward_backward(lambda: loss_fn(student, teacher, labels))
+
+    def eager() -> torch.Tensor:
+        return forward_backward(lambda: eager_loss(student, teacher, labels, temperature, alpha))
+
+    def limit() -> None:
+        torch.add(student.detach(), teacher, out=mapped)
+
+    difference = abs(ours().item() - eager().item())
+    if difference > 1e-2 * abs(eager().item()):
+        raise AssertionError(f"the two losses differ by {difference}")
+    seconds = interleaved({"rarefy": ours, "eager": eager, "limit": limit}, repeats=repeats)
+    return {
+        "benchmark": "kd_loss",
+        "shape": [rows, classes],
+        "dtype": str(dtype).removeprefix("torch."),
+        "temperature": temperature,
+        "alpha": alpha,
+        "threads": torch.get_num_threads(),
+        "instruction_set": rf._core.instruction_set(),
+        "milliseconds": {name: round(value * 1e3, 3) for name, value in seconds.items()},
+        "rarefy_over_limit": round(seconds["rarefy"] / seconds["limit"], 2),
+        "eager_over_limit": round(seconds["eager"] / seconds["limit"], 2),
+        "eager_over_rarefy": round(seconds["eager"] / seconds["rarefy"], 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", action="append", metavar="RxC", help=f"default: {' and '.join(SHAPES)}")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--temperature", type=float, default=4.0)
+    parser.add_argument("--alpha", type=float, default=0.5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--quick", action="store_true", help="five rounds")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"{'shape':>12} {'rarefy ms':>10} {'eager ms':>10} {'limit ms':>10} {'rarefy/limit':>13} {'eager/limit':>12}",
+          file=sys.stderr)  # fmt: skip
+    for shape in arguments.shape or SHAPES:
+        rows, classes = (int(size) for size in shape.split("x"))
+        row = measure(
+            rows,
+            classes,
+            getattr(torch, arguments.dtype),
+            arguments.temperature,
+            arguments.alpha,
+            5 if arguments.quick else arguments.repeats,
+        )
+        times = row["milliseconds"]
+        print(f"{shape:>12} {times['rarefy']:>10} {times['eager']:>10} {times['limit']:>10} "
+              f"{row['rarefy_over_limit']:>13} {row['eager_over_limit']:>12}", file=sys.stderr)  # fmt: skip
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

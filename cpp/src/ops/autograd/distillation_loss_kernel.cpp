@@ -1,0 +1,82 @@
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/autocast_mode.h>
+#include <rarefy/ops/distillation_loss.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/library.h>
+
+namespace rarefy::ops {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+/// True when scale * upstream is known to be 1 without waiting for a device or breaking a trace.
+bool is_plain_one(const at::Tensor& scale, const at::Tensor& upstream) {
+  return upstream.is_cpu() && scale.is_cpu() && !at::isTensorSubclassLike(upstream) && !at::isTensorSubclassLike(scale) &&
+         scale.item().toDouble() * upstream.item().toDouble() == 1.0;
+}
+
+class DistillationLoss : public torch::autograd::Function<DistillationLoss> {
+ public:
+  static Variable forward(AutogradContext* ctx, const Variable& student, const Variable& teacher,
+                          const std::optional<at::Tensor>& labels, double temperature, double alpha,
+                          int64_t ignore_index) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [loss, grad, scale] = distillation_loss_forward(student, teacher, labels, temperature, alpha, ignore_index);
+    ctx->save_for_backward({grad, scale});
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    const auto saved = ctx->get_saved_variables();
+    at::Tensor grad;
+    {
+      at::AutoGradMode no_grad(false);
+      grad = is_plain_one(saved[1], upstream[0]) ? saved[0]
+                                                 : distillation_loss_backward(saved[0], saved[1], upstream[0]);
+    }
+    if (at::GradMode::is_enabled()) {  // create_graph: say so when the gradient is differentiated, not a silent constant
+      const auto error = std::make_shared<torch::autograd::DelayedError>(
+          "[distillation_loss] is differentiable once: its gradient is formed in the forward pass, so a second derivative "
+          "(a gradient penalty, a Hessian) needs the loss written with torch's own operators",
+          1);
+      grad = (*error)({grad.detach().requires_grad_(true)})[0];
+    }
+    return {grad, {}, {}, {}, {}, {}};
+  }
+};
+
+at::Tensor distillation_loss_autograd(const at::Tensor& student, const at::Tensor& teacher,
+                                      const std::optional<at::Tensor>& labels, double temperature, double alpha,
+                                      int64_t ignore_index) {
+  if (!student.requires_grad() || !at::GradMode::is_enabled()) {  // no gradient is needed
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return distillation_loss(student, teacher, labels, temperature, alpha, ignore_index);
+  }
+  return DistillationLoss::apply(student, teacher, labels, temperature, alpha, ignore_index);
+}
+
+/// Under autocast one model may give 16-bit logits and the other float32: then both are taken in float32. Equal dtypes
+/// stay: the computation is in float32 anyway.
+template <c10::DeviceType device>
+at::Tensor distillation_loss_autocast(const at::Tensor& student, const at::Tensor& teacher,
+                                      const std::optional<at::Tensor>& labels, double temperature, double alpha,
+                                      int64_t ignore_index) {
+  c10::impl::ExcludeDispatchKeyGuard guard(at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  if (student.scalar_type() == teacher.scalar_type()) {
+    return distillation_loss(student, teacher, labels, temperature, alpha, ignore_index);
+  }
+  return distillation_loss(at::autocast::cached_cast(at::kFloat, student, device),
+                           at::autocast::cached_cast(at::kFloat, teacher, device), labels, temperature, alpha,
+                           ignore_index);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rarefy, Autograd, m) { m.impl("distillation_loss", &distillation_loss_autograd); }
+TORCH_LIBRARY_IMPL(rarefy, AutocastCPU, m) { m.impl("distillation_loss", &distillation_loss_autocast<at::kCPU>); }
+TORCH_LIBRARY_IMPL(rarefy, AutocastCUDA, m) { m.impl("distillation_loss", &distillation_loss_autocast<at::kCUDA>); }
+
+}  // namespace rarefy::ops

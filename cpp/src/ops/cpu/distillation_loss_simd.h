@@ -1,0 +1,53 @@
+// The inner loops of distillation_loss on one row of logits. No ATen here.
+#pragma once
+
+#include <stdint.h>
+
+#include "ops/cpu/float_type.h"
+#include "ops/cpu/isa.h"
+
+namespace rarefy::cpu {
+
+/// What is the same for every row. `soft` turns the KL term on, `hard` the cross-entropy term.
+struct DistillationTask {
+  FloatType type;
+  int64_t classes;
+  bool soft;
+  bool hard;
+  /// How e^x follows from e^(x / T): 0 when T is 1, k when T is 2^k (k squarings), -1 when it needs an exponential.
+  int squarings;
+  float soft_factor;  // log2(e) / T: e^(x / T) = 2^(x * soft_factor)
+  /// The gradient is soft_scale * (softmax(s / T) - softmax(t / T)) + hard_scale * (softmax(s) - onehot(label)).
+  double soft_scale;
+  double hard_scale;
+};
+
+struct DistillationRow {
+  const void* student;
+  const void* teacher;
+  void* grad;      // null when only the sums are wanted
+  float* scratch;  // distillation_scratch(classes) floats; unused when grad is null
+  int64_t label;   // in [0, classes); unused without the hard term
+};
+
+/// Sums over a row with student logits s, teacher logits t, their maxima m_s and m_t, and temperature T.
+struct DistillationSums {
+  float student_max;   // m_s
+  float label_logit;   // s[label]
+  double soft_student; // sum of e^((s - m_s) / T)
+  double soft_teacher; // sum of e^((t - m_t) / T)
+  double cross;        // sum of e^((t - m_t) / T) * ((t - m_t) - (s - m_s)), without the terms where the first factor is 0
+  double hard_student; // sum of e^(s - m_s)
+};
+
+inline int64_t distillation_scratch(int64_t classes) { return 3 * ((classes + 15) / 16 * 16); }
+
+RAREFY_DECLARE_ISA(
+    /// The sums of a row and, unless row.grad is null, its gradient; the row is read from memory once.
+    /// Rows of a matrix are best taken in order: the next one is fetched meanwhile.
+    DistillationSums distill_row(const DistillationTask& task, const DistillationRow& row);
+
+    /// out = factor * grad for elements [begin, end).
+    void scale_gradient(const void* grad, void* out, FloatType type, float factor, int64_t begin, int64_t end);)
+
+}  // namespace rarefy::cpu

@@ -1,0 +1,43 @@
+"""The distillation loss as a module."""
+
+import torch
+from torch import Tensor, nn
+
+from rarefy import _core
+
+
+class DistillationLoss(nn.Module):
+    """Compute alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) * cross_entropy(student, labels).
+
+    The mean over the valid rows, as Hinton et al. define it (2015, arXiv:1503.02531). T^2 keeps the size of the gradient
+    independent of the temperature T. Forward and gradient are one pass over the logits, computed through log-sum-exp.
+
+    Args:
+        temperature: T > 0. Higher values soften both distributions.
+        alpha: the weight of the soft targets, in [0, 1]. With 1 no labels are needed.
+        ignore_index: rows with this label add nothing to either term.
+
+    Shapes:
+        student_logits: [..., classes], float32, float64, bfloat16 or float16. The loss is differentiable in them, once.
+        teacher_logits: the same shape and dtype; a constant.
+        labels: [...], int64.
+
+    Raises:
+        ValueError, TypeError, IndexError: an argument breaks its rule; the message names the rule and the value.
+    """
+
+    def __init__(self, temperature: float = 4.0, alpha: float = 0.5, ignore_index: int = -100) -> None:
+        super().__init__()
+        _core.distillation.DistillationLossOptions(temperature, alpha, ignore_index).validate()
+        self.temperature = float(temperature)
+        self.alpha = float(alpha)
+        self.ignore_index = int(ignore_index)
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
+        return torch.ops.rarefy.distillation_loss(
+            student_logits, teacher_logits, labels, self.temperature, self.alpha, self.ignore_index
+        )
+
+    def extra_repr(self) -> str:
+        ignored = "" if self.ignore_index == -100 else f", ignore_index={self.ignore_index}"
+        return f"temperature={self.temperature:g}, alpha={self.alpha:g}{ignored}"
