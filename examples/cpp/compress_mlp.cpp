@@ -8,8 +8,8 @@
 
 #include <rarefy/rarefy.h>
 #include <torch/nn/functional/loss.h>
-#include <torch/nn/modules/container/sequential.h>
 #include <torch/nn/modules/activation.h>
+#include <torch/nn/modules/container/sequential.h>
 #include <torch/nn/modules/linear.h>
 #include <torch/optim/adam.h>
 #include <torch/serialize.h>
@@ -128,8 +128,9 @@ Examples read_csv(const fs::path& path) {
       const bool is_label = column == kPixels;
       int64_t value = 0;
       if (!parse_integer(field, 0, is_label ? kClasses - 1 : 16, value)) {
-        throw std::runtime_error(where + (is_label ? "a label from 0 to 9" : "a pixel from 0 to 16") + " expected in column " +
-                                 std::to_string(column + 1) + ", got '" + std::string(field) + "'");
+        throw std::runtime_error(where + (is_label ? "a label from 0 to 9" : "a pixel from 0 to 16") +
+                                 " expected in column " + std::to_string(column + 1) + ", got '" + std::string(field) +
+                                 "'");
       }
       if (is_label) {
         labels.push_back(value);
@@ -313,16 +314,15 @@ void distill(Student& student, torch::nn::Sequential& teacher, const Examples& t
              const std::function<void()>& after_step) {
   torch::optim::Adam optimizer(student->parameters(), torch::optim::AdamOptions(rate));
   const int64_t steps = epochs * ((train.y.size(0) + kBatchSize - 1) / kBatchSize);
-  const rarefy::distillation::DistillationLoss loss({.temperature = 4.0, .alpha = 0.7});
-  rarefy::distillation::DistillationTrainer trainer(
-      student, teacher, optimizer,
-      [loss](const auto& logits, const auto& target, const auto& labels) mutable {
-        return loss->forward(logits, target, labels);
-      });
-  trainer.fit(training_batches(train), epochs, {.on_step = [&](int64_t step, double) {
-                                                  after_step();
-                                                  set_rate(optimizer, rate, step, steps);
-                                                }});
+  const rarefy::distillation::DistillationLossOptions loss_options{.temperature = 4.0, .alpha = 0.7};
+  rarefy::distillation::DistillationTrainer trainer(student, teacher, optimizer,
+                                                    rarefy::distillation::DistillationLoss(loss_options));
+  rarefy::distillation::Callbacks callbacks;
+  callbacks.on_step = [&](int64_t step, double) {
+    after_step();
+    set_rate(optimizer, rate, step, steps);
+  };
+  trainer.fit(training_batches(train), epochs, callbacks);
 }
 
 void run(const Options& options) {
@@ -360,9 +360,9 @@ void run(const Options& options) {
 
   // 3. Four of five weights go, little by little, while training goes on.
   const int64_t steps_per_epoch = (train.y.size(0) + kBatchSize - 1) / kBatchSize;
-  rarefy::pruning::MagnitudePruner pruner(
-      *student, {.sparsity = 0.8,
-                 .schedule = rarefy::pruning::PolynomialSchedule{.end = epochs * steps_per_epoch * 2 / 3, .every = 10}});
+  rarefy::pruning::MagnitudePruner pruner(*student, {.sparsity = 0.8,
+                                                     .schedule = rarefy::pruning::PolynomialSchedule{
+                                                         .end = epochs * steps_per_epoch * 2 / 3, .every = 10}});
   distill(student, teacher, train, epochs, 2e-3, [&] { pruner.step(); });
   note("student, pruned", student, "student_pruned.pt");
   std::printf("%s\n", pruner.report().to_string().c_str());
@@ -386,7 +386,8 @@ void run(const Options& options) {
       [&](const torch::Tensor& x) { return dense->forward(x); },
       [&](const torch::Tensor& x) { return student->forward(x); },
   };
-  const auto medians = interleaved_medians(models, test.x.narrow(0, 0, kBatchSize).contiguous(), options.quick ? 100 : 1000);
+  const auto medians =
+      interleaved_medians(models, test.x.narrow(0, 0, kBatchSize).contiguous(), options.quick ? 100 : 1000);
   rows[0].latency = format(medians[0]);
   rows[1].latency = format(medians[1]);
   rows[4].latency = format(medians[2]);

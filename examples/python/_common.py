@@ -1,4 +1,4 @@
-"""What the Python examples share and what is not about compression: images, checkpoints, timing, table, report, plot."""
+"""What an example needs beside compression: images, checkpoints, timing, table, report, plot."""
 
 from __future__ import annotations
 
@@ -91,11 +91,14 @@ def load_npz(path: Path) -> Images:
             )
     if arrays["train_images"].shape[1:] != arrays["test_images"].shape[1:]:
         raise ValueError(f"{path}: train_images and test_images must be of one size")
+    classes, highest = int(arrays["train_labels"].max()) + 1, int(arrays["test_labels"].max())
+    if highest >= classes:
+        raise ValueError(f"{path}: test_labels must be labels of train_labels, below {classes}, got {highest}")
     x_train, x_test = _normalized(
         *(torch.from_numpy(arrays[f"{part}_images"]).permute(0, 3, 1, 2) / 255 for part in ("train", "test"))
     )
     y_train, y_test = (torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64)) for part in ("train", "test"))
-    return Images(path.stem, int(y_train.max()) + 1, x_train, y_train, x_test, y_test, flip=True, shift=4)
+    return Images(path.stem, classes, x_train, y_train, x_test, y_test, flip=True, shift=4)
 
 
 class TrainingBatches:
@@ -105,7 +108,7 @@ class TrainingBatches:
     """
 
     def __init__(self, data: Images, batch_size: int) -> None:
-        self.data, self.batch_size = data, batch_size
+        self.data, self.batch_size = data, min(batch_size, len(data.train_labels))
         self.padded = torch.nn.functional.pad(data.train_images, [data.shift] * 4)
 
     def __len__(self) -> int:
@@ -127,6 +130,7 @@ class TrainingBatches:
         return self.padded[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+@torch.no_grad()
 def accuracy(forward: Callable[[Tensor], Tensor], data: Images, batch_size: int = 250) -> float:
     """Percent of the test images that ``forward`` (images to logits) recognizes."""
     correct = 0
@@ -222,11 +226,12 @@ def open_onnx(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.from_numpy(session.run(None, {name: x.contiguous().numpy()})[0])
 
 
+@torch.no_grad()
 def interleaved_medians(functions: Mapping[Key, Callable[[], object]], seconds: float) -> dict[Key, float]:
     """Median wall-clock milliseconds of each function.
 
-    They take turns, so that a busy or throttled machine is the same for all of them; the first call of a turn brings the
-    caches back and does not count.
+    They take turns, so that a busy or throttled machine is the same for all of them; the first call of a turn brings
+    the caches back and does not count.
     """
     times: dict[Key, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds
@@ -284,12 +289,12 @@ def format_table(rows: list[Row]) -> str:
         times = (number(row.torch_ms, ".3f"), number(row.onnx_ms, ".3f"))
         cells.append((row.stage, row.runtime, f"{row.accuracy:.2f}", *counts, *sizes, *times))
     widths = [max(len(line[i]) for line in cells) for i in range(len(_HEAD))]
-    texts = [
-        "| " + " | ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+    cells.insert(1, tuple("-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)))  # names left
+    padded = [
+        [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
         for line in cells
     ]
-    rule = "| " + " | ".join("-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths))
-    return "\n".join(text + " |" for text in (texts[0], rule, *texts[1:]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def environment() -> dict[str, str]:
@@ -320,7 +325,7 @@ def write_plot(path: Path, rows: list[Row], title: str) -> None:
     """Accuracy against file size and against latency, one point per row and runtime that has them."""
     figure, (sizes, times) = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True)
     for index, row in enumerate(rows):
-        style = {"color": f"C{index}", "marker": "osD^vPX*"[index % 8], "markersize": 11, "linestyle": "", "alpha": 0.85}
+        style = {"color": f"C{index}", "marker": "osD^vP"[index], "markersize": 11, "linestyle": "", "alpha": 0.85}
         if row.bytes is not None:
             sizes.plot(row.bytes / 1024, row.accuracy, label=f"{row.stage} ({row.runtime})", **style)
         if row.onnx_ms is not None:
@@ -331,7 +336,7 @@ def write_plot(path: Path, rows: list[Row], title: str) -> None:
     sizes.set_ylim(low - 1, high + 1)  # wide enough that one image more or less looks like what it is
     sizes.set_ylabel("test accuracy, %")
     sizes.set_xlabel("file size, KiB")
-    times.set_xlabel("latency of one image on one thread, ms (filled: ONNX Runtime, hollow: PyTorch)")
+    times.set_xlabel("latency of one image, one thread, ms\nfilled: ONNX Runtime, hollow: PyTorch")
     for axis in (sizes, times):
         axis.set_xscale("log")
         axis.grid(True, which="both", alpha=0.25)
