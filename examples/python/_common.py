@@ -173,7 +173,7 @@ class RunFolder:
             before = json.loads(file.read_text())
             names = [name for name in {**before, **options} if before.get(name) != options.get(name)]
             if names:
-                changes = ", ".join(f"{name} was {before.get(name)}, is {options.get(name)}" for name in names)
+                changes = "; ".join(f"{name} was {before.get(name)}, is {options.get(name)}" for name in names)
                 raise ValueError(
                     f"{path} holds a run with other options ({changes}): "
                     "add --fresh to start over, or name another folder with --out"
