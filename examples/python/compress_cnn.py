@@ -99,7 +99,7 @@ class Settings:
 
 
 DIGITS = Settings(teacher=(48, 2), student=(32, 1), batch_size=64, epochs=(15, 15, 12, 5))
-COLOUR = Settings(teacher=(24, 2), student=(16, 1), batch_size=128, epochs=(10, 8, 7, 3))
+COLOUR = Settings(teacher=(24, 2), student=(16, 1), batch_size=128, epochs=(8, 7, 6, 3))
 QUICK = (3, 3, 3, 2)
 LEARNING_RATES = (0.1, 0.1, 0.05, 0.01)  # one per stage, the peak of a one-cycle schedule
 
