@@ -5,8 +5,9 @@
 
 namespace rarefy::python {
 
-void init_quantization(py::module_& m) {
+void init_quantization(py::module_& parent) {
   using namespace quantization;
+  auto m = parent.def_submodule("quantization", "Schemes and observers. rarefy.quantization is the public side.");
 
   py::class_<PerTensor>(m, "PerTensor", "One scale and zero point for the whole tensor.")
       .def(py::init<>())

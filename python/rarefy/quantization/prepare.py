@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rarefy import nn as rnn
-from rarefy._core import Latest, MinMax, MovingAverage
+from rarefy._core.quantization import Latest, MinMax, MovingAverage
 from rarefy.nn.conv import unsupported
 from rarefy.quantization.fake_quantizer import FakeQuantizer, Observer
 from rarefy.quantization.flow import Flow, record
