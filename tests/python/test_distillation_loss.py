@@ -3,10 +3,11 @@
 import math
 
 import pytest
-import rarefy as rf
 import torch
 import torch.nn.functional as F
 from conftest import available_instruction_sets
+
+import rarefy as rf
 from rarefy import _core
 from rarefy.distillation import DistillationLoss
 
@@ -473,7 +474,9 @@ def test_bad_labels():
     student, teacher, labels = make(4, 5)
     for wrong in (5, -1):
         labels[2] = wrong
-        with pytest.raises(IndexError, match=rf"labels must be in \[0, 5\) or ignore_index \(-100\), got {wrong} at row 2"):
+        with pytest.raises(
+            IndexError, match=rf"labels must be in \[0, 5\) or ignore_index \(-100\), got {wrong} at row 2"
+        ):
             loss_op(student, teacher, labels, 4.0, 0.5, IGNORE)
     with pytest.raises(ValueError, match=r"at least one row must be valid .* got 4 rows, all ignored"):
         loss_op(student, teacher, torch.full((4,), IGNORE), 4.0, 0.5, IGNORE)

@@ -10,6 +10,8 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from rarefy.distillation import (
     Callbacks,
     DistillationLoss,
@@ -18,7 +20,6 @@ from rarefy.distillation import (
     Evaluation,
     StepResult,
 )
-from torch import nn
 
 CLASSES = 5
 
@@ -329,7 +330,13 @@ def test_resume_equals_an_uninterrupted_run(tmp_path):
     def fresh():
         student, teacher, batches = problem()
         optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
-        return student, teacher, batches, DistillationTrainer(student, teacher, optimizer, DistillationLoss()), optimizer
+        return (
+            student,
+            teacher,
+            batches,
+            DistillationTrainer(student, teacher, optimizer, DistillationLoss()),
+            optimizer,
+        )
 
     whole = fresh()
     expected = run(*whole, 5)
@@ -406,7 +413,9 @@ class BadBackward(torch.autograd.Function):
         raise Boom("from the backward pass")
 
 
-@pytest.mark.parametrize("place", ["student", "teacher", "loss", "on_step", "on_epoch_end", "loader", "backward", "step"])
+@pytest.mark.parametrize(
+    "place", ["student", "teacher", "loss", "on_step", "on_epoch_end", "loader", "backward", "step"]
+)
 def test_python_errors_come_out_as_themselves(place):
     student, teacher, batches = problem()
     teacher.train()
