@@ -337,8 +337,7 @@ void mask_gradient(const void* grad, const uint8_t* mask, void* out, int element
 }
 
 bool min_max(const void* x, Layout layout, float* minimum, float* maximum, int64_t begin, int64_t end) {
-  RAREFY_FOR_FLOAT_TYPE(layout.type, T,
-                        min_max_range(static_cast<const T*>(x), layout, minimum, maximum, begin, end))
+  RAREFY_FOR_FLOAT_TYPE(layout.type, T, min_max_range(static_cast<const T*>(x), layout, minimum, maximum, begin, end))
 }
 
 }  // namespace rarefy::cpu::RAREFY_ISA

@@ -59,7 +59,7 @@ inline void from_float(float value, Half* out) {
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) {
     out->bits = static_cast<uint16_t>(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));  // quiet, upper payload kept
-  } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more
+  } else if (magnitude >= 0x477ff000u) {                                             // rounds to 65536 or more
     out->bits = static_cast<uint16_t>(sign | 0x7c00u);
   } else if (magnitude < 0x38800000u) {  // below 2^-14: count units of 2^-24, rounded by the float adder
     const float shifted = bits_to_float(magnitude) + 0.5f;  // the unit of 0.5f is 2^-24
@@ -79,7 +79,8 @@ inline float round_even_scalar(float value) {
 }
 
 // The bits of 2^(k/8) below the exponent, less k << 20, for exp2_eighths.
-alignas(32) constexpr int32_t kExp2Eighths[8] = {0, -0x46a3e, -0x7c810, -0xa0129, -0xafb0d, -0xa98d6, -0x8bb03, -0x53f39};
+alignas(32) constexpr int32_t kExp2Eighths[8] = {0,        -0x46a3e, -0x7c810, -0xa0129,
+                                                 -0xafb0d, -0xa98d6, -0x8bb03, -0x53f39};
 
 #if defined(RAREFY_ISA_avx512)
 
@@ -144,9 +145,7 @@ struct Vec {
   /// min and max return b when either operand is NaN.
   friend Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
   friend Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
-  friend Vec round_even(Vec a) {
-    return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
+  friend Vec round_even(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   /// The least and the greatest lane, of values that are not NaN. Which of -0 and 0 is returned is not specified.
   friend float least(Vec a) { return _mm512_reduce_min_ps(a.v); }
   friend float greatest(Vec a) { return _mm512_reduce_max_ps(a.v); }
@@ -290,8 +289,8 @@ struct Vec {
     for (int i = 0; i < n; ++i) p[i] = static_cast<uint8_t>(static_cast<int32_t>(v[i]));
   }
 
-#define RAREFY_LANES(expression)                       \
-  Vec out;                                             \
+#define RAREFY_LANES(expression)                        \
+  Vec out;                                              \
   for (int i = 0; i < size; ++i) out.v[i] = expression; \
   return out;
   friend Vec operator+(Vec a, Vec b) { RAREFY_LANES(a.v[i] + b.v[i]) }
@@ -308,8 +307,8 @@ struct Vec {
   }
   friend Vec zero_below(Vec a, Vec low, Vec value) { RAREFY_LANES(a.v[i] < low.v[i] ? 0.0f : value.v[i]) }
   friend Vec exp2_eighths(Vec a) {
-    RAREFY_LANES(bits_to_float((float_to_bits(a.v[i]) << 20) +
-                               static_cast<uint32_t>(kExp2Eighths[float_to_bits(a.v[i]) & 7u])))
+    RAREFY_LANES(
+        bits_to_float((float_to_bits(a.v[i]) << 20) + static_cast<uint32_t>(kExp2Eighths[float_to_bits(a.v[i]) & 7u])))
   }
 #undef RAREFY_LANES
 };
