@@ -389,7 +389,7 @@ def test_a_gradient_that_is_not_finite_is_refused_when_clipping():
 
     before = copy.deepcopy(student)
     trainer = make_trainer(student, teacher, bad, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match="the gradient's norm must be finite, got -?nan at step 1"):
+    with pytest.raises(ValueError, match=r"the gradient's norm must be finite, got -?nan at step 1"):
         trainer.train_step(*batches[0])
     for name, parameter in student.named_parameters():
         assert torch.equal(parameter, dict(before.named_parameters())[name])
@@ -480,7 +480,7 @@ def test_bad_input():
     for norm in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="max_grad_norm must be positive or None, got"):
             make_trainer(student, teacher, max_grad_norm=norm)
-    with pytest.raises(ValueError, match="max_grad_norm must be 0 .* or positive and finite, got inf"):
+    with pytest.raises(ValueError, match=r"max_grad_norm must be 0 .* or positive and finite, got inf"):
         make_trainer(student, teacher, max_grad_norm=math.inf)
 
 

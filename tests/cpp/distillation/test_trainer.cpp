@@ -151,7 +151,7 @@ TEST_CASE("the trainer leaves the teacher and all modes as they were", "[distill
   const auto before = copy(teacher);
   torch::optim::SGD optimizer(student->parameters(), 0.1);
   int calls = 0;
-  Model watched(teacher);
+  Model watched(teacher.ptr());  // a shared_ptr is as good as a holder
   watched.forward = [&, inner = watched.forward](const torch::Tensor& x) {
     ++calls;
     CHECK_FALSE(teacher->is_training());
