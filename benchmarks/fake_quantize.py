@@ -1,7 +1,8 @@
 """Fake quantization beside torch's own, as ratios to the time of moving the bytes that must move.
 
-One JSON line per row on stdout, a table on stderr. The limit of a row copies as many bytes as its inputs and outputs have
-into memory that is already mapped: forward reads x and writes x_hat, backward reads and writes a gradient, so two copies.
+One JSON line per row on stdout, a table on stderr. The limit of a row copies as many bytes as its inputs and outputs
+have into memory that is already mapped: forward reads x and writes x_hat, backward reads and writes a gradient, so two
+copies.
 
     python benchmarks/fake_quantize.py [--threads 2] [--repeats 21] [--compile] [--rows 1M ...]
 """
@@ -19,7 +20,9 @@ import rarefy
 ops = torch.ops.rarefy
 
 
-def forward_backward(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, grad: torch.Tensor) -> Callable[[], None]:
+def forward_backward(
+    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, grad: torch.Tensor
+) -> Callable[[], None]:
     def run() -> None:
         x.grad = None
         function(x).backward(grad)
@@ -58,7 +61,12 @@ def observed(x: torch.Tensor, with_compile: bool) -> dict[str, Callable[[torch.T
     low, high = torch.tensor([float("inf")]), torch.tensor([-float("inf")])
     scale, zero_point = torch.ones(1), torch.zeros(1, dtype=torch.int32)
     on = torch.ones(1)
-    theirs = torch.tensor([float("inf")]), torch.tensor([-float("inf")]), torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    theirs = (
+        torch.tensor([float("inf")]),
+        torch.tensor([-float("inf")]),
+        torch.ones(1),
+        torch.zeros(1, dtype=torch.int32),
+    )
     plain = {"low": torch.zeros(1), "high": torch.ones(1)}
 
     def formula(x: torch.Tensor) -> torch.Tensor:
@@ -70,7 +78,9 @@ def observed(x: torch.Tensor, with_compile: bool) -> dict[str, Callable[[torch.T
 
     functions = {
         "rarefy": lambda x: ops.observe_fake_quantize(x, low, high, scale, zero_point, None, 0.01, 0, 255, False),
-        "torch fused_moving_avg_obs": lambda x: torch.fused_moving_avg_obs_fake_quant(x, on, on, *theirs, 0.01, 0, 255, -1),
+        "torch fused_moving_avg_obs": lambda x: torch.fused_moving_avg_obs_fake_quant(
+            x, on, on, *theirs, 0.01, 0, 255, -1
+        ),
     }
     if with_compile:
         functions["torch.compile"] = torch.compile(formula, dynamic=False)
@@ -93,7 +103,9 @@ def per_channel(x: torch.Tensor, with_compile: bool) -> dict[str, Callable[[torc
     zero_point = torch.zeros(len(x), dtype=torch.int32)
     functions = {
         "rarefy": lambda x: ops.fake_quantize(x, scale, zero_point, 0, -128, 127),
-        "torch per_channel_affine": lambda x: torch.fake_quantize_per_channel_affine(x, scale, zero_point, 0, -128, 127),
+        "torch per_channel_affine": lambda x: torch.fake_quantize_per_channel_affine(
+            x, scale, zero_point, 0, -128, 127
+        ),
     }
     if with_compile:
         view = [-1, 1, 1, 1]

@@ -38,9 +38,18 @@ def show_config() -> None:
     print(f"{_core.show_config()}running torch: {_torch.__version__}\nGPU: {cuda}\nCMake prefix: {cmake_prefix_path}")
 
 
-from rarefy import distillation, quantization  # noqa: E402
+from rarefy import distillation, pruning, quantization  # noqa: E402
 
 # isort: split
-from rarefy import nn  # noqa: E402  (its layers are built on quantization's fake quantizers)
+from rarefy import export, nn  # noqa: E402  (nn's layers are built on quantization's fake quantizers)
 
-__all__ = ["__version__", "cmake_prefix_path", "distillation", "nn", "quantization", "show_config"]
+__all__ = [
+    "__version__",
+    "cmake_prefix_path",
+    "distillation",
+    "export",
+    "nn",
+    "pruning",
+    "quantization",
+    "show_config",
+]

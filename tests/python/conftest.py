@@ -14,7 +14,9 @@ def cuda() -> torch.device:
     """The first GPU. Without one the test is skipped, or fails when FAIL_WITHOUT_CUDA=1 says that there must be one."""
     if torch.cuda.is_available() and _core.has_cuda_kernels():
         return torch.device("cuda", 0)
-    reason = f"needs a GPU and CUDA kernels (torch.cuda: {torch.cuda.is_available()}, rarefy: {_core.has_cuda_kernels()})"
+    reason = (
+        f"needs a GPU and CUDA kernels (torch.cuda: {torch.cuda.is_available()}, rarefy: {_core.has_cuda_kernels()})"
+    )
     if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
         pytest.fail(reason)
     pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""What the quantization operators must compute, in plain numpy: division, np.rint, np.clip. Shares no code with rarefy."""
+"""What the quantization operators must compute, in plain numpy: division, np.rint, np.clip."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for quantization: ranges, scales, shapes, layouts, and values around bin centres and edges."""
+"""Inputs for quantization: Hypothesis strategies, layouts, values around bin centres and edges, observer states."""
 
 import itertools
 
@@ -34,9 +34,15 @@ def shapes(max_dims: int = 4, max_side: int = 9) -> st.SearchStrategy[tuple[int,
 
 
 def around_bins(
-    shape: tuple[int, ...], scale: torch.Tensor, zero_point: torch.Tensor, axis: int | None, qmin: int, qmax: int, seed: int
+    shape: tuple[int, ...],
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    axis: int | None,
+    qmin: int,
+    qmax: int,
+    seed: int,
 ) -> torch.Tensor:
-    """float32 values at bin centres, at bin edges, one ulp beside them, in between, and beyond both ends of the range."""
+    """float32 values at bin centres, at bin edges, one ulp beside them, in between, and beyond both ends."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randint(qmin - 3, qmax + 4, shape, generator=generator).float()
     offsets = torch.tensor([0.0, 0.5, -0.5, 0.25, -0.49, 0.4999, 0.5001])
@@ -62,3 +68,13 @@ def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
         views["padded"] = padded[..., 3:]
         views["unaligned"] = torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
     return views
+
+
+def new_state(count: int = 1, device: torch.device | str = "cpu") -> list[torch.Tensor]:
+    """min_val, max_val, scale, zero_point of an observer that has seen nothing."""
+    return [
+        torch.full((count,), torch.inf, device=device),
+        torch.full((count,), -torch.inf, device=device),
+        torch.ones(count, device=device),
+        torch.zeros(count, dtype=torch.int32, device=device),
+    ]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import strategies
 import torch
-from test_observe import new_state
+from strategies import new_state
 
 ops = torch.ops.rarefy
 INT8 = (-128, 127)
@@ -35,7 +35,7 @@ def cases() -> list[tuple[str, tuple[object, ...]]]:
         ("fake_quantize_backward", (last, mask, x.stride())),
         ("fake_quantize_backward_", (x.clone(), mask)),
         ("quantize", (leaf, *grid(), None, *INT8)),
-        ("quantize", (last.double(), *grid(4), 1, 0, 255)[:2] + (grid(4)[1].abs(), 1, 0, 255)),
+        ("quantize", (*(last.double(), *grid(4), 1, 0, 255)[:2], grid(4)[1].abs(), 1, 0, 255)),
         ("observe", (leaf, *new_state(), *observed)),
         ("observe", (last, *new_state(4), 1, None, *INT8, True)),
         ("observe_fake_quantize", (x, *new_state(), *observed)),
@@ -45,12 +45,12 @@ def cases() -> list[tuple[str, tuple[object, ...]]]:
     ]
 
 
-@pytest.mark.parametrize("name, arguments", cases(), ids=[f"{i}-{name}" for i, (name, _) in enumerate(cases())])
+@pytest.mark.parametrize(("name", "arguments"), cases(), ids=[f"{i}-{name}" for i, (name, _) in enumerate(cases())])
 def test_opcheck(name: str, arguments: tuple[object, ...]) -> None:
     torch.library.opcheck(getattr(ops, name).default, arguments)
 
 
-# --- compile and export -------------------------------------------------------------------------------------------------
+# --- compile and export -----------------------------------------------------------------------------------------------
 
 
 class Block(torch.nn.Module):
@@ -94,12 +94,15 @@ def test_compile_full_graph_with_backward(backend: str) -> None:
 
 def test_export_keeps_one_node_per_call() -> None:
     module = Block().eval()
-    program = torch.export.export(module, (torch.randn(4, 16),), dynamic_shapes={"x": {0: torch.export.Dim("rows", min=2)}})
+    program = torch.export.export(
+        module, (torch.randn(4, 16),), dynamic_shapes={"x": {0: torch.export.Dim("rows", min=2)}}
+    )
     for decomposed in (program, program.run_decompositions()):
         code = decomposed.graph_module.code
         assert code.count("rarefy.fake_quantize.default") == 1
         assert code.count("rarefy.observe_fake_quantize.default") + code.count("rarefy::observe_fake_quantize") >= 1
-        assert "aten.round" not in code and "fake_quantize_mask" not in code
+        assert "aten.round" not in code
+        assert "fake_quantize_mask" not in code
     x = torch.randn(9, 16)
     assert torch.equal(program.module()(x), module(x))
 
@@ -120,7 +123,8 @@ def test_autocast(dtype: torch.dtype, device: torch.device) -> None:
         hidden = linear(x)
         y = ops.observe_fake_quantize(hidden, *state, None, None, 0, 255, False)
         z = ops.fake_quantize(x, state[2], state[3], None, 0, 255)
-    assert hidden.dtype == y.dtype == dtype and z.dtype == torch.float32
+    assert hidden.dtype == y.dtype == dtype
+    assert z.dtype == torch.float32
     y.float().sum().backward()
     assert linear.weight.grad.dtype == torch.float32
     assert torch.equal(y, ops.fake_quantize(hidden, state[2], state[3], None, 0, 255))
@@ -130,7 +134,9 @@ def test_meta_device() -> None:
     x = torch.empty(5, 4, 3, 7, device="meta").to(memory_format=torch.channels_last)
     scale, zero_point = torch.empty(4, device="meta"), torch.empty(4, dtype=torch.int32, device="meta")
     y, mask = ops.fake_quantize_mask(x, scale, zero_point, 1, *INT8)
-    assert y.is_meta and y.stride() == x.stride() and mask.shape == (56,)
+    assert y.is_meta
+    assert y.stride() == x.stride()
+    assert mask.shape == (56,)
     assert ops.quantize(x, scale, zero_point, 1, 0, 255).dtype == torch.uint8
     ops.observe(x, scale, scale, scale, zero_point, 1, None, *INT8, False)
     with pytest.raises(ValueError, match="scale must have 1 element"):
@@ -149,15 +155,16 @@ def test_inference_mode() -> None:
         inner = new_state()
         for s in (state, inner):
             y = ops.observe_fake_quantize(torch.tensor([-1.0, 2.0]), *s, None, None, 0, 255, False)
-            assert y.is_inference() and s[1].item() == 2.0
+            assert y.is_inference()
+            assert s[1].item() == 2.0
 
 
-# --- Beside ONNX --------------------------------------------------------------------------------------------------------
+# --- Beside ONNX ------------------------------------------------------------------------------------------------------
 
 ONNX_CASES = list(itertools.product([(-128, 127), (0, 255), (-8, 7), (0, 15)], [None, 0, 1, -1]))
 
 
-@pytest.mark.parametrize("limits, axis", ONNX_CASES, ids=str)
+@pytest.mark.parametrize(("limits", "axis"), ONNX_CASES, ids=str)
 @pytest.mark.parametrize("runtime", ["onnx.reference", "onnxruntime"])
 def test_equals_onnx(runtime: str, limits: tuple[int, int], axis: int | None) -> None:
     onnx = pytest.importorskip("onnx")

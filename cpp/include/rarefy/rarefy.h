@@ -10,7 +10,9 @@
 #include <rarefy/ops/distillation_loss.h>
 #include <rarefy/ops/fake_quantize.h>
 #include <rarefy/ops/inverse_std.h>
+#include <rarefy/ops/mask.h>
 #include <rarefy/ops/quantized_linear.h>
+#include <rarefy/pruning/pruner.h>
 #include <rarefy/quantization/fake_quantizer.h>
 #include <rarefy/quantization/prepare.h>
 #include <rarefy/quantization/qconfig.h>

@@ -26,8 +26,8 @@ at::IntArrayRef padding_of(const Conv2dOptions& options) {
 }
 
 torch::Tensor empty_weight(const Conv2dOptions& options) {
-  return torch::empty({options.out_channels(), options.in_channels() / options.groups(),
-                       options.kernel_size()->at(0), options.kernel_size()->at(1)});
+  return torch::empty({options.out_channels(), options.in_channels() / options.groups(), options.kernel_size()->at(0),
+                       options.kernel_size()->at(1)});
 }
 
 void initialize(torch::Tensor& weight, torch::Tensor& bias) {
@@ -105,8 +105,8 @@ ConvBn2dImpl::ConvBn2dImpl(Conv2dOptions options_, double eps, double momentum)
 void ConvBn2dImpl::register_floating() {
   weight = register_parameter("weight", empty_weight(options));
   bias = options.bias() ? register_parameter("bias", torch::empty({options.out_channels()})) : torch::Tensor();
-  bn = register_module("bn", torch::nn::BatchNorm2d(
-                                 torch::nn::BatchNormOptions(options.out_channels()).eps(eps_).momentum(momentum_)));
+  bn = register_module(
+      "bn", torch::nn::BatchNorm2d(torch::nn::BatchNormOptions(options.out_channels()).eps(eps_).momentum(momentum_)));
 }
 
 void ConvBn2dImpl::reset_parameters() { initialize(weight, bias); }

@@ -4,7 +4,8 @@
 
 TORCH_LIBRARY_FRAGMENT(rarefy, m) {
   m.def("fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax) -> Tensor");
-  m.def("fake_quantize_mask(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax) -> (Tensor, Tensor)");
+  m.def(
+      "fake_quantize_mask(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax) -> (Tensor, Tensor)");
   m.def("fake_quantize_backward(Tensor grad, Tensor mask, SymInt[] strides) -> Tensor");
   m.def("fake_quantize_backward_(Tensor(a!) grad, Tensor mask) -> ()");
   m.def("quantize(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax) -> Tensor");
@@ -22,9 +23,8 @@ TORCH_LIBRARY_FRAGMENT(rarefy, m) {
 }
 
 namespace rarefy::ops {
-#define RAREFY_OP(name, Signature)                                                                             \
-  static const auto op =                                                                                       \
-      c10::Dispatcher::singleton().findSchemaOrThrow("rarefy::" #name, "").typed<Signature>()
+#define RAREFY_OP(name, Signature) \
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("rarefy::" #name, "").typed<Signature>()
 
 at::Tensor fake_quantize(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
                          std::optional<int64_t> axis, int64_t qmin, int64_t qmax) {

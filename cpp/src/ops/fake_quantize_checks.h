@@ -29,8 +29,8 @@ inline void check_range(const char* function, int64_t qmin, int64_t qmax) {
 
 inline void check_float(const char* function, const at::Tensor& x, const char* name) {
   const auto type = x.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, "[", function,
-                   "] ", name, " must be float32, float64, bfloat16 or float16, got ", type);
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, "[",
+                   function, "] ", name, " must be float32, float64, bfloat16 or float16, got ", type);
 }
 
 inline void check_per_axis(const char* function, const at::Tensor& x, int64_t axis, const at::Tensor& parameter,
@@ -98,16 +98,17 @@ inline int64_t check_observe(const char* function, const at::Tensor& x, const at
   return resolved;
 }
 
-inline void check_choose_qparams(const char* function, const at::Tensor& min_val, const at::Tensor& max_val, int64_t qmin,
-                                 int64_t qmax, bool symmetric) {
+inline void check_choose_qparams(const char* function, const at::Tensor& min_val, const at::Tensor& max_val,
+                                 int64_t qmin, int64_t qmax, bool symmetric) {
   check_float(function, min_val, "min_val");
   check_float(function, max_val, "max_val");
   check_range(function, qmin, qmax);
   check_symmetric(function, qmin, qmax, symmetric);
   TORCH_CHECK_VALUE(min_val.sym_sizes() == max_val.sym_sizes(), "[", function,
-                    "] min_val and max_val must have one shape, got ", min_val.sym_sizes(), " and ", max_val.sym_sizes());
-  TORCH_CHECK_VALUE(min_val.device() == max_val.device(), "[", function, "] min_val and max_val must be on one device, got ",
-                    min_val.device(), " and ", max_val.device());
+                    "] min_val and max_val must have one shape, got ", min_val.sym_sizes(), " and ",
+                    max_val.sym_sizes());
+  TORCH_CHECK_VALUE(min_val.device() == max_val.device(), "[", function,
+                    "] min_val and max_val must be on one device, got ", min_val.device(), " and ", max_val.device());
 }
 
 /// Bytes of the packed mask of n elements: one bit each, whole 64-bit words.
@@ -119,8 +120,8 @@ Int mask_bytes(const Int& n) {
 inline void check_backward(const char* function, const at::Tensor& grad, const at::Tensor& mask) {
   check_float(function, grad, "grad");
   TORCH_CHECK_VALUE(mask.scalar_type() == at::kByte && mask.sym_numel() == mask_bytes(grad.sym_numel()), "[", function,
-                    "] mask must hold ", mask_bytes(grad.sym_numel()), " bytes for ", grad.sym_numel(), " elements, got ",
-                    mask.sym_numel(), " of ", mask.scalar_type());
+                    "] mask must hold ", mask_bytes(grad.sym_numel()), " bytes for ", grad.sym_numel(),
+                    " elements, got ", mask.sym_numel(), " of ", mask.scalar_type());
   TORCH_CHECK_VALUE(mask.is_contiguous(), "[", function, "] mask must be contiguous, got strides ", mask.sym_strides());
   TORCH_CHECK_VALUE(mask.device() == grad.device(), "[", function, "] mask must be on the gradient's device ",
                     grad.device(), ", got ", mask.device());

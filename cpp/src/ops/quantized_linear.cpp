@@ -18,9 +18,8 @@ TORCH_LIBRARY_FRAGMENT(rarefy, m) {
 
 namespace rarefy::ops {
 
-#define RAREFY_OP(name)                                                                \
-  static const auto op =                                                               \
-      c10::Dispatcher::singleton().findSchemaOrThrow("rarefy::" #name, "").typed<decltype(name)>()
+#define RAREFY_OP(name) \
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("rarefy::" #name, "").typed<decltype(name)>()
 
 at::Tensor pack_linear_weight(const at::Tensor& weight) {
   RAREFY_OP(pack_linear_weight);

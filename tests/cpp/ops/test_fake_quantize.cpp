@@ -157,9 +157,10 @@ TEST_CASE("observe: bad data leaves the state alone", "[ops][observe]") {
   auto bad = torch::zeros({100});
   bad[77] = std::numeric_limits<float>::quiet_NaN();
   REQUIRE_THROWS_AS(observer.observe(bad, std::nullopt), c10::ValueError);
-  REQUIRE_THROWS_WITH(observer.observe(bad, std::nullopt),
-                      ContainsSubstring("[observe] input must be finite (in float32), got 1 NaN and 0 infinite values of "
-                                        "100, the first at flat index 77"));
+  REQUIRE_THROWS_WITH(
+      observer.observe(bad, std::nullopt),
+      ContainsSubstring("[observe] input must be finite (in float32), got 1 NaN and 0 infinite values of "
+                        "100, the first at flat index 77"));
   REQUIRE_THROWS_WITH(observer.observe(torch::empty({0, 3}), std::nullopt),
                       ContainsSubstring("[observe] input must not be empty, got shape [0, 3]"));
   REQUIRE(torch::equal(before, torch::cat({observer.min_val, observer.max_val, observer.scale, observer.zero_point})));
@@ -182,8 +183,9 @@ TEST_CASE("errors have their C++ types", "[ops][fake_quantize]") {
   REQUIRE_THROWS_AS(ops::fake_quantize(x, one, zero, 2, -128, 127), c10::IndexError);
   REQUIRE_THROWS_AS(ops::fake_quantize(x.to(torch::kInt), one, zero, std::nullopt, -128, 127), c10::TypeError);
   REQUIRE_THROWS_AS(ops::fake_quantize(x, -one, zero, std::nullopt, -128, 127), c10::ValueError);
-  REQUIRE_THROWS_WITH(ops::fake_quantize(x, one, zero, 0, -128, 127),
-                      ContainsSubstring("[fake_quantize] scale must have shape [4] (one per index of axis 0), got [1]"));
+  REQUIRE_THROWS_WITH(
+      ops::fake_quantize(x, one, zero, 0, -128, 127),
+      ContainsSubstring("[fake_quantize] scale must have shape [4] (one per index of axis 0), got [1]"));
 }
 
 TEST_CASE("memory of large results is reused and can be given back", "[ops][allocate]") {

@@ -21,7 +21,8 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   }
 
   void prepare(const quantization::LayerConfig& config, const quantization::Observer& default_observer) override {
-    TORCH_CHECK_VALUE(mode_ == Mode::floating, "[prepare] ", kind(), " must be floating point, but is already prepared");
+    TORCH_CHECK_VALUE(mode_ == Mode::floating, "[prepare] ", kind(),
+                      " must be floating point, but is already prepared");
     if (!config.weight.has_value()) {
       return;
     }

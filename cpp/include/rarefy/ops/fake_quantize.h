@@ -39,7 +39,8 @@ RAREFY_API std::tuple<at::Tensor, at::Tensor> fake_quantize_mask(const at::Tenso
 /// The gradient of fake_quantize: grad where the mask's bit is 1, else 0, bit by bit. `strides` are those of the x_hat that
 /// came with the mask; the result has them. Differentiable in grad. Throws c10::ValueError for a mask of another size and
 /// for strides with gaps or overlaps. torch.ops.rarefy.fake_quantize_backward_(grad, mask) overwrites a dense grad.
-RAREFY_API at::Tensor fake_quantize_backward(const at::Tensor& grad, const at::Tensor& mask, c10::SymIntArrayRef strides);
+RAREFY_API at::Tensor fake_quantize_backward(const at::Tensor& grad, const at::Tensor& mask,
+                                             c10::SymIntArrayRef strides);
 
 /// q as int8 (qmin < 0) or uint8 (qmin >= 0), in x's shape and memory format; the range must fit the type. NaN gives qmax.
 RAREFY_API at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,

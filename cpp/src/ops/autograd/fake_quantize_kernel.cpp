@@ -25,10 +25,10 @@ bool is_ours_alone(const at::Tensor& grad, at::IntArrayRef strides) {
          grad.is_non_overlapping_and_dense() && grad.strides() == strides;
 }
 
-void mask_in_place(const at::Tensor& grad, const at::Tensor& mask) {
+void mask_in_place(at::Tensor grad, const at::Tensor& mask) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("rarefy::fake_quantize_backward_", "")
-                             .typed<void(const at::Tensor&, const at::Tensor&)>();
+                             .typed<void(at::Tensor&, const at::Tensor&)>();
   op.call(grad, mask);
 }
 
@@ -65,7 +65,8 @@ class FakeQuantize : public torch::autograd::Function<FakeQuantize> {
 /// fake_quantize_backward is linear in its gradient, by the mask again: that is the second derivative.
 class FakeQuantizeBackward : public torch::autograd::Function<FakeQuantizeBackward> {
  public:
-  static Variable forward(AutogradContext* ctx, const Variable& grad, const Variable& mask, c10::SymIntArrayRef strides) {
+  static Variable forward(AutogradContext* ctx, const Variable& grad, const Variable& mask,
+                          c10::SymIntArrayRef strides) {
     at::AutoDispatchBelowADInplaceOrView guard;
     save(ctx, mask, strides);
     return fake_quantize_backward(grad, mask, strides);
@@ -92,8 +93,8 @@ class ObserveFakeQuantize : public torch::autograd::Function<ObserveFakeQuantize
                           Variable zero_point, std::optional<int64_t> axis, std::optional<double> averaging_constant,
                           int64_t qmin, int64_t qmax, bool symmetric) {
     at::AutoDispatchBelowAutograd guard;
-    auto [out, mask] = observe_fake_quantize_mask(x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin,
-                                                  qmax, symmetric);
+    auto [out, mask] = observe_fake_quantize_mask(x, min_val, max_val, scale, zero_point, axis, averaging_constant,
+                                                  qmin, qmax, symmetric);
     save(ctx, mask, out.sym_strides());
     return out;
   }
@@ -145,7 +146,8 @@ at::Tensor observe_fake_quantize_autograd(const at::Tensor& x, at::Tensor& min_v
   check_state("observe_fake_quantize", min_val, max_val, scale);
   if (!is_differentiated(x)) {
     at::AutoDispatchBelowAutograd guard;
-    return observe_fake_quantize(x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
+    return observe_fake_quantize(x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax,
+                                 symmetric);
   }
   return ObserveFakeQuantize::apply(x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax,
                                     symmetric);

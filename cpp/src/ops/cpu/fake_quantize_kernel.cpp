@@ -36,8 +36,8 @@ struct QuantizationGrid {
         const T value = static_cast<T>(values[i]);
         TORCH_CHECK_VALUE(std::isfinite(value) && value > 0, "[", function, "] scale must be finite and positive, got ",
                           values[i], " at index ", i);
-        TORCH_CHECK_VALUE(zeros[i] >= low && zeros[i] <= high, "[", function, "] zero_point must be within [", low, ", ",
-                          high, "], got ", zeros[i], " at index ", i);
+        TORCH_CHECK_VALUE(zeros[i] >= low && zeros[i] <= high, "[", function, "] zero_point must be within [", low,
+                          ", ", high, "], got ", zeros[i], " at index ", i);
         scale.push_back(value);
         zero_point.push_back(static_cast<T>(zeros[i]));
       }

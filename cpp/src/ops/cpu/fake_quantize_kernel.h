@@ -10,7 +10,8 @@ namespace rarefy::ops {
 /// x_hat of a dense x into `out` (same strides) and, unless it is null, the packed mask of what was not clamped.
 /// axis is resolved (-1: one scale). Throws c10::ValueError for a scale or zero point out of range, before it writes.
 void fake_quantize_into(const char* function, const at::Tensor& x, const at::Tensor& out, uint8_t* mask,
-                        const at::Tensor& scale, const at::Tensor& zero_point, int64_t axis, int64_t qmin, int64_t qmax);
+                        const at::Tensor& scale, const at::Tensor& zero_point, int64_t axis, int64_t qmin,
+                        int64_t qmax);
 
 /// Uninitialized memory for the packed mask of x.
 at::Tensor empty_mask(const at::Tensor& x);

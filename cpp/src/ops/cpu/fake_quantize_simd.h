@@ -34,8 +34,8 @@ RAREFY_DECLARE_ISA(
 
     /// out = grad where the bit of mask is 1, 0 elsewhere, for elements [begin, end) of element_bytes (2 or 4) each.
     /// begin is a multiple of 64. grad may equal out. streaming: out bypasses the caches.
-    void mask_gradient(const void* grad, const uint8_t* mask, void* out, int element_bytes, bool streaming, int64_t begin,
-                       int64_t end);
+    void mask_gradient(const void* grad, const uint8_t* mask, void* out, int element_bytes, bool streaming,
+                       int64_t begin, int64_t end);
 
     /// Lowers minimum[channel] and raises maximum[channel] to cover elements [begin, end). Returns false, with both in an
     /// unspecified state, when a value is NaN or infinite.

@@ -21,7 +21,8 @@ struct Range {
   std::vector<float> high;
 
   explicit Range(size_t channels)
-      : low(channels, std::numeric_limits<float>::infinity()), high(channels, -std::numeric_limits<float>::infinity()) {}
+      : low(channels, std::numeric_limits<float>::infinity()),
+        high(channels, -std::numeric_limits<float>::infinity()) {}
 };
 
 [[noreturn]] void throw_not_finite(const char* function, const at::Tensor& x) {
@@ -86,9 +87,10 @@ void observe_into(const char* function, const at::Tensor& x, at::Tensor& min_val
   float* low = min_val.data_ptr<float>();
   float* high = max_val.data_ptr<float>();
   for (size_t c = 0; c < range.low.size(); ++c) {
-    TORCH_CHECK_VALUE(is_unset(low[c], high[c]) || (std::isfinite(low[c]) && std::isfinite(high[c]) && low[c] <= high[c]),
-                      "[", function, "] min_val and max_val must be a finite range or (inf, -inf) for none, got (", low[c],
-                      ", ", high[c], ") at index ", c);
+    TORCH_CHECK_VALUE(
+        is_unset(low[c], high[c]) || (std::isfinite(low[c]) && std::isfinite(high[c]) && low[c] <= high[c]), "[",
+        function, "] min_val and max_val must be a finite range or (inf, -inf) for none, got (", low[c], ", ", high[c],
+        ") at index ", c);
   }
   float* scales = scale.data_ptr<float>();
   int32_t* zero_points = zero_point.data_ptr<int32_t>();
@@ -133,9 +135,11 @@ at::Tensor observe_fake_quantize_cpu(const at::Tensor& x, at::Tensor& min_val, a
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> observe_fake_quantize_mask_cpu(
-    const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale, at::Tensor& zero_point,
-    std::optional<int64_t> axis, std::optional<double> averaging_constant, int64_t qmin, int64_t qmax, bool symmetric) {
+std::tuple<at::Tensor, at::Tensor> observe_fake_quantize_mask_cpu(const at::Tensor& x, at::Tensor& min_val,
+                                                                  at::Tensor& max_val, at::Tensor& scale,
+                                                                  at::Tensor& zero_point, std::optional<int64_t> axis,
+                                                                  std::optional<double> averaging_constant,
+                                                                  int64_t qmin, int64_t qmax, bool symmetric) {
   constexpr const char* function = "observe_fake_quantize";
   const int64_t resolved =
       check_observe(function, x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
@@ -147,8 +151,8 @@ std::tuple<at::Tensor, at::Tensor> observe_fake_quantize_mask_cpu(
   return {out, mask};
 }
 
-std::tuple<at::Tensor, at::Tensor> choose_qparams_cpu(const at::Tensor& min_val, const at::Tensor& max_val, int64_t qmin,
-                                                      int64_t qmax, bool symmetric) {
+std::tuple<at::Tensor, at::Tensor> choose_qparams_cpu(const at::Tensor& min_val, const at::Tensor& max_val,
+                                                      int64_t qmin, int64_t qmax, bool symmetric) {
   check_choose_qparams("choose_qparams", min_val, max_val, qmin, qmax, symmetric);
   const auto low = min_val.to(at::kFloat).contiguous();
   const auto high = max_val.to(at::kFloat).contiguous();

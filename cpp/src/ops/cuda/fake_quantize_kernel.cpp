@@ -14,8 +14,7 @@ namespace rarefy::ops {
 namespace {
 
 void* stream_of(const at::Tensor& x) {
-  return reinterpret_cast<void*>(
-      c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle());
+  return reinterpret_cast<void*>(c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle());
 }
 
 void check_launch(const char* function, int error) {
@@ -30,7 +29,8 @@ cuda::Layout layout_of(const at::Tensor& x, int64_t axis) {
                     : x.scalar_type() == at::kHalf     ? cuda::FloatType::f16
                                                        : cuda::FloatType::f32;
   const bool one_channel = axis < 0 || x.size(axis) == 1;
-  return {type, x.numel(), one_channel ? 1 : x.size(axis), one_channel ? std::max<int64_t>(x.numel(), 1) : x.stride(axis)};
+  return {type, x.numel(), one_channel ? 1 : x.size(axis),
+          one_channel ? std::max<int64_t>(x.numel(), 1) : x.stride(axis)};
 }
 
 /// Keeps the parameters alive, in the type that x is computed in, while the kernel's arguments are built.
@@ -47,7 +47,8 @@ struct DeviceGrid {
 };
 
 void fake_quantize_into(const char* function, const at::Tensor& in, const at::Tensor& out, void* mask,
-                        const at::Tensor& scale, const at::Tensor& zero_point, int64_t axis, int64_t qmin, int64_t qmax) {
+                        const at::Tensor& scale, const at::Tensor& zero_point, int64_t axis, int64_t qmin,
+                        int64_t qmax) {
   const DeviceGrid grid(in, scale, zero_point, qmin, qmax);
   check_launch(function, cuda::fake_quantize(in.const_data_ptr(), out.data_ptr(), mask, layout_of(in, axis), grid.grid,
                                              stream_of(in)));
@@ -109,8 +110,8 @@ at::Tensor quantize_cuda(const at::Tensor& x, const at::Tensor& scale, const at:
   const auto in = dense(x);
   auto out = at::empty_like(in, in.options().dtype(qmin < 0 ? at::kChar : at::kByte));
   const DeviceGrid grid(in, scale, zero_point, qmin, qmax);
-  check_launch("quantize", cuda::quantize(in.const_data_ptr(), out.data_ptr(), layout_of(in, resolved), grid.grid,
-                                          stream_of(in)));
+  check_launch("quantize",
+               cuda::quantize(in.const_data_ptr(), out.data_ptr(), layout_of(in, resolved), grid.grid, stream_of(in)));
   return out;
 }
 
@@ -121,15 +122,15 @@ void observe_into(const char* function, const at::Tensor& in, at::Tensor& min_va
   auto encoded = at::empty({2 * layout.channels + 1}, in.options().dtype(at::kInt));
   auto* codes = reinterpret_cast<uint32_t*>(encoded.data_ptr<int32_t>());
   check_launch(function, cuda::min_max(in.const_data_ptr(), codes, layout, stream_of(in)));
-  check_launch(function,
-               cuda::update_observer(codes,
-                                     {min_val.data_ptr<float>(), max_val.data_ptr<float>(), scale.data_ptr<float>(),
-                                      zero_point.data_ptr<int32_t>()},
-                                     layout.channels, averaging_constant.value_or(0.0), qmin, qmax,
-                                     symmetric, stream_of(in)));
+  check_launch(function, cuda::update_observer(codes,
+                                               {min_val.data_ptr<float>(), max_val.data_ptr<float>(),
+                                                scale.data_ptr<float>(), zero_point.data_ptr<int32_t>()},
+                                               layout.channels, averaging_constant.value_or(0.0), qmin, qmax, symmetric,
+                                               stream_of(in)));
   // Reads one flag back, so that bad data is an error where it enters.
   TORCH_CHECK_VALUE(encoded[2 * layout.channels].item<int32_t>() == 0, "[", function,
-                    "] input must be finite (in float32), got NaN or infinite values in a tensor of shape ", in.sizes());
+                    "] input must be finite (in float32), got NaN or infinite values in a tensor of shape ",
+                    in.sizes());
 }
 
 void observe_cuda(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
@@ -142,9 +143,11 @@ void observe_cuda(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val,
                symmetric);
 }
 
-std::tuple<at::Tensor, at::Tensor> observe_fake_quantize_mask_cuda(
-    const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale, at::Tensor& zero_point,
-    std::optional<int64_t> axis, std::optional<double> averaging_constant, int64_t qmin, int64_t qmax, bool symmetric) {
+std::tuple<at::Tensor, at::Tensor> observe_fake_quantize_mask_cuda(const at::Tensor& x, at::Tensor& min_val,
+                                                                   at::Tensor& max_val, at::Tensor& scale,
+                                                                   at::Tensor& zero_point, std::optional<int64_t> axis,
+                                                                   std::optional<double> averaging_constant,
+                                                                   int64_t qmin, int64_t qmax, bool symmetric) {
   constexpr const char* function = "observe_fake_quantize";
   const int64_t resolved =
       check_observe(function, x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);

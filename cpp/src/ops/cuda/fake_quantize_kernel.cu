@@ -247,8 +247,8 @@ int min_max(const void* x, uint32_t* encoded, Layout layout, void* stream) {
   reset_kernel<<<blocks_for(2 * layout.channels + 1), kThreads, 0, as_stream(stream)>>>(encoded, layout.channels);
   return for_type(layout.type, [&](auto tag) {
     using T = decltype(tag);
-    min_max_kernel<T><<<blocks_for(layout.elements), kThreads, 0, as_stream(stream)>>>(static_cast<const T*>(x),
-                                                                                       encoded, layout);
+    min_max_kernel<T>
+        <<<blocks_for(layout.elements), kThreads, 0, as_stream(stream)>>>(static_cast<const T*>(x), encoded, layout);
   });
 }
 

@@ -56,9 +56,11 @@ at::Tensor observe_fake_quantize_meta(const at::Tensor& x, at::Tensor& min_val, 
   return at::empty_like(x);
 }
 
-std::tuple<at::Tensor, at::Tensor> observe_fake_quantize_mask_meta(
-    const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale, at::Tensor& zero_point,
-    std::optional<int64_t> axis, std::optional<double> averaging_constant, int64_t qmin, int64_t qmax, bool symmetric) {
+std::tuple<at::Tensor, at::Tensor> observe_fake_quantize_mask_meta(const at::Tensor& x, at::Tensor& min_val,
+                                                                   at::Tensor& max_val, at::Tensor& scale,
+                                                                   at::Tensor& zero_point, std::optional<int64_t> axis,
+                                                                   std::optional<double> averaging_constant,
+                                                                   int64_t qmin, int64_t qmax, bool symmetric) {
   return {observe_fake_quantize_meta(x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax,
                                      symmetric),
           mask_for(x)};

@@ -1,0 +1,240 @@
+"""From fake-quantized modules to a program of integers: what every deployment format starts from.
+
+A model that `prepare_qat` or `prepare` made computes with float numbers that lie on an integer grid. `lower` writes the
+same computation with the integers in the open: weights become int8 buffers behind a dequantize operator, and every
+fake quantizer becomes a quantize and a dequantize operator of the `quantized_decomposed` library that torch carries.
+`torch.export` keeps those as single nodes, and the exporters translate them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rarefy import nn as rnn
+from rarefy.quantization import FakeQuantizer, Latest
+
+
+class QuantizeDequantize(nn.Module):
+    """`clamp(round(x / scale) + zero_point, qmin, qmax)` as integers, and back; per tensor or per channel.
+
+    With `unsigned`, an int8 quantizer is written as uint8: zero point and range move by 128, and no value changes.
+    """
+
+    def __init__(self, quantizer: FakeQuantizer, unsigned: bool) -> None:
+        super().__init__()
+        self.rounds = True
+        self.dtype = quantizer.dtype
+        self.qmin, self.qmax = int(quantizer.qmin), int(quantizer.qmax)
+        self.axis = quantizer.axis
+        zero_point = quantizer.zero_point.detach().to(torch.int64)
+        if unsigned and self.dtype == torch.int8:
+            self.dtype = torch.uint8
+            self.qmin, self.qmax, zero_point = self.qmin + 128, self.qmax + 128, zero_point + 128
+        if self.axis is None:
+            self.scale, self.zero_point = float(quantizer.scale), int(zero_point)
+        else:
+            self.register_buffer("scale", quantizer.scale.detach().clone())
+            self.register_buffer("zero_point", zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` on the grid; only clamped to its range when ``rounds`` is off."""
+        if not self.rounds:
+            return self._clamp(x)
+        ops = torch.ops.quantized_decomposed
+        limits = (self.qmin, self.qmax, self.dtype)
+        if self.axis is not None:
+            q = ops.quantize_per_channel(x, self.scale, self.zero_point, self.axis, *limits)
+            return ops.dequantize_per_channel(q, self.scale, self.zero_point, self.axis, *limits)
+        q = ops.quantize_per_tensor(x, self.scale, self.zero_point, *limits)
+        info = torch.iinfo(self.dtype)
+        if (self.qmin, self.qmax) != (info.min, info.max):
+            # Formats saturate at the limits of the type, and torch's ONNX translation drops qmin and qmax.
+            q = torch.clamp(q, self.qmin, self.qmax)
+        return ops.dequantize_per_tensor(q, self.scale, self.zero_point, *limits)
+
+    def _clamp(self, x: Tensor) -> Tensor:
+        scale, zero_point = torch.as_tensor(self.scale, dtype=x.dtype), torch.as_tensor(self.zero_point)
+        if self.axis is not None:
+            shape = [1] * x.dim()
+            shape[self.axis] = -1
+            scale, zero_point = scale.view(shape), zero_point.view(shape)
+        return torch.clamp(x, (self.qmin - zero_point) * scale, (self.qmax - zero_point) * scale)
+
+
+class _Lowered(nn.Module):
+    """What the lowered modules share: the quantizers under their names, and the epilogue."""
+
+    def __init__(self, module: nn.Module, unsigned: bool) -> None:
+        super().__init__()
+        self.relu = bool(module.relu)
+        self.quant = nn.Module()
+        for name in ("input", "input0", "input1", "output"):
+            quantizer = getattr(module.quant, name, None)
+            self.quant.add_module(name, nn.Identity() if quantizer is None else QuantizeDequantize(quantizer, unsigned))
+
+    def finish(self, y: Tensor) -> Tensor:
+        return self.quant.output(torch.relu(y) if self.relu else y)
+
+
+class _LoweredWeighted(_Lowered):
+    """A layer whose weight is an int8 buffer behind a dequantize operator."""
+
+    def __init__(self, module: nn.Module, unsigned: bool, transposed: bool) -> None:
+        super().__init__(module, unsigned)
+        quantizer = module.quant.weight
+        if isinstance(module, rnn.WeightedLayer):
+            integers = module.integer_weight()
+        else:  # converted: the integers are its parameters
+            state = (quantizer.scale, quantizer.zero_point, quantizer.axis, module.bias)
+            integers = rnn.IntegerWeight(module.weight, *state)
+        values, self.axis = integers.values.detach(), integers.axis
+        if transposed:
+            values = values.t()
+            self.axis = None if self.axis is None else 1 - self.axis
+        self.register_buffer("weight", values.contiguous().clone())
+        self.limits = (int(quantizer.qmin), int(quantizer.qmax), values.dtype)
+        if self.axis is None:
+            self.scale, self.zero_point = float(integers.scale), int(integers.zero_point)
+        else:
+            self.register_buffer("scale", integers.scale.detach().clone())
+            self.register_buffer("zero_point", integers.zero_point.detach().to(torch.int64))
+        self.register_buffer("bias", None if integers.bias is None else integers.bias.detach().clone())
+
+    def float_weight(self) -> Tensor:
+        ops = torch.ops.quantized_decomposed
+        if self.axis is None:
+            return ops.dequantize_per_tensor(self.weight, self.scale, self.zero_point, *self.limits)
+        return ops.dequantize_per_channel(self.weight, self.scale, self.zero_point, self.axis, *self.limits)
+
+
+class _LoweredLinear(_LoweredWeighted):
+    """Stores the weight transposed, as formats multiply: no transpose stands between its integers and the product."""
+
+    def __init__(self, module: nn.Module, unsigned: bool) -> None:
+        super().__init__(module, unsigned, transposed=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.matmul(self.quant.input(x), self.float_weight())
+        return self.finish(y if self.bias is None else y + self.bias)
+
+
+class _LoweredConv2d(_LoweredWeighted):
+    def __init__(self, module: nn.Module, unsigned: bool) -> None:
+        super().__init__(module, unsigned, transposed=False)
+        if isinstance(module, nn.Conv2d):
+            self.geometry = (module.stride, module.padding, module.dilation, module.groups)
+        else:
+            self.geometry = module._geometry
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(F.conv2d(self.quant.input(x), self.float_weight(), self.bias, *self.geometry))
+
+
+class _LoweredAdd(_Lowered):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.finish(self.quant.input0(a) + self.quant.input1(b))
+
+
+_LOWERED: dict[type[nn.Module], Callable[[nn.Module, bool], nn.Module]] = {
+    rnn.ConvBn2d: _LoweredConv2d,
+    rnn.Conv2d: _LoweredConv2d,
+    rnn.Linear: _LoweredLinear,
+    rnn.QuantizedConv2d: _LoweredConv2d,
+    rnn.QuantizedLinear: _LoweredLinear,
+    rnn.Add: _LoweredAdd,
+    FakeQuantizer: QuantizeDequantize,
+}
+
+
+def check_quantizers(function: str, model: nn.Module) -> None:
+    """Whether every fake quantizer of the model can be written.
+
+    Raises:
+        ValueError: some have seen no data or are switched off (they are named), or have a scale that is not positive.
+    """
+    quantizers = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantizer)}
+
+    def refuse(rule: str, names: list[str]) -> None:
+        if names:
+            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            raise ValueError(
+                f"[{function}] every quantizer must {rule}, got {len(names)} of {len(quantizers)}: {shown}"
+            )
+
+    # A weight is observed when its integers are read; nobody needs to have run it before.
+    waiting = [
+        name
+        for name, q in quantizers.items()
+        if not q.calibrated and not (q.observe and isinstance(q.observer, Latest))
+    ]
+    refuse("have observed data (train a step, or calibrate), but these have not", waiting)
+    refuse(
+        "quantize (rarefy.quantization.set_state(model, quantize=True)), but these are switched off",
+        [name for name, q in quantizers.items() if not q.quantize],
+    )
+    for name, q in quantizers.items():
+        smallest, largest = float(q.scale.min()), float(q.scale.max())
+        if not (smallest > 0 and math.isfinite(largest)):
+            raise ValueError(
+                f"[{function}] scales must be finite and positive, got {smallest:g} to {largest:g} in {name}"
+            )
+
+
+@contextmanager
+def without_rounding(lowered: nn.Module) -> Iterator[None]:
+    """Lets a lowered model clamp its activations to their ranges but not round them, to see what rounding does."""
+    quantizers = [module for module in lowered.modules() if isinstance(module, QuantizeDequantize)]
+    for quantizer in quantizers:
+        quantizer.rounds = False
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.rounds = True
+
+
+def _is_float(module: nn.Module) -> bool:
+    """Whether a layer of rarefy.nn has not been prepared, and is exported as any other module."""
+    return isinstance(module, (rnn.WeightedLayer, rnn.Add)) and not list(module.quant.children())
+
+
+def lower(model: nn.Module, unsigned: bool) -> nn.Module:
+    """Replaces every quantized module of `model` by its integer form, in place, and returns the model.
+
+    Args:
+        model: a copy that the caller owns, in evaluation mode. May itself be one of the modules that are replaced.
+        unsigned: write int8 activations as uint8 with zero point + 128, which changes no value.
+    """
+    from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers torch.ops.quantized_decomposed)
+
+    done: dict[nn.Module, nn.Module] = {}  # a module that occurs twice stays one module
+
+    def replace(name: str, module: nn.Module) -> nn.Module:
+        if module in done:
+            return done[module]
+        result = module
+        for kind, lowered in _LOWERED.items():
+            if isinstance(module, kind) and not _is_float(module):
+                if type(module).forward is not kind.forward:
+                    raise TypeError(
+                        f"[lower] a subclass of {kind.__name__} with its own forward cannot be exported, "
+                        f"got {type(module).__name__} at {name or 'the root'}"
+                    )
+                result = lowered(module, unsigned)
+                break
+        else:
+            done[module] = module
+            for child_name, child in list(module.named_children()):
+                new = replace(f"{name}.{child_name}" if name else child_name, child)
+                if new is not child:
+                    setattr(module, child_name, new)
+        done[module] = result
+        return result
+
+    return replace("", model).eval().requires_grad_(False)

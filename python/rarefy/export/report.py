@@ -1,0 +1,108 @@
+"""What an export says about the file that it wrote."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_SHOWN = 8  # lines about float operators in a printed report
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One convolution, product, addition or pooling of the file, and what the runtime made of it."""
+
+    name: str  #: in the file: the path of the module that it comes from, and the operator
+    op_type: str  #: Conv, Gemm, ...
+    runtime: str  #: what the runtime executes in its place, e.g. QLinearConv; "fused" where nothing has its name
+    integer: bool  #: whether those compute on integers
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One output of the file against the output of the eager model in evaluation mode."""
+
+    output: str
+    optimized: bool  #: whether the runtime's graph optimizations were on
+    batch: int | None  #: size of the batch, where the file takes any
+    max_abs: float  #: largest absolute difference
+    rms: float  #: root of the mean squared difference
+    allowed: float  #: the rms above which the export fails
+    steps: float | None  #: max_abs in steps of the output's scale, where the output is quantized
+    differing: float  #: fraction of values that differ by more than float rounding (half a step, where quantized)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """A file that was written, what is in it, and how far it is from the model.
+
+    Attributes:
+        path: the file.
+        bytes: its size.
+        target: the runtime that it was written for.
+        opset: version of the ONNX operator set.
+        nodes: number of nodes by operator.
+        operators: what the runtime runs in integers and what it leaves in float; empty without verification.
+        differences: outputs against the eager model's; empty without verification.
+        seconds: time that the export took, verification included.
+    """
+
+    path: Path
+    bytes: int
+    target: str
+    opset: int
+    nodes: Mapping[str, int]
+    operators: tuple[Operator, ...] = field(default=(), repr=False)
+    differences: tuple[Difference, ...] = field(default=(), repr=False)
+    seconds: float = 0.0
+
+    @property
+    def in_integers(self) -> tuple[Operator, ...]:
+        """The operators that the runtime runs in integers."""
+        return tuple(op for op in self.operators if op.integer)
+
+    @property
+    def in_float(self) -> tuple[Operator, ...]:
+        """The operators that the runtime runs in float."""
+        return tuple(op for op in self.operators if not op.integer)
+
+    @property
+    def max_abs(self) -> float | None:
+        """Largest absolute difference over all outputs, batches and optimization levels; None without verification."""
+        return max((d.max_abs for d in self.differences), default=None)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        size = f"{self.bytes / 1024:.1f} KiB" if self.bytes < 1 << 20 else f"{self.bytes / (1 << 20):.1f} MiB"
+        rows = [
+            ("file", f"{self.path} ({size})"),
+            ("target", f"{self.target}, opset {self.opset}, {self.seconds:.1f} s"),
+            ("nodes", ", ".join(f"{count} {name}" for name, count in self.nodes.items())),
+        ]
+        if not self.differences:
+            return [*rows, ("verified", "no")]
+        rows.append(("in integers", f"{len(self.in_integers)} of {len(self.operators)} operators"))
+        if self.in_integers:
+            rows += [("in float", f"{op.name} ({op.runtime})") for op in self.in_float[:_SHOWN]]
+            if len(self.in_float) > _SHOWN:
+                rows.append(("", f"and {len(self.in_float) - _SHOWN} more (report.in_float)"))
+        for d in self.differences:
+            where = f"{d.output}, optimizations {'on' if d.optimized else 'off'}"
+            where += "" if d.batch is None else f", batch {d.batch}"
+            steps = "" if d.steps is None else f" ({d.steps:.2g} steps)"
+            rows.append((where, f"max difference {d.max_abs:.2g}{steps}, {d.differing:.2%} of values differ"))
+        return rows
+
+    def __repr__(self) -> str:
+        rows = self._rows()
+        width = max(len(name) for name, _ in rows)
+        return "ExportReport\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+            f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
+            for name, text in self._rows()
+        )
+        return f"<table><caption>ExportReport</caption>{cells}</table>"
