@@ -11,8 +11,8 @@ class DistillationLoss(nn.Module):
 
         alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) * cross_entropy(student, labels)
 
-    The mean over the valid rows. T^2 keeps the size of the gradient independent of the temperature T. Loss and gradient are
-    formed in one pass over the logits, through log-sum-exp.
+    The mean over the valid rows. T^2 keeps the size of the gradient independent of the temperature T. Loss and gradient
+    are formed in one pass over the logits, through log-sum-exp.
 
     Args:
         temperature: T > 0. Higher values soften both distributions.
