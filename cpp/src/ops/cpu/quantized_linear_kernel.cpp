@@ -101,15 +101,20 @@ at::Tensor quantized_linear_cpu(const at::Tensor& x, const at::Tensor& packed, c
 }
 
 at::Tensor pack_conv2d_weight_cpu(const at::Tensor& weight, const at::Tensor& weight_scale, at::IntArrayRef stride,
-                                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+                                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                                  at::IntArrayRef input_size, int64_t input_zero_point) {
   check_weight("pack_conv2d_weight", weight, 4);
   TORCH_CHECK_VALUE(groups > 0 && weight.size(0) % groups == 0, "[pack_conv2d_weight] groups must divide ",
                     weight.size(0), " output channels, got ", groups);
+  TORCH_CHECK_VALUE(input_size.size() == 4 && input_size[1] == weight.size(1) * groups,
+                    "[pack_conv2d_weight] input_size must be [N, ", weight.size(1) * groups, ", H, W], got ",
+                    input_size);
   using Signature = at::Tensor(at::Tensor, at::Tensor, double, int64_t, torch::List<int64_t>, torch::List<int64_t>,
                                torch::List<int64_t>, int64_t, std::optional<torch::List<int64_t>>);
   static const auto prepack = onednn<Signature>("onednn::qconv_prepack");
-  return prepack.call(weight.contiguous(), weight_scale, 1.0, 0, torch::List<int64_t>(stride),
-                      torch::List<int64_t>(padding), torch::List<int64_t>(dilation), groups, std::nullopt);
+  return prepack.call(weight.contiguous(), weight_scale, 1.0, input_zero_point, torch::List<int64_t>(stride),
+                      torch::List<int64_t>(padding), torch::List<int64_t>(dilation), groups,
+                      torch::List<int64_t>(input_size));
 }
 
 at::Tensor quantized_conv2d_cpu(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight_scale,
