@@ -76,9 +76,9 @@ struct EpochMetrics {
 
 struct Callbacks {
   /// After each step, with the number of steps done so far and the loss before the step: the place of a pruning schedule.
-  std::function<void(int64_t step, double loss)> on_step;
+  std::function<void(int64_t step, double loss)> on_step = {};
   /// After each epoch, with the number of epochs done so far. The trainer's state is ready to be saved.
-  std::function<void(int64_t epoch, const EpochMetrics& metrics)> on_epoch_end;
+  std::function<void(int64_t epoch, const EpochMetrics& metrics)> on_epoch_end = {};
 };
 
 /// Where training stands. torch::save and torch::load take it. Models and optimizer are saved by their own means.
