@@ -58,8 +58,8 @@ struct QuantizedInput {
   int64_t zero_point;
 };
 
-/// The input as uint8, which every int8 kernel of oneDNN takes (signed activations give wrong convolutions in some of
-/// them). A signed range moves up by 128 together with its zero point: the same numbers under other names.
+/// The input as uint8, the only activation type of oneDNN's int8 convolutions. A signed range moves up by 128 together with
+/// its zero point: the same numbers under other names.
 QuantizedInput quantize_input(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point, int64_t qmin,
                               int64_t qmax, const Parameters& parameters) {
   const int64_t shift = qmin < 0 ? 128 : 0;
