@@ -10,10 +10,11 @@ import argparse
 import json
 import sys
 
-import rarefy as rf
 import torch
 import torch.nn.functional as F
 from timing import interleaved
+
+import rarefy as rf
 
 SHAPES = ["8192x1000", "512x32000"]
 

@@ -1,9 +1,8 @@
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
 #include <rarefy/distillation/loss.h>
 #include <rarefy/distillation/trainer.h>
 #include <torch/csrc/utils/pybind.h>
-
-#include <pybind11/functional.h>
-#include <pybind11/stl.h>
 
 #include <utility>
 
@@ -53,8 +52,9 @@ py::object optional_object(const std::optional<double>& value) {
 
 py::str repr(const Evaluation& evaluation) {
   return py::str("Evaluation(loss={:.6g}, accuracy={})")
-      .format(evaluation.loss, evaluation.accuracy.has_value() ? py::object(py::str("{:.4f}").format(*evaluation.accuracy))
-                                                               : py::object(py::none()));
+      .format(evaluation.loss, evaluation.accuracy.has_value()
+                                   ? py::object(py::str("{:.4f}").format(*evaluation.accuracy))
+                                   : py::object(py::none()));
 }
 
 py::str repr(const EpochMetrics& metrics) {
@@ -125,8 +125,9 @@ void init_distillation(py::module_& m) {
                  OptimizerInterface(std::move(zero_grad), std::move(step), std::move(parameters)), std::move(loss),
                  DistillationTrainerOptions{max_grad_norm, ignore_index});
            }),
-           py::arg("student"), py::arg("student_mode"), py::arg("teacher"), py::arg("teacher_mode"), py::arg("zero_grad"),
-           py::arg("step"), py::arg("parameters"), py::arg("loss"), py::arg("max_grad_norm"), py::arg("ignore_index"))
+           py::arg("student"), py::arg("student_mode"), py::arg("teacher"), py::arg("teacher_mode"),
+           py::arg("zero_grad"), py::arg("step"), py::arg("parameters"), py::arg("loss"), py::arg("max_grad_norm"),
+           py::arg("ignore_index"))
       .def(
           "train_step",
           [](DistillationTrainer& trainer, const Tensor& inputs, const std::optional<Tensor>& labels) {
@@ -138,8 +139,8 @@ void init_distillation(py::module_& m) {
           [](DistillationTrainer& trainer, PythonSource next_batch, int64_t epochs,
              std::function<void(int64_t, double)> on_step,
              std::function<void(int64_t, const EpochMetrics&)> on_epoch_end, PythonSource evaluation) {
-            trainer.fit(to_source(std::move(next_batch)), epochs, Callbacks{std::move(on_step), std::move(on_epoch_end)},
-                        to_source(std::move(evaluation)));
+            trainer.fit(to_source(std::move(next_batch)), epochs,
+                        Callbacks{std::move(on_step), std::move(on_epoch_end)}, to_source(std::move(evaluation)));
           },
           py::arg("next_batch"), py::arg("epochs"), py::arg("on_step"), py::arg("on_epoch_end"), py::arg("evaluation"),
           release())

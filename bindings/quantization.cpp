@@ -5,8 +5,9 @@
 
 namespace rarefy::python {
 
-void init_quantization(py::module_& m) {
+void init_quantization(py::module_& parent) {
   using namespace quantization;
+  auto m = parent.def_submodule("quantization", "Schemes and observers. rarefy.quantization is the public side.");
 
   py::class_<PerTensor>(m, "PerTensor", "One scale and zero point for the whole tensor.")
       .def(py::init<>())
@@ -41,7 +42,8 @@ void init_quantization(py::module_& m) {
            py::arg("constant") = 0.01)
       .def_readonly("constant", &MovingAverage::constant)
       .def(py::self == py::self)
-      .def("__hash__", [](const MovingAverage& self) { return py::hash(py::make_tuple("MovingAverage", self.constant)); })
+      .def("__hash__",
+           [](const MovingAverage& self) { return py::hash(py::make_tuple("MovingAverage", self.constant)); })
       .def("__repr__", [](const MovingAverage& self) { return str(Observer(self)); })
       .def(py::pickle([](const MovingAverage& self) { return py::make_tuple(self.constant); },
                       [](const py::tuple& state) { return MovingAverage{state[0].cast<double>()}; }));
@@ -63,7 +65,8 @@ void init_quantization(py::module_& m) {
     scheme.validate();
     return scheme;
   };
-  py::class_<Scheme>(m, "Scheme", R"(How a tensor maps onto integers: the grid, without the values of scale and zero point.
+  py::class_<Scheme>(m, "Scheme",
+                     R"(How a tensor maps onto integers: the grid, without the values of scale and zero point.
 
 bits: width of the integers, 2 to 8.
 symmetric: the zero point is fixed in the middle of the range; otherwise it follows the data.
@@ -86,14 +89,15 @@ Raises ValueError for bits outside 2..8.)")
       .def(py::self == py::self)
       .def("__hash__", [](const Scheme& self) { return py::hash(py::str(self.str())); })
       .def("__str__", &Scheme::str)
-      .def("__repr__",
-           [](const Scheme& self) {
-             return "Scheme(bits=" + std::to_string(self.bits) + ", symmetric=" + (self.symmetric ? "True" : "False") +
-                    ", signed=" + (self.signed_range() ? "True" : "False") +
-                    ", narrow_range=" + (self.narrow_range ? "True" : "False") + ", granularity=" +
-                    (self.axis().has_value() ? "PerChannel(axis=" + std::to_string(*self.axis()) + ")" : "PerTensor()") +
-                    ")";
-           })
+      .def(
+          "__repr__",
+          [](const Scheme& self) {
+            return "Scheme(bits=" + std::to_string(self.bits) + ", symmetric=" + (self.symmetric ? "True" : "False") +
+                   ", signed=" + (self.signed_range() ? "True" : "False") +
+                   ", narrow_range=" + (self.narrow_range ? "True" : "False") + ", granularity=" +
+                   (self.axis().has_value() ? "PerChannel(axis=" + std::to_string(*self.axis()) + ")" : "PerTensor()") +
+                   ")";
+          })
       .def(py::pickle(
           [](const Scheme& self) {
             return py::make_tuple(self.bits, self.symmetric, self.signed_range(), self.narrow_range, self.granularity);
@@ -106,9 +110,7 @@ Raises ValueError for bits outside 2..8.)")
   m.def(
       "validate_layer_config",
       [](const std::optional<Scheme>& weight, const std::optional<Scheme>& activation,
-         const std::optional<Observer>& observer) {
-        LayerConfig{weight, activation, observer}.validate();
-      },
+         const std::optional<Observer>& observer) { LayerConfig{weight, activation, observer}.validate(); },
       py::arg("weight"), py::arg("activation"), py::arg("observer"),
       "Raises ValueError for a scheme that no layer can execute.");
 }

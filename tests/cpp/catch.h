@@ -3,6 +3,7 @@
 // Catch2 with one spelling for version 2 (one header) and version 3.
 #if defined(RAREFY_CATCH2_V3)
 #include <catch2/catch_all.hpp>
+using Catch::Approx;
 #else
 #include <catch2/catch.hpp>
 namespace Catch::Matchers {

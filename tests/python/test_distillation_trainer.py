@@ -10,6 +10,8 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from rarefy.distillation import (
     Callbacks,
     DistillationLoss,
@@ -18,7 +20,6 @@ from rarefy.distillation import (
     Evaluation,
     StepResult,
 )
-from torch import nn
 
 CLASSES = 5
 
@@ -329,7 +330,13 @@ def test_resume_equals_an_uninterrupted_run(tmp_path):
     def fresh():
         student, teacher, batches = problem()
         optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
-        return student, teacher, batches, DistillationTrainer(student, teacher, optimizer, DistillationLoss()), optimizer
+        return (
+            student,
+            teacher,
+            batches,
+            DistillationTrainer(student, teacher, optimizer, DistillationLoss()),
+            optimizer,
+        )
 
     whole = fresh()
     expected = run(*whole, 5)
@@ -382,7 +389,7 @@ def test_a_gradient_that_is_not_finite_is_refused_when_clipping():
 
     before = copy.deepcopy(student)
     trainer = make_trainer(student, teacher, bad, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match="the gradient's norm must be finite, got -?nan at step 1"):
+    with pytest.raises(ValueError, match=r"the gradient's norm must be finite, got -?nan at step 1"):
         trainer.train_step(*batches[0])
     for name, parameter in student.named_parameters():
         assert torch.equal(parameter, dict(before.named_parameters())[name])
@@ -406,7 +413,9 @@ class BadBackward(torch.autograd.Function):
         raise Boom("from the backward pass")
 
 
-@pytest.mark.parametrize("place", ["student", "teacher", "loss", "on_step", "on_epoch_end", "loader", "backward", "step"])
+@pytest.mark.parametrize(
+    "place", ["student", "teacher", "loss", "on_step", "on_epoch_end", "loader", "backward", "step"]
+)
 def test_python_errors_come_out_as_themselves(place):
     student, teacher, batches = problem()
     teacher.train()
@@ -471,7 +480,7 @@ def test_bad_input():
     for norm in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="max_grad_norm must be positive or None, got"):
             make_trainer(student, teacher, max_grad_norm=norm)
-    with pytest.raises(ValueError, match="max_grad_norm must be 0 .* or positive and finite, got inf"):
+    with pytest.raises(ValueError, match=r"max_grad_norm must be 0 .* or positive and finite, got inf"):
         make_trainer(student, teacher, max_grad_norm=math.inf)
 
 

@@ -95,7 +95,7 @@ def test_only_public_headers_are_installed():
 def test_the_package_is_typed():
     source = Path(rarefy.__file__).parent
     assert (source / "py.typed").is_file()
-    assert (source / "_core.pyi").is_file()
+    assert (source / "_core" / "__init__.pyi").is_file()
 
 
 def test_the_stub_is_that_of_the_module():

@@ -147,7 +147,10 @@ def test_moving_average_refuses_constant(constant):
         ({"weight": Scheme(symmetric=False)}, "[QConfig] weight must be symmetric and signed"),
         ({"weight": Scheme(granularity=PerChannel(1))}, "[QConfig] weight must be per tensor or per output channel"),
         ({"activation": Scheme()}, "[QConfig] activation needs a weight scheme"),
-        ({"weight": Scheme(), "activation": Scheme(granularity=PerChannel(0))}, "[QConfig] activation must be per tensor"),
+        (
+            {"weight": Scheme(), "activation": Scheme(granularity=PerChannel(0))},
+            "[QConfig] activation must be per tensor",
+        ),
     ],
 )
 def test_qconfig_refuses(fields, message):
@@ -310,7 +313,9 @@ def test_an_override_that_matches_nothing_is_an_error(net, images, key):
 
 
 def test_prepare_refuses(net, images):
-    with pytest.raises(ValueError, match=r"\[prepare_qat\] the model must have a layer that the configuration quantizes"):
+    with pytest.raises(
+        ValueError, match=r"\[prepare_qat\] the model must have a layer that the configuration quantizes"
+    ):
         prepare_qat(nn.Sequential(nn.ReLU()), QConfig.int8())
     with pytest.raises(TypeError, match=r"\[prepare\] config must be a QConfig, got Scheme"):
         prepare(net, Scheme())
@@ -340,7 +345,9 @@ def test_shared_layers_stay_shared():
 
 
 def test_unsupported_padding_is_skipped_with_its_reason():
-    model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), nn.Conv2d(1, 1, 3, padding="same"), nn.Conv2d(1, 1, 3))
+    model = nn.Sequential(
+        nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), nn.Conv2d(1, 1, 3, padding="same"), nn.Conv2d(1, 1, 3)
+    )
     rows = report(prepare_qat(model, QConfig.int8())).layers
     assert [row.state for row in rows] == ["fp32", "fp32", "prepared"]
     assert rows[0].note == "padding_mode 'reflect' is not supported"
@@ -442,7 +449,11 @@ def test_calibrate_takes_ranges_of_all_batches_in_float():
 def test_prepared_activations_pass_unchanged_until_calibrated():
     model = prepare(nn.Sequential(nn.Linear(4, 4)), QConfig.int8())
     x = torch.randn(3, 4)
-    expected = F.linear(x, grid(model[0].weight, model[0].quant.weight) if model[0].quant.weight.calibrated else model[0].weight, model[0].bias)
+    expected = F.linear(
+        x,
+        grid(model[0].weight, model[0].quant.weight) if model[0].quant.weight.calibrated else model[0].weight,
+        model[0].bias,
+    )
     torch.testing.assert_close(model(x), expected, atol=0.02, rtol=0.0)
     assert not model[0].quant.input.calibrated
 
@@ -477,7 +488,9 @@ def test_calibrate_names_what_was_not_reached():
             return self.b(self.a(x)) if both else self.a(x)
 
     model = prepare(Branch(), QConfig.int8())
-    with pytest.raises(ValueError, match=r"\[calibrate\] every quantizer must see data, but none reached: b.quant.input"):
+    with pytest.raises(
+        ValueError, match=r"\[calibrate\] every quantizer must see data, but none reached: b.quant.input"
+    ):
         calibrate(model, [torch.randn(3, 2)])
     calibrate(model, [{"x": torch.randn(3, 2), "both": True}])
     assert model.b.quant.input.calibrated
@@ -556,7 +569,10 @@ def test_converted_network_agrees_with_the_prepared_one(net, images):
     prepared.eval()
     x = torch.randn(16, 3, 8, 8)
     torch.testing.assert_close(converted(x), prepared(x), rtol=0, atol=1e-4)
-    assert {layer.state for layer in report(converted).layers} == {"integer", "prepared"}  # the addition stays simulated
+    assert {layer.state for layer in report(converted).layers} == {
+        "integer",
+        "prepared",
+    }  # the addition stays simulated
     assert isinstance(converted.bn, nn.Identity)
     assert isinstance(converted.stem, rf.nn.QuantizedConv2d)
 

@@ -2,11 +2,11 @@
 
 // Everything that rarefy offers to C++.
 #include <rarefy/config.h>
+#include <rarefy/distillation/loss.h>
+#include <rarefy/distillation/trainer.h>
 #include <rarefy/nn/add.h>
 #include <rarefy/nn/conv.h>
 #include <rarefy/nn/linear.h>
-#include <rarefy/distillation/loss.h>
-#include <rarefy/distillation/trainer.h>
 #include <rarefy/ops/distillation_loss.h>
 #include <rarefy/ops/fake_quantize.h>
 #include <rarefy/ops/inverse_std.h>

@@ -24,8 +24,8 @@ torch::Tensor DistillationLossImpl::forward(const torch::Tensor& student_logits,
 }
 
 void DistillationLossImpl::pretty_print(std::ostream& stream) const {
-  stream << "rarefy::distillation::DistillationLoss(temperature=" << options_.temperature << ", alpha=" << options_.alpha
-         << ", ignore_index=" << options_.ignore_index << ")";
+  stream << "rarefy::distillation::DistillationLoss(temperature=" << options_.temperature
+         << ", alpha=" << options_.alpha << ", ignore_index=" << options_.ignore_index << ")";
 }
 
 }  // namespace rarefy::distillation

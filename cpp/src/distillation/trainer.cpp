@@ -25,8 +25,9 @@ auto in_mode(const Model& model, bool training, const Body& body) {
 }
 
 double to_loss(const torch::Tensor& loss) {
-  TORCH_CHECK_VALUE(loss.defined() && loss.numel() == 1, "[DistillationTrainer] the loss function must return one number, got ",
-                    loss.defined() ? "a tensor of shape " : "nothing", loss.defined() ? loss.sizes() : at::IntArrayRef{});
+  TORCH_CHECK_VALUE(
+      loss.defined() && loss.numel() == 1, "[DistillationTrainer] the loss function must return one number, got ",
+      loss.defined() ? "a tensor of shape " : "nothing", loss.defined() ? loss.sizes() : at::IntArrayRef{});
   return loss.item<double>();
 }
 
@@ -54,7 +55,8 @@ OptimizerInterface::OptimizerInterface(torch::optim::Optimizer& optimizer)
 
 void DistillationTrainerOptions::validate() const {
   TORCH_CHECK_VALUE(max_grad_norm >= 0.0 && std::isfinite(max_grad_norm),
-                    "[DistillationTrainer] max_grad_norm must be 0 (no clipping) or positive and finite, got ", max_grad_norm);
+                    "[DistillationTrainer] max_grad_norm must be 0 (no clipping) or positive and finite, got ",
+                    max_grad_norm);
 }
 
 DistillationTrainer::DistillationTrainer(Model student, Model teacher, OptimizerInterface optimizer, LossFunction loss,
@@ -77,8 +79,8 @@ double DistillationTrainer::step(const Batch& batch) {
   const torch::Tensor loss = loss_(student_.forward(batch.inputs), target, batch.labels);
   const double value = to_loss(loss);
   const int64_t number = state_.step + 1;
-  TORCH_CHECK_VALUE(std::isfinite(value), "[DistillationTrainer] the loss must be finite, got ", value, " at step ", number,
-                    "; the parameters are those after step ", state_.step);
+  TORCH_CHECK_VALUE(std::isfinite(value), "[DistillationTrainer] the loss must be finite, got ", value, " at step ",
+                    number, "; the parameters are those after step ", state_.step);
   optimizer_.zero_grad();
   loss.backward();
   if (options_.max_grad_norm > 0.0) {

@@ -14,8 +14,9 @@ enum Column : int64_t { kEpoch, kStep, kLoss, kHasEvaluation, kEvaluationLoss, k
 }  // namespace
 
 void TrainerState::validate() const {
-  TORCH_CHECK_VALUE(epoch >= 0 && step >= 0, "[DistillationTrainer] a state's epoch and step must be 0 or more, got epoch ",
-                    epoch, " and step ", step);
+  TORCH_CHECK_VALUE(epoch >= 0 && step >= 0,
+                    "[DistillationTrainer] a state's epoch and step must be 0 or more, got epoch ", epoch, " and step ",
+                    step);
   TORCH_CHECK_VALUE(static_cast<int64_t>(history.size()) == epoch,
                     "[DistillationTrainer] a state's history must have one entry per epoch, got ", history.size(),
                     " entries for ", epoch, " epochs");

@@ -26,8 +26,8 @@ at::IntArrayRef padding_of(const Conv2dOptions& options) {
 }
 
 torch::Tensor empty_weight(const Conv2dOptions& options) {
-  return torch::empty({options.out_channels(), options.in_channels() / options.groups(),
-                       options.kernel_size()->at(0), options.kernel_size()->at(1)});
+  return torch::empty({options.out_channels(), options.in_channels() / options.groups(), options.kernel_size()->at(0),
+                       options.kernel_size()->at(1)});
 }
 
 void initialize(torch::Tensor& weight, torch::Tensor& bias) {
@@ -44,9 +44,11 @@ torch::Tensor convolve(const Conv2dOptions& options, const torch::Tensor& x, con
   return at::conv2d(x, weight, bias, *options.stride(), padding_of(options), *options.dilation(), options.groups());
 }
 
-torch::Tensor pack_weight(const Conv2dOptions& options, const torch::Tensor& weight, const torch::Tensor& scale) {
+torch::Tensor pack_weight(const Conv2dOptions& options, const torch::Tensor& weight, const torch::Tensor& scale,
+                          const quantization::FakeQuantizerImpl& input, const torch::Tensor& x) {
+  const int64_t as_uint8 = input.options.scheme.signed_range() ? 128 : 0;
   return ops::pack_conv2d_weight(weight, scale, *options.stride(), padding_of(options), *options.dilation(),
-                                 options.groups());
+                                 options.groups(), x.sizes(), input.zero_point.item<int64_t>() + as_uint8);
 }
 
 torch::Tensor convolve_integers(const Conv2dOptions& options, const torch::Tensor& x, const torch::Tensor& packed,
@@ -79,7 +81,9 @@ void Conv2dImpl::reset_parameters() { initialize(weight, bias); }
 
 void Conv2dImpl::pretty_print(std::ostream& stream) const { print(stream, "Conv2d", options); }
 
-torch::Tensor Conv2dImpl::pack() { return pack_weight(options, weight, weight_scale_); }
+torch::Tensor Conv2dImpl::pack(const torch::Tensor& x) {
+  return pack_weight(options, weight, weight_scale_, *quant->find("input"), x);
+}
 
 torch::Tensor Conv2dImpl::forward(const torch::Tensor& x) {
   if (mode_ == Mode::floating) {
@@ -89,7 +93,7 @@ torch::Tensor Conv2dImpl::forward(const torch::Tensor& x) {
     if (!executes_integers()) {
       return convolve(options, x, dequantized_weight(), bias);
     }
-    const auto& packed_weight = packed();
+    const auto& packed_weight = packed(x);
     return convolve_integers(options, x, packed_weight, weight_scale_, bias, *quant->find("input"));
   }
   return convolve(options, quant->apply("input", x), quant->apply("weight", weight), bias);
@@ -105,8 +109,8 @@ ConvBn2dImpl::ConvBn2dImpl(Conv2dOptions options_, double eps, double momentum)
 void ConvBn2dImpl::register_floating() {
   weight = register_parameter("weight", empty_weight(options));
   bias = options.bias() ? register_parameter("bias", torch::empty({options.out_channels()})) : torch::Tensor();
-  bn = register_module("bn", torch::nn::BatchNorm2d(
-                                 torch::nn::BatchNormOptions(options.out_channels()).eps(eps_).momentum(momentum_)));
+  bn = register_module(
+      "bn", torch::nn::BatchNorm2d(torch::nn::BatchNormOptions(options.out_channels()).eps(eps_).momentum(momentum_)));
 }
 
 void ConvBn2dImpl::reset_parameters() { initialize(weight, bias); }
@@ -126,7 +130,9 @@ std::pair<torch::Tensor, torch::Tensor> ConvBn2dImpl::folded() {
   return {weight * factor.view({-1, 1, 1, 1}), bn->bias + centered * factor};
 }
 
-torch::Tensor ConvBn2dImpl::pack() { return pack_weight(options, weight, weight_scale_); }
+torch::Tensor ConvBn2dImpl::pack(const torch::Tensor& x) {
+  return pack_weight(options, weight, weight_scale_, *quant->find("input"), x);
+}
 
 void ConvBn2dImpl::after_convert() {
   unregister_module("bn");
@@ -141,7 +147,7 @@ torch::Tensor ConvBn2dImpl::forward(const torch::Tensor& x) {
     if (!executes_integers()) {
       return convolve(options, x, dequantized_weight(), bias);
     }
-    const auto& packed_weight = packed();
+    const auto& packed_weight = packed(x);
     return convolve_integers(options, x, packed_weight, weight_scale_, bias, *quant->find("input"));
   }
   const auto input = quant->apply("input", x);

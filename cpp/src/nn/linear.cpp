@@ -31,7 +31,7 @@ void LinearImpl::pretty_print(std::ostream& stream) const {
          << ", bias=" << std::boolalpha << options.bias() << ")";
 }
 
-torch::Tensor LinearImpl::pack() { return ops::pack_linear_weight(weight); }
+torch::Tensor LinearImpl::pack(const torch::Tensor&) { return ops::pack_linear_weight(weight); }
 
 torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
   if (mode_ == Mode::floating) {
@@ -42,7 +42,7 @@ torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
       return at::linear(x, dequantized_weight(), bias);
     }
     const auto* input = quant->find("input");
-    const auto& packed_weight = packed();
+    const auto& packed_weight = packed(x);
     return ops::quantized_linear(x, packed_weight, weight_scale_, bias.defined() ? std::optional(bias) : std::nullopt,
                                  input->scale, input->zero_point, input->options.scheme.qmin(),
                                  input->options.scheme.qmax(), false);

@@ -37,22 +37,24 @@ inline void check_distillation_loss(const at::Tensor& student, const at::Tensor&
   TORCH_CHECK_VALUE(teacher.sym_sizes() == student.sym_sizes(),
                     "[distillation_loss] teacher_logits must have the student's shape ", student.sym_sizes(), ", got ",
                     teacher.sym_sizes());
-  TORCH_CHECK_VALUE(teacher.device() == student.device(), "[distillation_loss] teacher_logits must be on the student's device ",
-                    student.device(), ", got ", teacher.device());
+  TORCH_CHECK_VALUE(teacher.device() == student.device(),
+                    "[distillation_loss] teacher_logits must be on the student's device ", student.device(), ", got ",
+                    teacher.device());
   TORCH_CHECK_VALUE(student.sym_size(-1) >= 1, "[distillation_loss] logits must have at least one class, got shape ",
                     student.sym_sizes());
   TORCH_CHECK_VALUE(student.sym_numel() >= 1, "[distillation_loss] logits must have at least one row, got shape ",
                     student.sym_sizes());
   if (!labels.has_value()) {
-    TORCH_CHECK_VALUE(alpha == 1.0, "[distillation_loss] labels must be given when alpha is below 1, got none with alpha ",
-                      alpha);
+    TORCH_CHECK_VALUE(alpha == 1.0,
+                      "[distillation_loss] labels must be given when alpha is below 1, got none with alpha ", alpha);
     return;
   }
   TORCH_CHECK_TYPE(labels->scalar_type() == at::kLong, "[distillation_loss] labels must be int64, got ",
                    labels->scalar_type());
   const auto rows = student.sym_sizes().slice(0, static_cast<size_t>(student.dim()) - 1);
-  TORCH_CHECK_VALUE(labels->sym_sizes() == rows, "[distillation_loss] labels must have the logits' shape without classes, ",
-                    rows, ", got ", labels->sym_sizes());
+  TORCH_CHECK_VALUE(labels->sym_sizes() == rows,
+                    "[distillation_loss] labels must have the logits' shape without classes, ", rows, ", got ",
+                    labels->sym_sizes());
   TORCH_CHECK_VALUE(labels->device() == student.device(), "[distillation_loss] labels must be on the logits' device ",
                     student.device(), ", got ", labels->device());
 }

@@ -9,7 +9,7 @@ TORCH_LIBRARY_FRAGMENT(rarefy, m) {
       "Tensor input_zero_point, int qmin, int qmax, bool relu) -> Tensor");
   m.def(
       "pack_conv2d_weight(Tensor weight, Tensor weight_scale, int[2] stride, int[2] padding, int[2] dilation, "
-      "int groups) -> Tensor");
+      "int groups, int[4] input_size, int input_zero_point) -> Tensor");
   m.def(
       "quantized_conv2d(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, Tensor input_scale, "
       "Tensor input_zero_point, int qmin, int qmax, int[2] stride, int[2] padding, int[2] dilation, int groups, "
@@ -18,9 +18,8 @@ TORCH_LIBRARY_FRAGMENT(rarefy, m) {
 
 namespace rarefy::ops {
 
-#define RAREFY_OP(name)                                                                \
-  static const auto op =                                                               \
-      c10::Dispatcher::singleton().findSchemaOrThrow("rarefy::" #name, "").typed<decltype(name)>()
+#define RAREFY_OP(name) \
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("rarefy::" #name, "").typed<decltype(name)>()
 
 at::Tensor pack_linear_weight(const at::Tensor& weight) {
   RAREFY_OP(pack_linear_weight);
@@ -35,9 +34,10 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
 }
 
 at::Tensor pack_conv2d_weight(const at::Tensor& weight, const at::Tensor& weight_scale, at::IntArrayRef stride,
-                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                              at::IntArrayRef input_size, int64_t input_zero_point) {
   RAREFY_OP(pack_conv2d_weight);
-  return op.call(weight, weight_scale, stride, padding, dilation, groups);
+  return op.call(weight, weight_scale, stride, padding, dilation, groups, input_size, input_zero_point);
 }
 
 at::Tensor quantized_conv2d(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight_scale,

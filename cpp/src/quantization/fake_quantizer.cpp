@@ -30,8 +30,7 @@ void FakeQuantizerImpl::pretty_print(std::ostream& stream) const {
 
 torch::Tensor FakeQuantizerImpl::forward(const torch::Tensor& x) {
   const auto& scheme = options.scheme;
-  const bool observe_now =
-      observe && (is_training() || !quantize || std::holds_alternative<Latest>(options.observer));
+  const bool observe_now = observe && (is_training() || !quantize || std::holds_alternative<Latest>(options.observer));
   if (observe_now && quantize) {
     return ops::observe_fake_quantize(x, min_val, max_val, scale, zero_point, scheme.axis(),
                                       averaging_constant(options.observer), scheme.qmin(), scheme.qmax(),

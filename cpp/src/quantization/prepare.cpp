@@ -29,7 +29,8 @@ std::vector<Layer> prepared_layers(const char* function, const torch::nn::Module
       prepared.push_back(std::move(layer));
     }
   }
-  TORCH_CHECK_VALUE(!prepared.empty(), "[", function, "] the model must have prepared layers; call prepare_qat or prepare first");
+  TORCH_CHECK_VALUE(!prepared.empty(), "[", function,
+                    "] the model must have prepared layers; call prepare_qat or prepare first");
   return prepared;
 }
 
@@ -56,8 +57,8 @@ void prepare_layers(const char* function, torch::nn::Module& model, const QConfi
     for (const auto& layer : layers) {
       used = used || matches(pattern, layer.name);
     }
-    TORCH_CHECK_VALUE(used, "[", function, "] override '", pattern, "' must match a rarefy::nn layer, but matches none of: ",
-                      join([&] {
+    TORCH_CHECK_VALUE(used, "[", function, "] override '", pattern,
+                      "' must match a rarefy::nn layer, but matches none of: ", join([&] {
                         std::vector<std::string> names;
                         for (const auto& layer : layers) {
                           names.push_back(layer.name);
@@ -161,8 +162,9 @@ void convert(torch::nn::Module& model) {
       }
     }
   }
-  TORCH_CHECK_VALUE(missed.empty(), "[convert] every quantizer must be calibrated (train or calibrate first), but these are not: ",
-                    join(missed));
+  TORCH_CHECK_VALUE(
+      missed.empty(),
+      "[convert] every quantizer must be calibrated (train or calibrate first), but these are not: ", join(missed));
   for (const auto& layer : layers) {
     layer.layer->convert();
   }

@@ -7,10 +7,12 @@ from rarefy import _core
 
 
 class DistillationLoss(nn.Module):
-    """Compute alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) * cross_entropy(student, labels).
+    """Compute the loss of Hinton et al. (2015, arXiv:1503.02531): soft targets and hard labels.
 
-    The mean over the valid rows, as Hinton et al. define it (2015, arXiv:1503.02531). T^2 keeps the size of the gradient
-    independent of the temperature T. Forward and gradient are one pass over the logits, computed through log-sum-exp.
+        alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) * cross_entropy(student, labels)
+
+    The mean over the valid rows. T^2 keeps the size of the gradient independent of the temperature T. Loss and gradient
+    are formed in one pass over the logits, through log-sum-exp.
 
     Args:
         temperature: T > 0. Higher values soften both distributions.
@@ -34,10 +36,12 @@ class DistillationLoss(nn.Module):
         self.ignore_index = int(ignore_index)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the loss, a scalar in float32 (float64 for float64 logits)."""
         return torch.ops.rarefy.distillation_loss(
             student_logits, teacher_logits, labels, self.temperature, self.alpha, self.ignore_index
         )
 
     def extra_repr(self) -> str:
+        """Return the options for the module's repr."""
         ignored = "" if self.ignore_index == -100 else f", ignore_index={self.ignore_index}"
         return f"temperature={self.temperature:g}, alpha={self.alpha:g}{ignored}"

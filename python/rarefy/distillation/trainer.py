@@ -19,8 +19,8 @@ class Callbacks:
     """What to call inside the loop.
 
     Attributes:
-        on_step: called with (step, loss) after each step; the place of a pruning schedule. `step` counts from 1 and goes on
-            over epochs; `loss` is the one before the step.
+        on_step: called with (step, loss) after each step; the place of a pruning schedule. `step` counts from 1, across
+            epochs; `loss` is the one before the step.
         on_epoch_end: called with (epoch, metrics) after each epoch. The trainer's state is ready to be saved there.
     """
 
@@ -31,10 +31,10 @@ class Callbacks:
 class DistillationTrainer:
     """Train a student on the logits of a teacher and, as the loss says, on labels.
 
-    A step is ``loss = loss_fn(student(inputs), teacher(inputs), labels)``, ``optimizer.zero_grad()``, ``loss.backward()``,
-    clipping, ``optimizer.step()``. The teacher runs in evaluation mode and without recording gradients. `fit` and `evaluate`
-    put the modes of both models back as they were, also when something raises, and what a model, a loader or a callback
-    raises comes out unchanged.
+    A step is ``loss = loss_fn(student(inputs), teacher(inputs), labels)``, ``optimizer.zero_grad()``,
+    ``loss.backward()``, clipping, ``optimizer.step()``. The teacher runs in evaluation mode and without recording
+    gradients. `fit` and `evaluate` put the modes of both models back as they were, also when something raises, and what
+    a model, a loader or a callback raises comes out unchanged.
 
     Args:
         student: the module to train.
@@ -90,8 +90,8 @@ class DistillationTrainer:
         """Do one step; the student's mode is the caller's.
 
         Raises:
-            ValueError: the loss (or, with clipping, the norm of the gradient) is not finite. The message names the step,
-                and the parameters are as they were before it.
+            ValueError: the loss (or, with clipping, the norm of the gradient) is not finite. The message names the
+                step, and the parameters are as they were before it.
         """
         return self._trainer.train_step(inputs, labels)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rarefy._core import Latest
+from rarefy._core.quantization import Latest
 from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.qconfig import QConfig
 

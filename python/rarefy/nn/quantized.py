@@ -33,13 +33,14 @@ class _QuantizedLayer(nn.Module):
         assert self.quant.weight is not None
         return self.quant.weight.scale.expand(self.weight.shape[0]).contiguous()
 
-    def _pack(self) -> Tensor:
+    def _pack(self, x: Tensor) -> Tensor:
+        """The weight packed for inputs like ``x``: what a subclass gives."""
         raise NotImplementedError
 
-    def _packed_weight(self) -> Tensor:
+    def _packed_weight(self, x: Tensor) -> Tensor:
         # The packed form is opaque: made on first use, and again when a checkpoint has written to the weight.
         if self._packed is None or self._packed_version != self.weight._version:
-            self._packed, self._packed_version = self._pack(), self.weight._version
+            self._packed, self._packed_version = self._pack(x), self.weight._version
         return self._packed
 
     def _dequantized_weight(self) -> Tensor:
@@ -64,7 +65,7 @@ class QuantizedLinear(_QuantizedLayer):
         super().__init__(layer)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
-    def _pack(self) -> Tensor:
+    def _pack(self, x: Tensor) -> Tensor:
         return torch.ops.rarefy.pack_linear_weight(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ class QuantizedLinear(_QuantizedLayer):
         return self._finish(
             torch.ops.rarefy.quantized_linear(
                 x,
-                self._packed_weight(),
+                self._packed_weight(x),
                 self._weight_scale(),
                 self.bias,
                 quantizer.scale,
@@ -101,8 +102,13 @@ class QuantizedConv2d(_QuantizedLayer):
         self.kernel_size = layer.kernel_size
         self._geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
 
-    def _pack(self) -> Tensor:
-        return torch.ops.rarefy.pack_conv2d_weight(self.weight, self._weight_scale(), *self._geometry)
+    def _pack(self, x: Tensor) -> Tensor:
+        quantizer = self.quant.input
+        assert quantizer is not None
+        zero_point = int(quantizer.zero_point) + (128 if quantizer.qmin < 0 else 0)
+        return torch.ops.rarefy.pack_conv2d_weight(
+            self.weight, self._weight_scale(), *self._geometry, x.shape, zero_point
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer in integers; with float input where the activation was not quantized."""
@@ -113,7 +119,7 @@ class QuantizedConv2d(_QuantizedLayer):
         return self._finish(
             torch.ops.rarefy.quantized_conv2d(
                 x,
-                self._packed_weight(),
+                self._packed_weight(x),
                 self._weight_scale(),
                 self.bias,
                 quantizer.scale,

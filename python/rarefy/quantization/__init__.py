@@ -1,6 +1,6 @@
 """Quantization: schemes, fake quantizers, quantization-aware training, calibration, integer execution."""
 
-from rarefy._core import Latest, MinMax, MovingAverage, PerChannel, PerTensor, Scheme
+from rarefy._core.quantization import Latest, MinMax, MovingAverage, PerChannel, PerTensor, Scheme
 from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.prepare import calibrate, convert, prepare, prepare_qat, set_state
 from rarefy.quantization.qconfig import QConfig

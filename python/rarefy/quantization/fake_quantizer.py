@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rarefy._core import Latest, MinMax, MovingAverage, Scheme, averaging_constant
+from rarefy._core.quantization import Latest, MinMax, MovingAverage, Scheme, averaging_constant
 
 Observer = MinMax | MovingAverage | Latest
 

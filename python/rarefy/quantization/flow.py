@@ -104,7 +104,7 @@ class _Recorder(TorchFunctionMode):
         self.flow._kept.extend(tensors)
         return tuple((id(tensor), tensor._version) for tensor in tensors)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204, D105
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self.inside:
             return func(*args, **kwargs)
@@ -134,14 +134,14 @@ def record(model: nn.Module, example_inputs: object, watched: Iterable[type[nn.M
     handles = []
     pending: list[tuple[str, tuple[Key, ...]]] = []
 
-    def before(name: str):  # noqa: ANN202
+    def before(name: str):
         def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             pending.append((name, recorder.keys((args, kwargs)) if not recorder.inside else ()))
             recorder.inside += 1
 
         return hook
 
-    def after(kind: str):  # noqa: ANN202
+    def after(kind: str):
         def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], out: object) -> None:
             recorder.inside -= 1
             name, inputs = pending.pop()

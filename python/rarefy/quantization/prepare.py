@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rarefy import nn as rnn
-from rarefy._core import Latest, MinMax, MovingAverage
+from rarefy._core.quantization import Latest, MinMax, MovingAverage
 from rarefy.nn.conv import unsupported
 from rarefy.quantization.fake_quantizer import FakeQuantizer, Observer
 from rarefy.quantization.flow import Flow, record
@@ -50,7 +50,9 @@ def _plan(model: nn.Module, config: QConfig, function: str) -> tuple[dict[str, _
     """What to swap, and why other layers are left alone. Changes nothing."""
     layers = {name: module for name, module in model.named_modules() if _is_quantizable(module) or _is_prepared(module)}
     for key in config.overrides:
-        hit = any(fnmatch.fnmatchcase(n, key) if isinstance(key, str) else isinstance(m, key) for n, m in layers.items())
+        hit = any(
+            fnmatch.fnmatchcase(n, key) if isinstance(key, str) else isinstance(m, key) for n, m in layers.items()
+        )
         if not hit:
             shown = repr(key) if isinstance(key, str) else key.__name__
             raise ValueError(
@@ -130,7 +132,9 @@ def _prepare(
     if not isinstance(config, QConfig):
         raise TypeError(f"[{function}] config must be a QConfig, got {type(config).__name__}")
     if _is_quantizable(model):
-        raise ValueError(f"[{function}] model must contain its layers, got a single {type(model).__name__}; wrap it in nn.Sequential")
+        raise ValueError(
+            f"[{function}] model must contain its layers, got a single {type(model).__name__}; wrap it in nn.Sequential"
+        )
     if not inplace:
         model = copy.deepcopy(model)
     steps, skipped = _plan(model, config, function)

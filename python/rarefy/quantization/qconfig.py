@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from rarefy._core import PerChannel, Scheme, validate_layer_config
+from rarefy._core.quantization import PerChannel, Scheme, validate_layer_config
 from rarefy.quantization.fake_quantizer import Observer
 
 

@@ -76,9 +76,11 @@ TEST_CASE("DistillationLoss is the operator as a module", "[distillation]") {
   const auto student = torch::randn({4, 7}), teacher = torch::randn({4, 7});
   const auto labels = torch::randint(0, 7, {4});
   DistillationLoss loss(DistillationLossOptions{3.0, 0.25, -100});
-  CHECK(torch::equal(loss(student, teacher, labels), rarefy::ops::distillation_loss(student, teacher, labels, 3.0, 0.25, -100)));
+  CHECK(torch::equal(loss(student, teacher, labels),
+                     rarefy::ops::distillation_loss(student, teacher, labels, 3.0, 0.25, -100)));
   DistillationLoss soft(DistillationLossOptions{2.0, 1.0, -100});
-  CHECK(torch::equal(soft(student, teacher), rarefy::ops::distillation_loss(student, teacher, std::nullopt, 2.0, 1.0, -100)));
+  CHECK(torch::equal(soft(student, teacher),
+                     rarefy::ops::distillation_loss(student, teacher, std::nullopt, 2.0, 1.0, -100)));
   std::ostringstream text;
   text << *loss;
   CHECK(text.str() == "rarefy::distillation::DistillationLoss(temperature=3, alpha=0.25, ignore_index=-100)");
@@ -124,8 +126,8 @@ TEST_CASE("the trainer equals a hand-written loop", "[distillation]") {
   DistillationLoss loss(DistillationLossOptions{4.0, 0.7});
   const double clip = 0.1;
   torch::optim::Adam optimizer(problem.student->parameters()), twin_optimizer(twin->parameters());
-  DistillationTrainer trainer(
-      problem.student, [&](const torch::Tensor& x) { return problem.teacher_rule(x); }, optimizer, loss, {clip, -100});
+  DistillationTrainer trainer(problem.student, [&](const torch::Tensor& x) { return problem.teacher_rule(x); },
+                              optimizer, loss, {clip, -100});
   trainer.fit(problem.source(), 2);
   for (int epoch = 0; epoch < 2; ++epoch) {
     for (const auto& batch : problem.batches) {
@@ -149,7 +151,7 @@ TEST_CASE("the trainer leaves the teacher and all modes as they were", "[distill
   const auto before = copy(teacher);
   torch::optim::SGD optimizer(student->parameters(), 0.1);
   int calls = 0;
-  Model watched(teacher);
+  Model watched(teacher.ptr());  // a shared_ptr is as good as a holder
   watched.forward = [&, inner = watched.forward](const torch::Tensor& x) {
     ++calls;
     CHECK_FALSE(teacher->is_training());
@@ -165,7 +167,8 @@ TEST_CASE("the trainer leaves the teacher and all modes as they were", "[distill
     CHECK_FALSE(student->norm->is_training());
     CHECK(student->last->is_training());
   };
-  trainer.fit(problem.source(), 1, {[&](int64_t, double) { CHECK(student->norm->is_training()); }, {}}, problem.source());
+  trainer.fit(problem.source(), 1, {[&](int64_t, double) { CHECK(student->norm->is_training()); }, {}},
+              problem.source());
   CHECK(calls == 10);
   check_modes();
   CHECK_THROWS_AS(trainer.fit(problem.source(), 2, {[](int64_t, double) { throw std::out_of_range("stop"); }, {}}),
@@ -181,7 +184,8 @@ TEST_CASE("a run can be saved and resumed", "[distillation]") {
     TrainerState state;
     for (const int64_t epochs : parts) {
       DistillationTrainer trainer(
-          problem.student, [&](const torch::Tensor& x) { return problem.teacher_rule(x); }, optimizer, DistillationLoss());
+          problem.student, [&](const torch::Tensor& x) { return problem.teacher_rule(x); }, optimizer,
+          DistillationLoss());
       std::stringstream stream;
       torch::save(state, stream);
       TrainerState loaded;
@@ -256,14 +260,18 @@ TEST_CASE("the trainer says what is wrong", "[distillation]") {
   torch::optim::SGD optimizer(problem.student->parameters(), 0.05);
   const auto make = [&](DistillationTrainerOptions options) {
     return DistillationTrainer(
-        problem.student, [&](const torch::Tensor& x) { return problem.teacher_rule(x); }, optimizer, DistillationLoss(), options);
+        problem.student, [&](const torch::Tensor& x) { return problem.teacher_rule(x); }, optimizer, DistillationLoss(),
+        options);
   };
-  CHECK_THROWS_WITH(make({-1.0, -100}), ContainsSubstring("max_grad_norm must be 0 (no clipping) or positive and finite, got -1"));
+  CHECK_THROWS_WITH(make({-1.0, -100}),
+                    ContainsSubstring("max_grad_norm must be 0 (no clipping) or positive and finite, got -1"));
   auto trainer = make({});
   const BatchSource empty = [] { return std::optional<Batch>(); };
-  CHECK_THROWS_WITH(trainer.fit(empty, 1), ContainsSubstring("an epoch must have at least one batch, got none in epoch 1"));
+  CHECK_THROWS_WITH(trainer.fit(empty, 1),
+                    ContainsSubstring("an epoch must have at least one batch, got none in epoch 1"));
   CHECK_THROWS_WITH(trainer.fit(problem.source(), -2), ContainsSubstring("epochs must be 0 or more, got -2"));
   CHECK_THROWS_WITH(trainer.evaluate(empty), ContainsSubstring("at least one valid row, got 0 batches"));
-  CHECK_THROWS_WITH(trainer.load_state({3, 3, {}}), ContainsSubstring("one entry per epoch, got 0 entries for 3 epochs"));
+  CHECK_THROWS_WITH(trainer.load_state({3, 3, {}}),
+                    ContainsSubstring("one entry per epoch, got 0 entries for 3 epochs"));
   CHECK(trainer.state().epoch == 0);
 }

@@ -66,8 +66,9 @@ TEST_CASE("distillation_loss follows the definition", "[ops][distillation]") {
         const double expected = reference(student, teacher, labels, t, alpha);
         const double loss = distillation_loss(student, teacher, labels, t, alpha, -100).item<double>();
         CHECK(loss == Approx(expected).epsilon(1e-5).margin(1e-6));
-        const double exact = distillation_loss(student.to(torch::kDouble), teacher.to(torch::kDouble), labels, t, alpha, -100)
-                                 .item<double>();
+        const double exact =
+            distillation_loss(student.to(torch::kDouble), teacher.to(torch::kDouble), labels, t, alpha, -100)
+                .item<double>();
         CHECK(exact == Approx(expected).epsilon(1e-12).margin(1e-13));
       }
     }

@@ -41,7 +41,8 @@ torch::Tensor on_grid(const torch::Tensor& x, FakeQuantizerImpl& q) {
     const float s = q.scale[i / inner % channels].item<float>();
     const auto z = static_cast<float>(q.zero_point[i / inner % channels].item<int32_t>());
     float integer = std::nearbyint(out.data_ptr<float>()[i] / s) + z;
-    integer = std::clamp(integer, static_cast<float>(q.options.scheme.qmin()), static_cast<float>(q.options.scheme.qmax()));
+    integer =
+        std::clamp(integer, static_cast<float>(q.options.scheme.qmin()), static_cast<float>(q.options.scheme.qmax()));
     out.data_ptr<float>()[i] = (integer - z) * s;
   }
   return out;
@@ -55,7 +56,8 @@ TEST_CASE("a scheme knows its range", "[quantization]") {
   REQUIRE(Scheme{.symmetric = false}.qmax() == 255);
   REQUIRE(Scheme{.bits = 4, .symmetric = false, .is_signed = true}.qmin() == -8);
   REQUIRE(Scheme{.granularity = PerChannel{1}}.axis() == 1);
-  REQUIRE_THAT(message_of([] { Scheme{.bits = 9}.validate(); }), ContainsSubstring("[Scheme] bits must be in 2..8, got 9"));
+  REQUIRE_THAT(message_of([] { Scheme{.bits = 9}.validate(); }),
+               ContainsSubstring("[Scheme] bits must be in 2..8, got 9"));
 }
 
 TEST_CASE("name patterns", "[quantization]") {
@@ -144,9 +146,9 @@ TEST_CASE("post-training quantization", "[quantization]") {
   const auto x = torch::randn({8, 2, 6, 6});
   const auto before = model(x);
   prepare(*model, QConfig::int8());
-  REQUIRE_THAT(message_of([&] { convert(*model); }),
-               ContainsSubstring("[convert] every quantizer must be calibrated") &&
-                   ContainsSubstring("add.quant.input0"));
+  REQUIRE_THAT(
+      message_of([&] { convert(*model); }),
+      ContainsSubstring("[convert] every quantizer must be calibrated") && ContainsSubstring("add.quant.input0"));
   REQUIRE_THAT(message_of([&] { calibrate(*model, [] {}); }),
                ContainsSubstring("[calibrate] every quantizer must see data, but none reached: conv.quant.input"));
   calibrate(*model, [&] { model(x); });

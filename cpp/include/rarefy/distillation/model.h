@@ -34,7 +34,8 @@ struct Model {
 
   /// Any callable from a tensor to a tensor; it has no modes.
   template <typename F>
-    requires(!ModuleLike<F> && !std::same_as<F, Model> && std::is_invocable_r_v<torch::Tensor, F&, const torch::Tensor&>)
+    requires(!ModuleLike<F> && !std::same_as<F, Model> &&
+             std::is_invocable_r_v<torch::Tensor, F&, const torch::Tensor&>)
   Model(F function) : forward(std::move(function)) {}  // NOLINT(google-explicit-constructor): reads as the model itself
 
   /// A torch::nn module, shared with the caller.

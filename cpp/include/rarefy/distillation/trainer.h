@@ -62,8 +62,9 @@ struct StepResult {
 
 /// Of the student, in evaluation mode.
 struct Evaluation {
-  double loss;                     // averaged over the rows with a label other than ignore_index
-  std::optional<double> accuracy;  // the part of those rows whose largest logit is the label's; unset without class labels
+  double loss;  // averaged over the rows with a label other than ignore_index
+  std::optional<double>
+      accuracy;  // the part of those rows whose largest logit is the label's; unset without class labels
 };
 
 struct EpochMetrics {

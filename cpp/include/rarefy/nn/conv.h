@@ -26,7 +26,7 @@ class RAREFY_API Conv2dImpl : public WeightedModule<Conv2dImpl> {
 
  protected:
   void register_floating() override;
-  torch::Tensor pack() override;
+  torch::Tensor pack(const torch::Tensor& x) override;
 };
 TORCH_MODULE(Conv2d);
 
@@ -52,7 +52,7 @@ class RAREFY_API ConvBn2dImpl : public WeightedModule<ConvBn2dImpl> {
  protected:
   void register_floating() override;
   std::pair<torch::Tensor, torch::Tensor> folded() override;
-  torch::Tensor pack() override;
+  torch::Tensor pack(const torch::Tensor& x) override;
   void after_convert() override;
 
  private:

@@ -23,7 +23,7 @@ class RAREFY_API LinearImpl : public WeightedModule<LinearImpl> {
 
  protected:
   void register_floating() override;
-  torch::Tensor pack() override;
+  torch::Tensor pack(const torch::Tensor& x) override;
 };
 TORCH_MODULE(Linear);
 

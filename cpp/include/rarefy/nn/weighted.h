@@ -21,7 +21,8 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   }
 
   void prepare(const quantization::LayerConfig& config, const quantization::Observer& default_observer) override {
-    TORCH_CHECK_VALUE(mode_ == Mode::floating, "[prepare] ", kind(), " must be floating point, but is already prepared");
+    TORCH_CHECK_VALUE(mode_ == Mode::floating, "[prepare] ", kind(),
+                      " must be floating point, but is already prepared");
     if (!config.weight.has_value()) {
       return;
     }
@@ -69,18 +70,19 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   virtual void register_floating() = 0;
   /// The float weight and bias that are quantized.
   virtual std::pair<torch::Tensor, torch::Tensor> folded() { return {weight, bias}; }
-  virtual torch::Tensor pack() = 0;
+  /// The weight packed for inputs like x.
+  virtual torch::Tensor pack(const torch::Tensor& x) = 0;
   /// Called by convert() while the layer still counts as prepared.
   virtual void after_convert() {}
 
   bool executes_integers() const { return quant->find("input") != nullptr; }
 
   /// The packed weight, made anew when the weight was written to (a checkpoint was loaded).
-  const torch::Tensor& packed() {
+  const torch::Tensor& packed(const torch::Tensor& x) {
     const auto version = weight._version();
     if (!packed_.defined() || packed_version_ != version) {
       weight_scale_ = quant->find("weight")->scale.expand({weight.size(0)}).contiguous();
-      packed_ = pack();
+      packed_ = pack(x);
       packed_version_ = version;
     }
     return packed_;

@@ -14,8 +14,8 @@ using torch::autograd::variable_list;
 
 /// True when scale * upstream is known to be 1 without waiting for a device or breaking a trace.
 bool is_plain_one(const at::Tensor& scale, const at::Tensor& upstream) {
-  return upstream.is_cpu() && scale.is_cpu() && !at::isTensorSubclassLike(upstream) && !at::isTensorSubclassLike(scale) &&
-         scale.item().toDouble() * upstream.item().toDouble() == 1.0;
+  return upstream.is_cpu() && scale.is_cpu() && !at::isTensorSubclassLike(upstream) &&
+         !at::isTensorSubclassLike(scale) && scale.item().toDouble() * upstream.item().toDouble() == 1.0;
 }
 
 class DistillationLoss : public torch::autograd::Function<DistillationLoss> {
@@ -34,10 +34,11 @@ class DistillationLoss : public torch::autograd::Function<DistillationLoss> {
     at::Tensor grad;
     {
       at::AutoGradMode no_grad(false);
-      grad = is_plain_one(saved[1], upstream[0]) ? saved[0]
-                                                 : distillation_loss_backward(saved[0], saved[1], upstream[0]);
+      grad =
+          is_plain_one(saved[1], upstream[0]) ? saved[0] : distillation_loss_backward(saved[0], saved[1], upstream[0]);
     }
-    if (at::GradMode::is_enabled()) {  // create_graph: say so when the gradient is differentiated, not a silent constant
+    if (at::GradMode::
+            is_enabled()) {  // create_graph: say so when the gradient is differentiated, not a silent constant
       const auto error = std::make_shared<torch::autograd::DelayedError>(
           "[distillation_loss] is differentiable once: its gradient is formed in the forward pass, so a second derivative "
           "(a gradient penalty, a Hessian) needs the loss written with torch's own operators",

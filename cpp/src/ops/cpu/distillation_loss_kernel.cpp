@@ -48,7 +48,8 @@ struct Problem {
     if (given.has_value()) {
       labels = given->contiguous();
       valid_rows = count_valid();
-      TORCH_CHECK_VALUE(valid_rows > 0, "[distillation_loss] at least one row must be valid (label other than ignore_index ",
+      TORCH_CHECK_VALUE(valid_rows > 0,
+                        "[distillation_loss] at least one row must be valid (label other than ignore_index ",
                         ignore_index, "), got ", rows, " rows, all ignored");
     }
   }
@@ -64,8 +65,8 @@ struct Problem {
     int64_t count = 0;
     for (int64_t row = 0; row < rows; ++row) {
       if (is_valid(row)) {
-        TORCH_CHECK_INDEX(label(row) >= 0 && label(row) < classes, "[distillation_loss] labels must be in [0, ", classes,
-                          ") or ignore_index (", ignore_index, "), got ", label(row), " at row ", row);
+        TORCH_CHECK_INDEX(label(row) >= 0 && label(row) < classes, "[distillation_loss] labels must be in [0, ",
+                          classes, ") or ignore_index (", ignore_index, "), got ", label(row), " at row ", row);
         ++count;
       }
     }
@@ -120,8 +121,8 @@ void run_float(const Problem& problem, double scale, const at::Tensor& grad, dou
         }
         continue;
       }
-      const cpu::DistillationRow arguments{student + row * row_bytes, teacher + row * row_bytes, row_grad, scratch.get(),
-                                           problem.hard() ? problem.label(row) : 0};
+      const cpu::DistillationRow arguments{student + row * row_bytes, teacher + row * row_bytes, row_grad,
+                                           scratch.get(), problem.hard() ? problem.label(row) : 0};
       losses[row] = row_loss(problem, RAREFY_ISA_CALL(distill_row, task, arguments));
     }
   });

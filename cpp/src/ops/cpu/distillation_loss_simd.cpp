@@ -118,8 +118,8 @@ class RowDistiller {
     hard_factor_ = Vec(kLog2E);
     // Most rows have no exponential that underflows: those need no clamping.
     const float factor = hard != Hard::none && task_.soft_factor < kLog2E ? kLog2E : task_.soft_factor;
-    const float widest = student.max - student.min > teacher.max - teacher.min ? student.max - student.min
-                                                                                : teacher.max - teacher.min;
+    const float widest =
+        student.max - student.min > teacher.max - teacher.min ? student.max - student.min : teacher.max - teacher.min;
     sums_ = DistillationSums{};
     sums_.student_max = student.max;
     if (widest * factor < 125.0f) {
@@ -188,9 +188,9 @@ class RowDistiller {
   /// Asks for the same place in the next row: memory works while this row is computed. Past the last row it does nothing.
   template <int Write>
   void prefetch_next(const T* p) const {
-    __builtin_prefetch(
-        reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(task_.classes) * sizeof(T)),
-        Write, 2);
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) +
+                                                     static_cast<uintptr_t>(task_.classes) * sizeof(T)),
+                       Write, 2);
   }
 
   template <bool Bounded, bool Keep>

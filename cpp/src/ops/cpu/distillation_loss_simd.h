@@ -32,12 +32,12 @@ struct DistillationRow {
 
 /// Sums over a row with student logits s, teacher logits t, their maxima m_s and m_t, and temperature T.
 struct DistillationSums {
-  float student_max;   // m_s
-  float label_logit;   // s[label]
-  double soft_student; // sum of e^((s - m_s) / T)
-  double soft_teacher; // sum of e^((t - m_t) / T)
-  double cross;        // sum of e^((t - m_t) / T) * ((t - m_t) - (s - m_s)), without the terms where the first factor is 0
-  double hard_student; // sum of e^(s - m_s)
+  float student_max;    // m_s
+  float label_logit;    // s[label]
+  double soft_student;  // sum of e^((s - m_s) / T)
+  double soft_teacher;  // sum of e^((t - m_t) / T)
+  double cross;  // sum of e^((t - m_t) / T) * ((t - m_t) - (s - m_s)), without the terms where the first factor is 0
+  double hard_student;  // sum of e^(s - m_s)
 };
 
 inline int64_t distillation_scratch(int64_t classes) { return 3 * ((classes + 15) / 16 * 16); }

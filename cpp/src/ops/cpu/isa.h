@@ -35,7 +35,7 @@ void set_isa(const char* name);
   namespace avx512 {            \
   __VA_ARGS__                   \
   }
-#define RAREFY_ISA_CALL(function, ...)                                                          \
+#define RAREFY_ISA_CALL(function, ...)                                                                       \
   (::rarefy::cpu::current_isa() == ::rarefy::cpu::Isa::avx512 ? ::rarefy::cpu::avx512::function(__VA_ARGS__) \
    : ::rarefy::cpu::current_isa() == ::rarefy::cpu::Isa::avx2 ? ::rarefy::cpu::avx2::function(__VA_ARGS__)   \
                                                               : ::rarefy::cpu::plain::function(__VA_ARGS__))

@@ -20,7 +20,8 @@ c10::TypedOperatorHandle<Function> onednn(const char* name) {
 }
 
 void check_weight(const char* function, const at::Tensor& weight, int64_t dim) {
-  TORCH_CHECK_TYPE(weight.scalar_type() == at::kChar, "[", function, "] weight must be int8, got ", weight.scalar_type());
+  TORCH_CHECK_TYPE(weight.scalar_type() == at::kChar, "[", function, "] weight must be int8, got ",
+                   weight.scalar_type());
   TORCH_CHECK_VALUE(weight.dim() == dim && weight.numel() > 0, "[", function, "] weight must have ", dim,
                     " dimensions and no empty one, got shape ", weight.sizes());
 }
@@ -91,24 +92,29 @@ at::Tensor quantized_linear_cpu(const at::Tensor& x, const at::Tensor& packed, c
   }
   const auto q = quantize_input(x.contiguous(), input_scale, input_zero_point, qmin, qmax, parameters);
   const auto zeros = at::zeros(weight_scale.sizes(), weight_scale.options().dtype(at::kInt));
-  using Signature = at::Tensor(at::Tensor, double, int64_t, at::Tensor, at::Tensor, at::Tensor,
-                               std::optional<at::Tensor>, double, int64_t, std::optional<c10::ScalarType>,
-                               std::string_view, Scalars, std::string_view);
+  using Signature =
+      at::Tensor(at::Tensor, double, int64_t, at::Tensor, at::Tensor, at::Tensor, std::optional<at::Tensor>, double,
+                 int64_t, std::optional<c10::ScalarType>, std::string_view, Scalars, std::string_view);
   static const auto linear = onednn<Signature>("onednn::qlinear_pointwise");
   return linear.call(q.values, q.scale, q.zero_point, packed, weight_scale, zeros, bias, 1.0, 0, at::kFloat,
                      relu ? "relu" : "none", Scalars(), "");
 }
 
 at::Tensor pack_conv2d_weight_cpu(const at::Tensor& weight, const at::Tensor& weight_scale, at::IntArrayRef stride,
-                                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+                                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                                  at::IntArrayRef input_size, int64_t input_zero_point) {
   check_weight("pack_conv2d_weight", weight, 4);
   TORCH_CHECK_VALUE(groups > 0 && weight.size(0) % groups == 0, "[pack_conv2d_weight] groups must divide ",
                     weight.size(0), " output channels, got ", groups);
+  TORCH_CHECK_VALUE(input_size.size() == 4 && input_size[1] == weight.size(1) * groups,
+                    "[pack_conv2d_weight] input_size must be [N, ", weight.size(1) * groups, ", H, W], got ",
+                    input_size);
   using Signature = at::Tensor(at::Tensor, at::Tensor, double, int64_t, torch::List<int64_t>, torch::List<int64_t>,
                                torch::List<int64_t>, int64_t, std::optional<torch::List<int64_t>>);
   static const auto prepack = onednn<Signature>("onednn::qconv_prepack");
-  return prepack.call(weight.contiguous(), weight_scale, 1.0, 0, torch::List<int64_t>(stride),
-                      torch::List<int64_t>(padding), torch::List<int64_t>(dilation), groups, std::nullopt);
+  return prepack.call(weight.contiguous(), weight_scale, 1.0, input_zero_point, torch::List<int64_t>(stride),
+                      torch::List<int64_t>(padding), torch::List<int64_t>(dilation), groups,
+                      torch::List<int64_t>(input_size));
 }
 
 at::Tensor quantized_conv2d_cpu(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight_scale,
@@ -121,14 +127,14 @@ at::Tensor quantized_conv2d_cpu(const at::Tensor& x, const at::Tensor& packed, c
   const auto q = quantize_input(x.contiguous(at::MemoryFormat::ChannelsLast), input_scale, input_zero_point, qmin, qmax,
                                 parameters);
   const auto zeros = at::zeros(weight_scale.sizes(), weight_scale.options().dtype(at::kInt));
-  using Signature = at::Tensor(at::Tensor, double, int64_t, at::Tensor, at::Tensor, at::Tensor,
-                               std::optional<at::Tensor>, torch::List<int64_t>, torch::List<int64_t>,
-                               torch::List<int64_t>, int64_t, double, int64_t, std::optional<c10::ScalarType>,
-                               std::string_view, Scalars, std::optional<std::string_view>);
+  using Signature =
+      at::Tensor(at::Tensor, double, int64_t, at::Tensor, at::Tensor, at::Tensor, std::optional<at::Tensor>,
+                 torch::List<int64_t>, torch::List<int64_t>, torch::List<int64_t>, int64_t, double, int64_t,
+                 std::optional<c10::ScalarType>, std::string_view, Scalars, std::optional<std::string_view>);
   static const auto conv = onednn<Signature>("onednn::qconv_pointwise");
-  return conv.call(q.values, q.scale, q.zero_point, packed, weight_scale, zeros, bias,
-                   torch::List<int64_t>(stride), torch::List<int64_t>(padding), torch::List<int64_t>(dilation), groups,
-                   1.0, 0, at::kFloat, relu ? "relu" : "none", Scalars(), std::nullopt);
+  return conv.call(q.values, q.scale, q.zero_point, packed, weight_scale, zeros, bias, torch::List<int64_t>(stride),
+                   torch::List<int64_t>(padding), torch::List<int64_t>(dilation), groups, 1.0, 0, at::kFloat,
+                   relu ? "relu" : "none", Scalars(), std::nullopt);
 }
 
 }  // namespace

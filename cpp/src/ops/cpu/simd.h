@@ -79,7 +79,8 @@ inline float round_even_scalar(float value) {
 }
 
 // The bits of 2^(k/8) below the exponent, less k << 20, for exp2_eighths.
-alignas(32) constexpr int32_t kExp2Eighths[8] = {0, -0x46a3e, -0x7c810, -0xa0129, -0xafb0d, -0xa98d6, -0x8bb03, -0x53f39};
+alignas(32) constexpr int32_t kExp2Eighths[8] = {0,        -0x46a3e, -0x7c810, -0xa0129,
+                                                 -0xafb0d, -0xa98d6, -0x8bb03, -0x53f39};
 
 #if defined(RAREFY_ISA_avx512)
 
@@ -306,8 +307,8 @@ struct Vec {
   }
   friend Vec zero_below(Vec a, Vec low, Vec value) { RAREFY_LANES(a.v[i] < low.v[i] ? 0.0f : value.v[i]) }
   friend Vec exp2_eighths(Vec a) {
-    RAREFY_LANES(bits_to_float((float_to_bits(a.v[i]) << 20) +
-                               static_cast<uint32_t>(kExp2Eighths[float_to_bits(a.v[i]) & 7u])))
+    RAREFY_LANES(
+        bits_to_float((float_to_bits(a.v[i]) << 20) + static_cast<uint32_t>(kExp2Eighths[float_to_bits(a.v[i]) & 7u])))
   }
 #undef RAREFY_LANES
 };

@@ -4,10 +4,17 @@ The C++ core of rarefy. Its tensor functions are registered as torch.ops.rarefy.
 """
 
 from __future__ import annotations
+from . import pruning
+from . import quantization
+from . import distillation
 
 __all__: list[str] = [
+    "distillation",
     "has_cuda_kernels",
     "instruction_set",
+    "pruning",
+    "quantization",
+    "release_cached_memory",
     "set_instruction_set",
     "show_config",
     "torch_version",
@@ -22,6 +29,11 @@ def has_cuda_kernels() -> bool:
 def instruction_set() -> str:
     """
     The instruction set that the CPU kernels run with.
+    """
+
+def release_cached_memory() -> int:
+    """
+    Give the memory that is kept for the next results of CPU operators back to the system; returns its bytes.
     """
 
 def set_instruction_set(name: str) -> None:

@@ -1,0 +1,99 @@
+#include "ops/cuda/distillation_loss_kernel.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <rarefy/ops/distillation_loss.h>
+#include <torch/library.h>
+
+#include "ops/distillation_loss_checks.h"
+
+namespace rarefy::ops {
+namespace {
+
+void* stream_of(const at::Tensor& x) {
+  return reinterpret_cast<void*>(c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle());
+}
+
+void check_launch(const char* function, int error) {
+  TORCH_CHECK(error == 0, "[", function, "] CUDA kernel failed to launch: ", cuda::error_string(error));
+}
+
+cuda::FloatType float_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble     ? cuda::FloatType::f64
+         : x.scalar_type() == at::kBFloat16 ? cuda::FloatType::bf16
+         : x.scalar_type() == at::kHalf     ? cuda::FloatType::f16
+                                            : cuda::FloatType::f32;
+}
+
+struct Results {
+  at::Tensor loss;
+  at::Tensor grad;   // undefined unless it was asked for
+  at::Tensor scale;  // the same
+};
+
+Results run(const at::Tensor& student_logits, const at::Tensor& teacher_logits, const std::optional<at::Tensor>& labels,
+            double temperature, double alpha, int64_t ignore_index, bool with_gradient) {
+  check_distillation_loss(student_logits, teacher_logits, labels, temperature, alpha);
+  const c10::DeviceGuard guard(student_logits.device());
+  const auto student = student_logits.contiguous();
+  const auto teacher = teacher_logits.contiguous();
+  const auto targets = labels.has_value() ? labels->contiguous() : at::Tensor();
+  const int64_t classes = student.size(-1), rows = student.numel() / classes;
+  Results results;
+  results.loss = at::empty({}, student.options().dtype(loss_type(student)));
+  if (with_gradient) {
+    results.grad = at::empty_like(student);
+    results.scale = at::empty_like(results.loss);
+  }
+  const auto row_losses = at::empty({rows}, student.options().dtype(at::kDouble));
+  const auto valid_rows = at::empty({1}, student.options().dtype(at::kLong));
+  check_launch(
+      "distillation_loss",
+      cuda::distillation_loss(
+          {float_type(student), rows, classes, temperature, alpha, ignore_index, student.scalar_type() == at::kHalf,
+           student.const_data_ptr(), teacher.const_data_ptr(),
+           targets.defined() ? targets.const_data_ptr<int64_t>() : nullptr,
+           with_gradient ? results.grad.data_ptr() : nullptr, row_losses.data_ptr<double>(),
+           valid_rows.data_ptr<int64_t>(), results.loss.data_ptr(), with_gradient ? results.scale.data_ptr() : nullptr},
+          stream_of(student)));
+  return results;
+}
+
+at::Tensor distillation_loss_cuda(const at::Tensor& student_logits, const at::Tensor& teacher_logits,
+                                  const std::optional<at::Tensor>& labels, double temperature, double alpha,
+                                  int64_t ignore_index) {
+  return run(student_logits, teacher_logits, labels, temperature, alpha, ignore_index, false).loss;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> distillation_loss_forward_cuda(const at::Tensor& student_logits,
+                                                                              const at::Tensor& teacher_logits,
+                                                                              const std::optional<at::Tensor>& labels,
+                                                                              double temperature, double alpha,
+                                                                              int64_t ignore_index) {
+  auto results = run(student_logits, teacher_logits, labels, temperature, alpha, ignore_index, true);
+  return {results.loss, results.grad, results.scale};
+}
+
+at::Tensor distillation_loss_backward_cuda(const at::Tensor& grad, const at::Tensor& scale,
+                                           const at::Tensor& upstream) {
+  const c10::DeviceGuard guard(grad.device());
+  const auto in = grad.contiguous();
+  const auto factor = upstream.to(in.device(), scale.scalar_type());
+  auto out = at::empty_like(in);
+  check_launch("distillation_loss_backward",
+               cuda::scale_gradient(float_type(in), in.const_data_ptr(), scale.const_data_ptr(),
+                                    factor.const_data_ptr(), out.data_ptr(), in.numel(), stream_of(in)));
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rarefy, CUDA, m) {
+  m.impl("distillation_loss", &distillation_loss_cuda);
+  m.impl("distillation_loss_forward", &distillation_loss_forward_cuda);
+  m.impl("distillation_loss_backward", &distillation_loss_backward_cuda);
+}
+
+}  // namespace rarefy::ops

@@ -1,0 +1,338 @@
+"""The examples run, as a user runs them."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPRESS_CNN = ROOT / "examples/python/compress_cnn.py"
+COMPRESS_MLP = ROOT / "build/dev/examples/cpp/compress_mlp"
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("sklearn")
+
+
+def compress_cnn(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, COMPRESS_CNN, *map(str, arguments)], capture_output=True, text=True, timeout=500
+    )
+
+
+@pytest.fixture(scope="module")
+def common():
+    """The helpers of the Python examples, which are not a package."""
+    spec = importlib.util.spec_from_file_location("_common", COMPRESS_CNN.with_name("_common.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["_common"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["_common"]
+
+
+# ---- compress_cnn.py ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("quick")
+    result = compress_cnn("--quick", "--out", folder)
+    assert result.returncode == 0, result.stderr
+    assert "| student, pruned, int8 | ONNX Runtime |" in result.stdout
+    return folder
+
+
+def stages(folder: Path) -> dict[tuple[str, str], dict]:
+    return {(row["stage"], row["runtime"]): row for row in json.loads((folder / "report.json").read_text())["stages"]}
+
+
+@pytest.mark.slow
+def test_report_of_a_quick_run(quick_run):
+    rows = stages(quick_run)
+    assert list(rows) == [
+        ("teacher", "FP32"),
+        ("student, distilled", "FP32"),
+        ("student, pruned", "FP32"),
+        ("student, pruned, QAT", "simulated"),
+        ("student, pruned, int8", "PyTorch"),
+        ("student, pruned, int8", "ONNX Runtime"),
+    ]
+    teacher, distilled, pruned, qat, converted, onnx = rows.values()
+    assert min(row["accuracy"] for row in rows.values()) > 80  # three epochs each
+    one_image = 100 / 360
+    assert abs(converted["accuracy"] - qat["accuracy"]) <= 2 * one_image
+    assert abs(onnx["accuracy"] - qat["accuracy"]) <= 2 * one_image
+    assert distilled["parameters"] < teacher["parameters"] / 4
+    assert distilled["nonzero"] > 0.95 * distilled["parameters"]
+    for row in (pruned, qat, converted, onnx):
+        assert row["nonzero"] < 0.27 * row["parameters"]  # three of four weights; biases and batch norms are left alone
+    assert onnx["bytes"] < pruned["bytes"] / 3
+    assert onnx["compressed_bytes"] < onnx["bytes"] / 2
+    for row in rows.values():
+        if row["file"] is not None:
+            assert (quick_run / row["file"]).stat().st_size == row["bytes"]
+    assert all(row["onnx_ms"] > 0 for row in (teacher, distilled, pruned, onnx))
+    assert all(row["torch_ms"] > 0 for row in (teacher, distilled, pruned, converted))
+    text = (quick_run / "report.md").read_text()
+    assert f"| {onnx['accuracy']:.2f} |" in re.sub(" +", " ", text)
+    assert (quick_run / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert not [path for path in quick_run.rglob("*") if ".tmp" in path.name]
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_with_the_same_numbers(quick_run, tmp_path):
+    command = [sys.executable, str(COMPRESS_CNN), "--quick", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    in_the_middle = tmp_path / "checkpoints/pruned.pt"
+    end = time.monotonic() + 300
+    while not in_the_middle.exists():
+        assert process.poll() is None, "the run ended before it was killed"
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "report.json").exists()
+
+    result = compress_cnn("--quick", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    said = result.stdout + result.stderr
+    assert "teacher: 3 epochs, 3 of them done" in said
+    assert re.search("pruned: 3 epochs, [123] of them done", said)
+    whole, resumed = stages(quick_run), stages(tmp_path)
+    for name, row in whole.items():
+        for key in ("accuracy", "parameters", "nonzero"):
+            assert resumed[name][key] == row[key], (name, key)
+
+
+@pytest.mark.slow
+def test_other_options_are_named_and_nothing_is_lost(quick_run):
+    before = {path: path.stat().st_mtime_ns for path in quick_run.rglob("*")}
+    result = compress_cnn("--quick", "--out", quick_run, "--seed", 1, "--sparsity", 0.5)
+    assert result.returncode == 2
+    assert "seed was 0, is 1; sparsity was 0.75, is 0.5" in result.stderr
+    assert "--fresh" in result.stderr
+    assert {path: path.stat().st_mtime_ns for path in quick_run.rglob("*")} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "missing.npz"], "missing.npz must be an .npz file that can be read"),
+        (["--sparsity", "1"], r"--sparsity: must be in \[0, 1\), got 1.0"),
+        (["--epochs", "1", "0", "1", "1"], "--epochs: must be positive, got 1 0 1 1"),
+    ],
+)
+def test_bad_arguments(tmp_path, arguments, message):
+    result = compress_cnn(*arguments, "--out", tmp_path / "out")
+    assert result.returncode == 2
+    assert re.search(message, result.stderr)
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_colour_images(tmp_path):
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", 512), ("test", 300)):
+        labels = generator.integers(0, 3, count)
+        images = generator.integers(0, 60, (count, 32, 32, 3))
+        images[np.arange(count), :, :, labels] += 150  # red, green or blue
+        arrays |= {f"{part}_images": images.astype(np.uint8), f"{part}_labels": labels}
+    np.savez(tmp_path / "colours.npz", **arrays)
+    result = compress_cnn("--data", tmp_path / "colours.npz", "--epochs", 2, 2, 2, 2, "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    rows = stages(tmp_path / "out")
+    assert rows["student, pruned, int8", "ONNX Runtime"]["accuracy"] > 90
+
+
+def good_arrays() -> dict[str, np.ndarray]:
+    images, labels = np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, np.int64)
+    return {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_labels": None}, "must hold test_labels, got train_images"),
+        ({"train_images": np.zeros((4, 32, 32, 3), np.float32)}, r"uint8 \[N, height, width, 3\], got float32"),
+        ({"test_images": np.zeros((4, 3, 32, 32), np.uint8)}, r"test_images must be .* got uint8 \[4, 3, 32, 32\]"),
+        ({"train_labels": np.zeros(3, np.int64)}, r"train_labels must be integers from 0 on, \[4\], got int64 \[3\]"),
+        ({"test_labels": np.full(4, -1)}, "integers from 0 on"),
+        ({"test_labels": np.full(4, 7)}, "test_labels must be labels of train_labels, below 1, got 7"),
+        ({"test_images": np.zeros((4, 16, 16, 3), np.uint8)}, "must be of one size"),
+    ],
+)
+def test_bad_npz(common, tmp_path, changes, message):
+    arrays = {name: value for name, value in (good_arrays() | changes).items() if value is not None}
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        common.load_npz(tmp_path / "bad.npz")
+
+
+def test_not_an_npz(common, tmp_path):
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(ValueError, match=r"text.npz must be an .npz file that can be read"):
+        common.load_npz(tmp_path / "text.npz")
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_training_batches(common, flip):
+    """Every image of a batch is a crop of the padded original, mirrored or not, under the original's label."""
+    torch.manual_seed(0)
+    images = torch.randn(10, 2, 5, 4)
+    data = common.Images("x", 10, images, torch.arange(10), images, torch.arange(10), flip=flip, shift=1)
+    seen, mirrored = [], 0
+    batches = common.TrainingBatches(data, batch_size=5)
+    for x, y in batches:
+        assert x.shape == (5, 2, 5, 4)
+        for image, label in zip(x, y, strict=True):
+            padded = torch.nn.functional.pad(images[label], [1] * 4)
+            crops = [padded[:, i : i + 5, j : j + 4] for i in range(3) for j in range(3)]
+            plain = any(torch.equal(image, crop) for crop in crops)
+            mirrored += not plain
+            assert plain or (flip and any(torch.equal(image, crop.flip(2)) for crop in crops))
+            seen.append(int(label))
+    assert sorted(seen) == list(range(10))
+    assert (mirrored > 0) == flip
+    assert len(batches) == 2
+
+
+def test_interrupted_write_leaves_the_old_file(common, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write() -> None:
+        with common.atomic(path) as temporary:
+            temporary.write_text("new, and")
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        write()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+# ---- quickstart.ipynb -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_notebook(tmp_path):
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(ROOT / "examples/notebooks/quickstart.ipynb", as_version=4)
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    texts = [str(output) for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in text for text in texts) == 3
+    assert any("batch norm folded" in text for text in texts)
+    table = next(text for text in texts if "| model in ONNX Runtime |" in text)
+    scores = {name: float(score) for name, score in re.findall(r"\| (\w+) \| ([\d.]+) \|", table)}
+    assert list(scores) == ["teacher", "student", "pruned", "int8"]
+    assert min(scores.values()) > 93
+    qat = next(float(found[1]) for text in texts if (found := re.search(r"QAT model ([\d.]+) %", text)))
+    assert abs(scores["int8"] - qat) < 0.6
+
+
+# ---- compress_mlp ---------------------------------------------------------------------------------------------------
+
+needs_compress_mlp = pytest.mark.skipif(
+    not COMPRESS_MLP.exists(), reason="needs the C++ examples in build/dev (-DRAREFY_BUILD_EXAMPLES=ON)"
+)
+
+
+def compress_mlp(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([COMPRESS_MLP, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def digits_csv(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("csv") / "digits.csv"
+    script = ROOT / "examples/cpp/write_digits_csv.py"
+    subprocess.run([sys.executable, script, path], check=True, capture_output=True, timeout=300)
+    return path
+
+
+@needs_compress_mlp
+@pytest.mark.slow
+def test_compress_mlp(digits_csv, tmp_path):
+    result = compress_mlp(digits_csv, "--out", tmp_path, "--quick", "--seed", 3)
+    assert result.returncode == 0, result.stderr
+    line = re.compile(r"^(\S[\w, ]+?) {2,}([\d.]+) +(\d+) +(\d+) +([\d.]+) +([\d.]+|-)$", re.M)
+    rows = {match[1]: [float(value) for value in match.groups()[1:4]] for match in line.finditer(result.stdout)}
+    assert list(rows) == [
+        "teacher",
+        "student, distilled",
+        "student, pruned",
+        "student, pruned, QAT",
+        "student, pruned, int8",
+    ]
+    assert all(accuracy > 85 for accuracy, _, _ in rows.values())
+    for stage in ("student, pruned", "student, pruned, QAT", "student, pruned, int8"):
+        assert rows[stage][2] < 0.22 * rows[stage][1]
+    assert abs(rows["student, pruned, int8"][0] - rows["student, pruned, QAT"][0]) < 0.6
+    assert (tmp_path / "student_int8.pt").stat().st_size < (tmp_path / "student.pt").stat().st_size / 2
+    again = compress_mlp(digits_csv, "--out", tmp_path, "--quick", "--seed", 3)
+    accuracies = {match[1]: float(match[2]) for match in line.finditer(again.stdout)}
+    assert accuracies == {stage: values[0] for stage, values in rows.items()}
+
+
+@needs_compress_mlp
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "a CSV file must be given"),
+        (["digits.csv"], "--out must be given"),
+        (["digits.csv", "--out"], "--out must be followed by a value"),
+        (["digits.csv", "--out", "x", "--seed", "-1"], "--seed must be an integer from 0 to 2147483647, got '-1'"),
+        (["digits.csv", "--out", "x", "--fast"], "unknown option --fast"),
+        (["digits.csv", "other.csv", "--out", "x"], "one CSV file must be given, got also 'other.csv'"),
+    ],
+)
+def test_compress_mlp_usage(arguments, message):
+    result = compress_mlp(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        f"compress_mlp: {message}",
+        "usage: compress_mlp DIGITS.csv --out DIR [--seed N] [--quick]",
+    ]
+
+
+@needs_compress_mlp
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("0," * 63 + "0", "line 2: 65 fields expected (64 pixels and a label), got 64"),
+        ("0," * 65 + "0", "line 2: 65 fields expected (64 pixels and a label), got 66"),
+        ("", "line 2: 65 fields expected (64 pixels and a label), got 1"),
+        ("17," + "0," * 63 + "0", "line 2: a pixel from 0 to 16 expected in column 1, got '17'"),
+        ("0," * 63 + "x,0", "line 2: a pixel from 0 to 16 expected in column 64, got 'x'"),
+        ("0," * 64 + "10", "line 2: a label from 0 to 9 expected in column 65, got '10'"),
+        (None, "at least 640 images expected, got 1"),
+    ],
+)
+def test_compress_mlp_bad_csv(tmp_path, line, message):
+    path = tmp_path / "digits.csv"
+    path.write_text("0," * 64 + "0\n" + ("" if line is None else line + "\n"))
+    result = compress_mlp(path, "--out", tmp_path / "out")
+    assert result.returncode == 1
+    assert result.stderr == f"compress_mlp: {path}{':' if line is None else ','} {message}\n"
+    assert not (tmp_path / "out").exists()
+
+
+@needs_compress_mlp
+def test_compress_mlp_missing_csv(tmp_path):
+    result = compress_mlp(tmp_path / "missing.csv", "--out", tmp_path / "out")
+    assert (result.returncode, result.stderr) == (1, f"compress_mlp: {tmp_path / 'missing.csv'} cannot be read\n")
