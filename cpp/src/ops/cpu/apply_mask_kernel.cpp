@@ -1,17 +1,12 @@
-#include <ATen/Parallel.h>
 #include <rarefy/ops/mask.h>
 #include <torch/library.h>
 
-#include <algorithm>
-
+#include "ops/cpu/dense.h"
 #include "ops/cpu/mask_simd.h"
 #include "ops/mask_checks.h"
 
 namespace rarefy::ops {
 namespace {
-
-constexpr int64_t kWord = 64;
-constexpr int64_t kGrain = 16384;  // elements below which a second thread does not pay
 
 /// Clears elements of a strided x where the bit of their logical position is 0.
 template <typename T>
@@ -68,9 +63,8 @@ void apply_mask_cpu(at::Tensor& x, const at::Tensor& mask) {
   const int bytes = static_cast<int>(x.element_size());
   if (x.is_contiguous()) {
     void* values = x.data_ptr();
-    at::parallel_for(0, (x.numel() + kWord - 1) / kWord, kGrain / kWord, [&](int64_t first, int64_t last) {
-      RAREFY_ISA_CALL(apply_mask, values, bits, bytes, first * kWord, std::min(last * kWord, x.numel()));
-    });
+    parallel_words(x.numel(),
+                   [&](int64_t begin, int64_t end) { RAREFY_ISA_CALL(apply_mask, values, bits, bytes, begin, end); });
   } else if (bytes == 2) {
     apply_strided<uint16_t>(x, bits);
   } else if (bytes == 4) {

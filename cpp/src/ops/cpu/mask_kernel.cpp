@@ -2,7 +2,6 @@
 // a narrow range of magnitudes that holds the threshold nearly always; the pass counts what lies below the range and
 // takes out what lies inside it, a few percent, and an exact selection among those ends it. Where the sample misled, or
 // most weights are equal, histograms over all the weights narrow the range instead. Both give the same threshold.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -14,6 +13,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "ops/cpu/dense.h"
 #include "ops/cpu/mask_simd.h"
 #include "ops/mask_checks.h"
 #include "ops/selection.h"
@@ -21,7 +21,6 @@
 namespace rarefy::ops {
 namespace {
 
-constexpr int64_t kWord = 64;
 constexpr int64_t kChunk = 16384;    // elements that a thread works on at once; a multiple of kWord
 constexpr uint64_t kPlaces = 16384;  // places of the sample that locates the threshold
 constexpr int64_t kRun = 4;          // neighbours taken at each place: they share a cache line
@@ -52,12 +51,6 @@ struct Keys {
 
   int64_t infinity() const { return is_double ? kInfinityKey64 : int64_t{cpu::kInfinityKey}; }
 };
-
-cpu::FloatType float_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kBFloat16 ? cpu::FloatType::bf16
-         : x.scalar_type() == at::kHalf   ? cpu::FloatType::f16
-                                          : cpu::FloatType::f32;
-}
 
 int64_t key_of(double value) { return std::bit_cast<int64_t>(value) & 0x7fffffffffffffff; }
 int64_t key_of(float value) { return std::bit_cast<int32_t>(value) & 0x7fffffff; }
@@ -131,24 +124,14 @@ size_t this_thread() { return static_cast<size_t>(at::get_thread_num()); }
   TORCH_INTERNAL_ASSERT(false, "a NaN was seen and then was not found");
 }
 
-/// Sums the histograms that body(i, part) fills for i in [0, n), each thread into its own part.
-template <typename Body>
-void parallel_histogram(size_t n, Histogram& histogram, const Body& body) {
-  std::vector<Histogram> parts(static_cast<size_t>(at::get_num_threads()), Histogram{});
-  parallel_chunks(n, [&](size_t i) { body(i, parts[this_thread()]); });
-  for (const auto& part : parts) {
-    for (size_t bin = 0; bin < part.size(); ++bin) {
-      histogram[bin] += part[bin];
-    }
-  }
-}
-
 /// The key of the given rank among alive elements, and how many are below it, by passes over all weights.
 KeyRange select_by_passes(const Keys& keys, const KeyRange& range, int64_t rank) {
   return select_rank(range, rank, 1, [&](const KeyRange& r, int shift, Histogram& histogram) {
-    parallel_histogram(keys.chunks.size(), histogram, [&](size_t c, Histogram& part) {
+    std::vector<Histogram> parts(static_cast<size_t>(at::get_num_threads()), Histogram{});
+    parallel_chunks(keys.chunks.size(), [&](size_t c) {
       const Chunk& chunk = keys.chunks[c];
       const Source& source = keys.sources[chunk.source];
+      Histogram& part = parts[this_thread()];
       with_values(source.x, [&](const auto* values) {
         for (int64_t i = chunk.begin; i < chunk.end; ++i) {
           const int64_t key = key_of(values[i]);
@@ -158,20 +141,26 @@ KeyRange select_by_passes(const Keys& keys, const KeyRange& range, int64_t rank)
         }
       });
     });
+    for (const auto& part : parts) {
+      for (size_t bin = 0; bin < part.size(); ++bin) {
+        histogram[bin] += part[bin];
+      }
+    }
   });
 }
 
-/// The same among keys that were taken out; ends with a range of `width` keys or fewer.
+/// The same among keys that were taken out; ends with a range of `width` keys or fewer. On one thread: starting others
+/// costs about what they would save.
 KeyRange select_among(const std::vector<std::vector<int32_t>>& taken, const KeyRange& range, int64_t rank,
                       int64_t width = 1) {
   return select_rank(range, rank, width, [&](const KeyRange& r, int shift, Histogram& histogram) {
-    parallel_histogram(taken.size(), histogram, [&](size_t i, Histogram& part) {
-      for (const int32_t key : taken[i]) {
+    for (const auto& part : taken) {
+      for (const int32_t key : part) {
         if (key >= r.low && key <= r.high) {
-          ++part[static_cast<size_t>((key - r.low) >> shift)];
+          ++histogram[static_cast<size_t>((key - r.low) >> shift)];
         }
       }
-    });
+    }
   });
 }
 
@@ -243,7 +232,7 @@ KeyRange select_by_scan(const Keys& keys, int64_t rank) {
     Part& part = parts[this_thread()];
     auto& mine = taken[this_thread()];
     part.scratch.resize(static_cast<size_t>(kChunk + cpu::kScanSlack));
-    const auto scan = RAREFY_ISA_CALL(scan_keys, source.x.const_data_ptr(), source.alive, float_type(source.x),
+    const auto scan = RAREFY_ISA_CALL(scan_keys, source.x.const_data_ptr(), source.alive, layout_of(source.x, -1).type,
                                       static_cast<int32_t>(range.low), static_cast<int32_t>(range.high), chunk.begin,
                                       chunk.end, part.scratch.data());
     part.below += scan.below;
@@ -294,7 +283,7 @@ KeyRange select_double(const Keys& keys, int64_t rank) {
 int64_t write_chunk(const Keys& keys, const Chunk& chunk, int64_t threshold, uint8_t* mask) {
   const Source& source = keys.sources[chunk.source];
   if (!keys.is_double) {
-    return RAREFY_ISA_CALL(write_mask, source.x.const_data_ptr(), source.alive, float_type(source.x),
+    return RAREFY_ISA_CALL(write_mask, source.x.const_data_ptr(), source.alive, layout_of(source.x, -1).type,
                            static_cast<int32_t>(threshold), chunk.begin, chunk.end, mask);
   }
   const double* values = source.x.const_data_ptr<double>();

@@ -197,27 +197,12 @@ void apply_range(T* x, const uint8_t* mask, int64_t begin, int64_t end) {
 }  // namespace
 
 KeyScan scan_keys(const void* x, const uint8_t* alive, FloatType type, int32_t low, int32_t high, int64_t begin,
-                  int64_t end, int32_t* inside) {
-  switch (type) {
-    case FloatType::f32:
-      return scan_range(static_cast<const float*>(x), alive, low, high, begin, end, inside);
-    case FloatType::bf16:
-      return scan_range(static_cast<const Bf16*>(x), alive, low, high, begin, end, inside);
-    default:
-      return scan_range(static_cast<const Half*>(x), alive, low, high, begin, end, inside);
-  }
-}
+                  int64_t end, int32_t* inside){
+    RAREFY_FOR_FLOAT_TYPE(type, T, scan_range(static_cast<const T*>(x), alive, low, high, begin, end, inside))}
 
 int64_t write_mask(const void* x, const uint8_t* alive, FloatType type, int32_t threshold, int64_t begin, int64_t end,
                    uint8_t* mask) {
-  switch (type) {
-    case FloatType::f32:
-      return write_range(static_cast<const float*>(x), alive, threshold, begin, end, mask);
-    case FloatType::bf16:
-      return write_range(static_cast<const Bf16*>(x), alive, threshold, begin, end, mask);
-    default:
-      return write_range(static_cast<const Half*>(x), alive, threshold, begin, end, mask);
-  }
+  RAREFY_FOR_FLOAT_TYPE(type, T, write_range(static_cast<const T*>(x), alive, threshold, begin, end, mask))
 }
 
 void apply_mask(void* x, const uint8_t* mask, int element_bytes, int64_t begin, int64_t end) {

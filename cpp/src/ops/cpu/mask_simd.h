@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#include "ops/cpu/fake_quantize_simd.h"
+#include "ops/cpu/float_type.h"
 #include "ops/cpu/isa.h"
 
 namespace rarefy::cpu {
