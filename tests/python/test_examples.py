@@ -150,7 +150,7 @@ def test_colour_images(tmp_path):
         images[np.arange(count), :, :, labels] += 150  # red, green or blue
         arrays |= {f"{part}_images": images.astype(np.uint8), f"{part}_labels": labels}
     np.savez(tmp_path / "colours.npz", **arrays)
-    result = compress_cnn("--data", tmp_path / "colours.npz", "--epochs", 2, 2, 2, 2, "--out", tmp_path / "out")
+    result = compress_cnn("--data", tmp_path / "colours.npz", "--epochs", 6, 6, 3, 2, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     rows = stages(tmp_path / "out")
     assert rows["student, pruned, int8", "ONNX Runtime"]["accuracy"] > 90
