@@ -53,6 +53,8 @@ class WeightedLayer(nn.Module):
     bias: nn.Parameter | None
     quant: QuantState
     relu: bool
+    execution: str | None  #: as in QConfig
+    gradient_dtype: torch.dtype  #: as in QConfig
 
     def _attach(self, config: QConfig, relu: bool, quantize_output: bool) -> None:
         assert config.weight is not None
@@ -65,6 +67,7 @@ class WeightedLayer(nn.Module):
         self.quant = QuantState(**quantizers).to(self.weight.device)
         self.quant.train(self.training)
         self.relu = relu
+        self.execution, self.gradient_dtype = config.execution, config.gradient_dtype
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """The float weight and bias that are quantized."""

@@ -29,6 +29,7 @@ class Add(nn.Module):
             names = ["input0", "input1", *(["output"] if quantize_output else [])]
             layer.quant = QuantState(**{name: activation_quantizer(config) for name in names})
             layer.relu = relu
+            layer.execution, layer.gradient_dtype = config.execution, config.gradient_dtype
         layer.train(module.training)
         return layer
 
