@@ -344,14 +344,17 @@ def test_shared_layers_stay_shared():
     assert isinstance(prepared["a"], rf.nn.Linear)
 
 
-def test_unsupported_padding_is_skipped_with_its_reason():
-    model = nn.Sequential(
-        nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), nn.Conv2d(1, 1, 3, padding="same"), nn.Conv2d(1, 1, 3)
-    )
+def test_unsupported_layers_are_skipped_with_their_reason():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Scaled(2, 2), nn.LSTM(2, 2), nn.ConvTranspose2d(1, 1, 3), nn.Linear(2, 2))
     rows = report(prepare_qat(model, QConfig.int8())).layers
-    assert [row.state for row in rows] == ["fp32", "fp32", "prepared"]
-    assert rows[0].note == "padding_mode 'reflect' is not supported"
-    assert rows[1].note == "padding 'same' by name is not supported"
+    assert [row.state for row in rows] == ["fp32", "fp32", "fp32", "prepared"]
+    assert rows[0].note == "Scaled is a subclass of Linear"
+    assert rows[1].note == "LSTM is not supported"
+    assert rows[2].note == "ConvTranspose2d is not supported"
 
 
 # --- Arithmetic of the layers ---------------------------------------------------------------------------------------
@@ -507,7 +510,7 @@ def integer_reference(layer, x: torch.Tensor) -> np.ndarray:
         sums = F.linear(q, w)
         shape = (-1,)
     else:
-        sums = F.conv2d(q, w, None, *layer._geometry)
+        sums = layer.geometry.convolve(q, w, None)
         shape = (1, -1, 1, 1)
     out = sums * (s * layer._weight_scale().double()).view(shape)
     if layer.bias is not None:

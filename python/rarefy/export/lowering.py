@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy import nn as rnn
@@ -124,16 +123,13 @@ class _LoweredLinear(_LoweredWeighted):
         return self.finish(y if self.bias is None else y + self.bias)
 
 
-class _LoweredConv2d(_LoweredWeighted):
+class _LoweredConv(_LoweredWeighted):
     def __init__(self, module: nn.Module, unsigned: bool) -> None:
         super().__init__(module, unsigned, transposed=False)
-        if isinstance(module, nn.Conv2d):
-            self.geometry = (module.stride, module.padding, module.dilation, module.groups)
-        else:
-            self.geometry = module._geometry
+        self.geometry = module.geometry() if isinstance(module, rnn.ConvLayer) else module.geometry
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.finish(F.conv2d(self.quant.input(x), self.float_weight(), self.bias, *self.geometry))
+        return self.finish(self.geometry.convolve(self.quant.input(x), self.float_weight(), self.bias))
 
 
 class _LoweredAdd(_Lowered):
@@ -142,10 +138,9 @@ class _LoweredAdd(_Lowered):
 
 
 _LOWERED: dict[type[nn.Module], Callable[[nn.Module, bool], nn.Module]] = {
-    rnn.ConvBn2d: _LoweredConv2d,
-    rnn.Conv2d: _LoweredConv2d,
+    rnn.ConvLayer: _LoweredConv,
     rnn.Linear: _LoweredLinear,
-    rnn.QuantizedConv2d: _LoweredConv2d,
+    rnn.QuantizedConv2d: _LoweredConv,
     rnn.QuantizedLinear: _LoweredLinear,
     rnn.Add: _LoweredAdd,
     FakeQuantizer: QuantizeDequantize,
@@ -201,7 +196,7 @@ def without_rounding(lowered: nn.Module) -> Iterator[None]:
 
 def _is_float(module: nn.Module) -> bool:
     """Whether a layer of rarefy.nn has not been prepared, and is exported as any other module."""
-    return isinstance(module, (rnn.WeightedLayer, rnn.Add)) and not list(module.quant.children())
+    return isinstance(module, rnn.QuantizableLayer) and not module.prepared
 
 
 def lower(model: nn.Module, unsigned: bool) -> nn.Module:
@@ -221,7 +216,7 @@ def lower(model: nn.Module, unsigned: bool) -> nn.Module:
         result = module
         for kind, lowered in _LOWERED.items():
             if isinstance(module, kind) and not _is_float(module):
-                if type(module).forward is not kind.forward:
+                if type(module).forward not in (kind.forward, rnn.ConvBnLayer.forward):
                     raise TypeError(
                         f"[lower] a subclass of {kind.__name__} with its own forward cannot be exported, "
                         f"got {type(module).__name__} at {name or 'the root'}"

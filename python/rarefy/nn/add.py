@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rarefy.nn._base import QuantState, activation_quantizer
+from rarefy.nn._base import QuantizableLayer, QuantState, activation_quantizer
+from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.qconfig import QConfig
 
 
-class Add(nn.Module):
+class Add(QuantizableLayer):
     """``a + b`` as a module, so that a residual addition can be quantized.
 
     Floating point until ``prepare_qat`` or ``prepare``; then both inputs are quantized, each with its own parameters
@@ -21,23 +21,12 @@ class Add(nn.Module):
         self.relu = False
         self.quant = QuantState()
 
-    @classmethod
-    def from_float(cls, module: Add, config: QConfig, *, relu: bool = False, quantize_output: bool = False) -> Add:
-        """A quantized addition."""
-        layer = cls()
-        if config.activation is not None:
-            names = ["input0", "input1", *(["output"] if quantize_output else [])]
-            layer.quant = QuantState(**{name: activation_quantizer(config) for name in names})
-            layer.relu = relu
-        layer.train(module.training)
-        return layer
+    def _make_quantizers(self, config: QConfig) -> dict[str, FakeQuantizer]:
+        return {name: activation_quantizer(config) for name in ("input0", "input1")}
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """The sum of two tensors of one shape, or broadcastable."""
         quant = self.quant
         if quant.input0 is not None and quant.input1 is not None:
             a, b = quant.input0(a), quant.input1(b)
-        y = a + b
-        if self.relu:
-            y = torch.relu(y)
-        return y if quant.output is None else quant.output(y)
+        return self._finish(a + b)

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.nn._base import QuantState, WeightedLayer
-from rarefy.nn.conv import Conv2d, ConvBn2d
+from rarefy.nn.conv import Conv2d, Geometry
+from rarefy.nn.conv_bn import ConvBn2d
 from rarefy.nn.linear import Linear
 
 
@@ -100,22 +101,23 @@ class QuantizedConv2d(_QuantizedLayer):
         super().__init__(layer)
         self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
         self.kernel_size = layer.kernel_size
-        self._geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        self.geometry: Geometry = layer.geometry()
 
     def _pack(self, x: Tensor) -> Tensor:
         quantizer = self.quant.input
         assert quantizer is not None
         zero_point = int(quantizer.zero_point) + (128 if quantizer.qmin < 0 else 0)
         return torch.ops.rarefy.pack_conv2d_weight(
-            self.weight, self._weight_scale(), *self._geometry, x.shape, zero_point
+            self.weight, self._weight_scale(), *self.geometry[:4], x.shape, zero_point
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer in integers; with float input where the activation was not quantized."""
         quantizer = self.quant.input
         if quantizer is None:
-            y = F.conv2d(x, self._dequantized_weight(), self.bias, *self._geometry)
+            y = self.geometry.convolve(x, self._dequantized_weight(), self.bias)
             return self._finish(torch.relu(y) if self.relu else y)
+        x = self.geometry.padded(x)
         return self._finish(
             torch.ops.rarefy.quantized_conv2d(
                 x,
@@ -126,15 +128,16 @@ class QuantizedConv2d(_QuantizedLayer):
                 quantizer.zero_point,
                 quantizer.qmin,
                 quantizer.qmax,
-                *self._geometry,
+                *self.geometry[:4],
                 self.relu,
             )
         )
 
     def extra_repr(self) -> str:
         """Sizes and what is fused."""
-        stride, padding, dilation, groups = self._geometry
+        stride, padding, dilation, groups, pad, mode = self.geometry
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={stride}, "
-            f"padding={padding}, dilation={dilation}, groups={groups}, bias={self.bias is not None}, relu={self.relu}"
+            f"padding={pad if pad else padding} {mode}, dilation={dilation}, groups={groups}, "
+            f"bias={self.bias is not None}, relu={self.relu}"
         )
