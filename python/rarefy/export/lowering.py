@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy import nn as rnn
@@ -113,10 +114,10 @@ class _LoweredWeighted(_Lowered):
 
 
 class _LoweredLinear(_LoweredWeighted):
-    """Stores the weight transposed, as formats multiply: no transpose stands between its integers and the product."""
+    """Stores the weight as [in, out], as formats multiply: no transpose stands between its integers and the product."""
 
     def __init__(self, module: nn.Module, unsigned: bool) -> None:
-        super().__init__(module, unsigned, transposed=True)
+        super().__init__(module, unsigned, transposed=module.channel_axis == 0)
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.matmul(self.quant.input(x), self.float_weight())
@@ -132,17 +133,52 @@ class _LoweredConv(_LoweredWeighted):
         return self.finish(self.geometry.convolve(self.quant.input(x), self.float_weight(), self.bias))
 
 
+class _LoweredEmbedding(_LoweredWeighted):
+    def __init__(self, module: nn.Module, unsigned: bool) -> None:
+        super().__init__(module, unsigned, transposed=False)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return F.embedding(indices, self.float_weight())
+
+
 class _LoweredAdd(_Lowered):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return self.finish(self.quant.input0(a) + self.quant.input1(b))
 
 
+class _LoweredMul(_Lowered):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.finish(self.quant.input0(a) * self.quant.input1(b))
+
+
+class _LoweredCat(_Lowered):
+    """Quantizes before and after with the same parameters, between which runtimes concatenate integers."""
+
+    def __init__(self, module: nn.Module, unsigned: bool) -> None:
+        super().__init__(module, unsigned)
+        self.dim = module.dim
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.quant.input(torch.cat([self.quant.input(x) for x in tensors], self.dim))
+
+
+class _LoweredReLU(nn.ReLU):
+    def __init__(self, module: nn.Module, unsigned: bool) -> None:
+        super().__init__()
+
+
 _LOWERED: dict[type[nn.Module], Callable[[nn.Module, bool], nn.Module]] = {
     rnn.ConvLayer: _LoweredConv,
+    rnn.QuantizedConv: _LoweredConv,
     rnn.Linear: _LoweredLinear,
-    rnn.QuantizedConv2d: _LoweredConv,
+    rnn.TransposedLinear: _LoweredLinear,
     rnn.QuantizedLinear: _LoweredLinear,
+    rnn.Embedding: _LoweredEmbedding,
+    rnn.QuantizedEmbedding: _LoweredEmbedding,
     rnn.Add: _LoweredAdd,
+    rnn.Mul: _LoweredMul,
+    rnn.Cat: _LoweredCat,
+    rnn.ReLU: _LoweredReLU,
     FakeQuantizer: QuantizeDequantize,
 }
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rarefy._core.quantization import Latest, Scheme
+from rarefy._core.quantization import Latest, PerChannel, Scheme
+from rarefy.nn.relu import mark_rectified, rectify
 from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.qconfig import QConfig
 
@@ -96,9 +97,28 @@ class QuantizableLayer(nn.Module):
 
     def _finish(self, y: Tensor) -> Tensor:
         if self.relu:
-            y = torch.relu(y)
-        quantizer = self.quant.output
-        return y if quantizer is None else quantizer(y)
+            y = rectify(y)
+        if self.quant.output is not None:
+            y = self.quant.output(y)
+        return mark_rectified(y) if self.relu else y
+
+
+class PairLayer(QuantizableLayer):
+    """An operation on two tensors, each with a quantizer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = False
+        self.quant = QuantState()
+
+    def _make_quantizers(self, config: QConfig) -> dict[str, FakeQuantizer]:
+        return {name: activation_quantizer(config) for name in ("input0", "input1")}
+
+    def _quantized_inputs(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        quant = self.quant
+        if quant.input0 is None or quant.input1 is None:
+            return a, b
+        return quant.input0(a), quant.input1(b)
 
 
 class WeightedLayer(QuantizableLayer):
@@ -127,7 +147,7 @@ class WeightedLayer(QuantizableLayer):
                 symmetric=scheme.symmetric,
                 signed=scheme.signed,
                 narrow_range=scheme.narrow_range,
-                granularity=type(scheme.granularity)(self.channel_axis),
+                granularity=PerChannel(self.channel_axis),
             )
         return FakeQuantizer(scheme, Latest(), self.weight.shape[self.channel_axis])
 

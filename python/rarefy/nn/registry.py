@@ -8,6 +8,7 @@ from torch import nn
 
 from rarefy.nn._base import QuantizableLayer
 from rarefy.nn.add import Add
+from rarefy.nn.cat import Cat
 from rarefy.nn.conv import Conv1d, Conv2d, Conv3d
 from rarefy.nn.conv_bn import (
     ConvBn1d,
@@ -19,8 +20,11 @@ from rarefy.nn.conv_bn import (
     FoldedBatchNorm2d,
     FoldedBatchNorm3d,
 )
+from rarefy.nn.embedding import Embedding
 from rarefy.nn.linear import Linear
-from rarefy.nn.quantized import QuantizedConv2d, QuantizedLinear
+from rarefy.nn.mul import Mul
+from rarefy.nn.quantized import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d, QuantizedEmbedding, QuantizedLinear
+from rarefy.nn.transposed_linear import TransposedLinear
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Fold:
 class Row:
     """What becomes of one floating-point type."""
 
-    floating: type[nn.Module]
+    floating: type[nn.Module] | str  #: by its full name where its package may be absent
     layer: type[QuantizableLayer]  #: after prepare
     integer: type[nn.Module] | None = None  #: after convert; None: stays simulated
     fold: Fold | None = None
@@ -44,13 +48,17 @@ class Row:
 
 _ROWS = (
     Row(nn.Linear, Linear, QuantizedLinear),
-    Row(nn.Conv1d, Conv1d, None, Fold(nn.BatchNorm1d, FoldedBatchNorm1d, ConvBn1d)),
+    Row("transformers.pytorch_utils.Conv1D", TransposedLinear, QuantizedLinear),
+    Row(nn.Embedding, Embedding, QuantizedEmbedding),
+    Row(nn.Conv1d, Conv1d, QuantizedConv1d, Fold(nn.BatchNorm1d, FoldedBatchNorm1d, ConvBn1d)),
     Row(nn.Conv2d, Conv2d, QuantizedConv2d, Fold(nn.BatchNorm2d, FoldedBatchNorm2d, ConvBn2d)),
-    Row(nn.Conv3d, Conv3d, None, Fold(nn.BatchNorm3d, FoldedBatchNorm3d, ConvBn3d)),
-    Row(ConvBn1d, ConvBn1d, None),
+    Row(nn.Conv3d, Conv3d, QuantizedConv3d, Fold(nn.BatchNorm3d, FoldedBatchNorm3d, ConvBn3d)),
+    Row(ConvBn1d, ConvBn1d, QuantizedConv1d),
     Row(ConvBn2d, ConvBn2d, QuantizedConv2d),
-    Row(ConvBn3d, ConvBn3d, None),
+    Row(ConvBn3d, ConvBn3d, QuantizedConv3d),
     Row(Add, Add),
+    Row(Mul, Mul),
+    Row(Cat, Cat),
 )
 _BY_TYPE = {row.floating: row for row in _ROWS}
 _INTEGER = {row.layer: row.integer for row in _ROWS}
@@ -61,16 +69,18 @@ _WITHOUT_ROW = (
     nn.RNNBase,
     nn.RNNCellBase,
     nn.MultiheadAttention,
-    nn.Embedding,
     nn.EmbeddingBag,
     nn.Bilinear,
 )
 
 
+def _row_of_type(kind: type) -> Row | None:
+    return _BY_TYPE.get(kind) or _BY_TYPE.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
 def row_of(module: nn.Module) -> Row | None:
     """The row that takes a floating-point module; None for other modules, subclasses and prepared layers included."""
-    row = _BY_TYPE.get(type(module))
-    return None if row is None or is_prepared(module) else row
+    return None if is_prepared(module) else _row_of_type(type(module))
 
 
 def is_prepared(module: nn.Module) -> bool:
@@ -90,12 +100,12 @@ def unsupported(module: nn.Module) -> str | None:
         return row.layer.unsupported(module)
     if isinstance(module, QuantizableLayer):
         return None
-    kind = type(module).__name__
-    for floating in _BY_TYPE:
-        # A subclass may do anything in its forward, and may keep its weight in another form.
-        if isinstance(module, floating):
-            return f"{kind} is a subclass of {floating.__name__}"
-    return f"{kind} is not supported" if isinstance(module, _WITHOUT_ROW) else None
+    # A subclass may do anything in its forward, and may keep its weight in another form.
+    kind, *bases = type(module).__mro__
+    for base in bases:
+        if _row_of_type(base) is not None:
+            return f"{kind.__name__} is a subclass of {base.__name__}"
+    return f"{kind.__name__} is not supported" if isinstance(module, _WITHOUT_ROW) else None
 
 
 def integer_type(layer: QuantizableLayer) -> type[nn.Module] | None:

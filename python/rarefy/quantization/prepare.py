@@ -119,6 +119,7 @@ def _prepare(
     example_inputs: object | None,
     inplace: bool,
     default_observer: Observer,
+    replace_relu: bool,
 ) -> nn.Module:
     if not isinstance(config, QConfig):
         raise TypeError(f"[{function}] config must be a QConfig, got {type(config).__name__}")
@@ -146,6 +147,8 @@ def _prepare(
             swaps.append((step.name, fold.layer.from_float(step.module, layer_config, bn=bn, **options)))
         else:
             swaps.append((step.name, step.row.layer.from_float(step.module, layer_config, **options)))
+    if replace_relu:
+        swaps += [(name, rnn.ReLU.from_float(m)) for name, m in model.named_modules() if name and type(m) is nn.ReLU]
     # One new layer for each module, also where the model holds it under several names.
     replacement = {id(model.get_submodule(name)): layer for name, layer in swaps}
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -179,7 +182,7 @@ def prepare_qat(
         ValueError: an override matches no layer, nothing is left to quantize, or a layer is prepared already. The model
             is then as it was.
     """
-    return _prepare("prepare_qat", model, config, example_inputs, inplace, MovingAverage())
+    return _prepare("prepare_qat", model, config, example_inputs, inplace, MovingAverage(), replace_relu=True)
 
 
 def prepare(
@@ -189,7 +192,7 @@ def prepare(
 
     Arguments, result and errors are those of ``prepare_qat``. Until ``calibrate`` has run, activations pass unchanged.
     """
-    model = _prepare("prepare", model, config, example_inputs, inplace, MinMax())
+    model = _prepare("prepare", model, config, example_inputs, inplace, MinMax(), replace_relu=False)
     for _, quantizer in _activation_quantizers(model):
         quantizer.observe = quantizer.quantize = False
     return model

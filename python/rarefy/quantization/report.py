@@ -86,7 +86,7 @@ def report(model: nn.Module) -> QuantizationReport:
     skipped: dict[str, str] = getattr(model, "_rarefy_skipped", {})
     layers = []
     for name, module in model.named_modules():
-        if isinstance(module, (rnn.QuantizedLinear, rnn.QuantizedConv2d)):
+        if isinstance(module, rnn.QuantizedLayer):
             layers.append(_prepared(name, module, "integer"))
         elif is_prepared(module):
             layers.append(_prepared(name, module, "prepared"))
