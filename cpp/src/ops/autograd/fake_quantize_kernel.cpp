@@ -1,11 +1,12 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <rarefy/ops/fake_quantize.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <type_traits>
 #include <utility>
 
-#include "ops/autograd/masked_gradient.h"
+#include "ops/autograd/mask_gradient.h"
 
 namespace rarefy::ops {
 namespace {
@@ -13,6 +14,17 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
+
+at::Tensor masked(AutogradContext* ctx, const variable_list& grads) {
+  const auto strides = ctx->saved_data["strides"].toSymIntVector();
+  const auto mask = ctx->get_saved_variables()[0];
+  return mask_gradient(grads[0], mask, strides);
+}
+
+void save(AutogradContext* ctx, const at::Tensor& mask, c10::SymIntArrayRef strides) {
+  ctx->save_for_backward({mask});
+  ctx->saved_data["strides"] = strides.vec();
+}
 
 class FakeQuantize : public torch::autograd::Function<FakeQuantize> {
  public:
@@ -68,6 +80,8 @@ class ObserveFakeQuantize : public torch::autograd::Function<ObserveFakeQuantize
     return {masked(ctx, grads), {}, {}, {}, {}, {}, {}, {}, {}, {}};
   }
 };
+
+bool is_differentiated(const at::Tensor& x) { return x.requires_grad() && at::GradMode::is_enabled(); }
 
 at::Tensor fake_quantize_autograd(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
                                   std::optional<int64_t> axis, int64_t qmin, int64_t qmax) {

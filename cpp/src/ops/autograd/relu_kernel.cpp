@@ -1,8 +1,9 @@
 #include <ATen/ops/relu.h>
 #include <rarefy/ops/relu.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "ops/autograd/masked_gradient.h"
+#include "ops/autograd/mask_gradient.h"
 #include "ops/fake_quantize_checks.h"
 
 namespace rarefy::ops {
@@ -11,6 +12,18 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
+
+bool is_differentiated(const at::Tensor& x) { return x.requires_grad() && at::GradMode::is_enabled(); }
+
+void save(AutogradContext* ctx, const at::Tensor& mask, c10::SymIntArrayRef strides) {
+  ctx->save_for_backward({mask});
+  ctx->saved_data["strides"] = strides.vec();
+}
+
+at::Tensor masked(AutogradContext* ctx, const variable_list& grads) {
+  const auto strides = ctx->saved_data["strides"].toSymIntVector();
+  return mask_gradient(grads[0], ctx->get_saved_variables()[0], strides);
+}
 
 at::Tensor relu_mask_inplace(at::Tensor& x) {
   static const auto op =

@@ -1,10 +1,10 @@
-// The backward pass of operators whose gradient is kept or dropped element by element, by a packed mask.
+// Masking a gradient, in place where nobody else can see it.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <rarefy/ops/fake_quantize.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 namespace rarefy::ops {
 
@@ -19,30 +19,18 @@ inline bool is_ours_alone(const at::Tensor& grad, at::IntArrayRef strides) {
          grad.is_non_overlapping_and_dense() && grad.strides() == strides;
 }
 
-inline void mask_in_place(at::Tensor grad, const at::Tensor& mask) {
+/// grad where the mask's bit is 1, else 0, with these strides: in grad's own memory when it is ours alone.
+inline at::Tensor mask_gradient(const at::Tensor& grad, const at::Tensor& mask, c10::SymIntArrayRef strides) {
+  const auto concrete = c10::asIntArrayRefSlowOpt(strides);
+  if (!concrete.has_value() || !is_ours_alone(grad, *concrete)) {
+    return fake_quantize_backward(grad, mask, strides);
+  }
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("rarefy::fake_quantize_backward_", "")
                              .typed<void(at::Tensor&, const at::Tensor&)>();
-  op.call(grad, mask);
+  at::Tensor mutated = grad;
+  op.call(mutated, mask);
+  return grad;
 }
-
-/// What save() kept, applied to the first of `grads`.
-inline at::Tensor masked(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-  const auto strides = ctx->saved_data["strides"].toSymIntVector();
-  const auto mask = ctx->get_saved_variables()[0];
-  const auto concrete = c10::asIntArrayRefSlowOpt(strides);
-  if (concrete.has_value() && is_ours_alone(grads[0], *concrete)) {
-    mask_in_place(grads[0], mask);
-    return grads[0];
-  }
-  return fake_quantize_backward(grads[0], mask, strides);
-}
-
-inline void save(torch::autograd::AutogradContext* ctx, const at::Tensor& mask, c10::SymIntArrayRef strides) {
-  ctx->save_for_backward({mask});
-  ctx->saved_data["strides"] = strides.vec();
-}
-
-inline bool is_differentiated(const at::Tensor& x) { return x.requires_grad() && at::GradMode::is_enabled(); }
 
 }  // namespace rarefy::ops
