@@ -377,14 +377,17 @@ def test_shared_layers_stay_shared():
     assert isinstance(prepared["a"], rf.nn.Linear)
 
 
-def test_unsupported_padding_is_skipped_with_its_reason():
-    model = nn.Sequential(
-        nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), nn.Conv2d(1, 1, 3, padding="same"), nn.Conv2d(1, 1, 3)
-    )
+def test_unsupported_layers_are_skipped_with_their_reason():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Scaled(2, 2), nn.LSTM(2, 2), nn.ConvTranspose2d(1, 1, 3), nn.Linear(2, 2))
     rows = report(prepare_qat(model, QConfig.int8(), strict=False)).layers
-    assert [row.state for row in rows] == ["fp32", "fp32", "prepared"]
-    assert rows[0].note == "padding_mode 'reflect' is not supported"
-    assert rows[1].note == "padding 'same' by name is not supported"
+    assert [row.state for row in rows] == ["fp32", "fp32", "fp32", "prepared"]
+    assert rows[0].note == "Scaled is a subclass of Linear"
+    assert rows[1].note == "LSTM is not supported"
+    assert rows[2].note == "ConvTranspose2d is not supported"
 
 
 # --- Arithmetic of the layers ---------------------------------------------------------------------------------------
@@ -538,8 +541,8 @@ def integer_reference(layer, x: torch.Tensor) -> np.ndarray:
         sums = F.linear(q, w)
         shape = (-1,)
     else:
-        sums = F.conv2d(q, w, None, *layer._geometry)
-        shape = (1, -1, 1, 1)
+        sums = layer.geometry.convolve(q, w, None)
+        shape = (1, -1, *[1] * (sums.dim() - 2))
     out = sums * (s * layer._weight_scale().double()).view(shape)
     if layer.bias is not None:
         out = out + layer.bias.double().view(shape)
@@ -567,13 +570,20 @@ LAYERS = {
     "conv_stride_dilation": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=2, dilation=2, bias=False), (2, 4, 11, 9)),
     "conv_grouped": (lambda: nn.Conv2d(8, 12, (1, 3), groups=4), (1, 8, 5, 6)),
     "conv_depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6, padding=1), (3, 6, 5, 5)),
+    "conv_same_even": (lambda: nn.Conv2d(3, 5, (4, 3), padding="same"), (2, 3, 7, 6)),
+    "conv_reflect": (lambda: nn.Conv2d(3, 5, 3, padding=(2, 1), padding_mode="reflect"), (2, 3, 7, 6)),
+    "conv1d": (lambda: nn.Conv1d(5, 7, 3, stride=2, padding=2, dilation=2), (2, 5, 13)),
+    "conv1d_depthwise": (lambda: nn.Conv1d(6, 6, 5, groups=6, padding="same"), (3, 6, 9)),
+    "conv1d_circular": (lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular", groups=2), (1, 4, 8)),
+    "conv3d": (lambda: nn.Conv3d(3, 6, 3, stride=(1, 2, 1), padding=1), (2, 3, 5, 7, 6)),
+    "conv3d_grouped": (lambda: nn.Conv3d(4, 6, (1, 3, 2), groups=2, padding="same"), (1, 4, 4, 5, 6)),
 }
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("weight", WEIGHTS, ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
 def test_integer_execution_equals_integers_and_simulation(kind, weight, activation, relu):
     torch.manual_seed(0)
     make, shape = LAYERS[kind]

@@ -12,6 +12,7 @@
 #include <rarefy/ops/inverse_std.h>
 #include <rarefy/ops/mask.h>
 #include <rarefy/ops/quantized_linear.h>
+#include <rarefy/ops/relu.h>
 #include <rarefy/pruning/pruner.h>
 #include <rarefy/quantization/fake_quantizer.h>
 #include <rarefy/quantization/prepare.h>

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from rarefy import nn as rnn
 from rarefy._core.quantization import Latest, MinMax, MovingAverage
-from rarefy.nn.conv import unsupported
+from rarefy.nn.registry import Fold, Row, integer_type, is_layer, is_prepared, row_of, unsupported
 from rarefy.quantization.distributed import RangeSync
 from rarefy.quantization.fake_quantizer import FakeQuantizer, Observer
 from rarefy.quantization.flow import Flow, record
@@ -26,8 +26,6 @@ from rarefy.quantization.selection import check_execution, check_strict, first_a
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_PREPARED = (rnn.Linear, rnn.Conv2d, rnn.ConvBn2d)
-
 
 @dataclass
 class _Step:
@@ -35,40 +33,18 @@ class _Step:
 
     name: str
     module: nn.Module
+    row: Row
     config: QConfig
     bn: str | None = None  # name of the batch normalization to fold in
     relu: bool = False
     quantize_output: bool = False
 
 
-def _is_quantizable(module: nn.Module) -> bool:
-    # Subclasses of Linear and Conv2d may do anything in their forward: they are left alone.
-    return type(module) in (nn.Linear, nn.Conv2d, rnn.Add, rnn.ConvBn2d)
-
-
-def _is_prepared(module: nn.Module) -> bool:
-    if isinstance(module, rnn.Add):
-        return bool(list(module.quant.children()))
-    return isinstance(module, _PREPARED) and module.quant.weight is not None
-
-
-def _unsupported(module: nn.Module) -> str | None:
-    """Why a layer of a supported family cannot be quantized; None when it can, and for other modules."""
-    for family in (nn.Linear, nn.Conv2d):
-        if isinstance(module, family) and type(module) not in (family, rnn.ConvBn2d):
-            return f"{type(module).__name__} is a subclass of {family.__name__}"
-    return unsupported(module) if isinstance(module, nn.Conv2d) else None
-
-
 def _layers(model: nn.Module, config: QConfig, function: str) -> dict[str, nn.Module]:
     """The layers that the configuration is about, none of them prepared but those that it leaves alone."""
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if _is_quantizable(module) or _is_prepared(module) or _unsupported(module) is not None
-    }
+    layers = {name: module for name, module in model.named_modules() if is_layer(module)}
     for name, module in layers.items():
-        if _is_prepared(module) and config.resolve(name, module)[0] is not None:
+        if is_prepared(module) and config.resolve(name, module)[0] is not None:
             raise ValueError(f"[{function}] layer {name} must be floating point, but is already prepared")
     return layers
 
@@ -77,7 +53,9 @@ def _plan(
     layers: dict[str, nn.Module], config: QConfig, function: str, flow: Flow | None, strict: bool
 ) -> tuple[dict[str, _Step], dict[str, str], list[str]]:
     """What to swap, why other layers are left alone, and overrides that matched nothing. Changes nothing."""
-    ends = first_and_last(config, {n: m for n, m in layers.items() if not isinstance(m, rnn.Add)}, flow)
+    ends = first_and_last(
+        config, {n: m for n, m in layers.items() if (row := row_of(m)) is not None and row.layer.has_weight}, flow
+    )
     steps: dict[str, _Step] = {}
     skipped: dict[str, str] = dict(ends)
     left: dict[str, str] = {}  # of what is skipped: what nobody excluded
@@ -88,24 +66,23 @@ def _plan(
         if resolved is None:
             skipped[name] = reason
             continue
-        why = _unsupported(module)
-        if why is not None:
-            skipped[name] = left[name] = why
+        why, row = unsupported(module), row_of(module)
+        if why is not None or row is None:
+            skipped[name] = left[name] = why or ""
             continue
-        if isinstance(module, rnn.Add):
-            if resolved.activation is None:
-                skipped[name] = "the configuration quantizes weights only"
-                continue
-        else:
+        if not row.layer.has_weight and resolved.activation is None:
+            skipped[name] = "the configuration quantizes weights only"
+            continue
+        if row.layer.has_weight:
             check_execution(function, name, resolved)
-        steps[name] = _Step(name, module, resolved)
+        steps[name] = _Step(name, module, row, resolved)
     unmatched = unmatched_overrides(config, layers)
     if strict:
         check_strict(function, unmatched, layers, left)
     if not steps:
         raise ValueError(
             f"[{function}] the model must have a layer that the configuration quantizes "
-            f"(Linear, Conv2d, rarefy.nn.Add), but has none"
+            f"(Linear, Conv1d, Conv2d, Conv3d, rarefy.nn.Add, ...), but has none"
         )
     return steps, skipped, unmatched
 
@@ -117,28 +94,33 @@ def _read_flow(model: nn.Module, steps: dict[str, _Step], flow: Flow) -> None:
         if event is None:
             continue
         consumer = flow.sole_consumer(event)
-        if type(step.module) is nn.Conv2d and consumer is not None and consumer.module is not None:
+        fold = step.row.fold
+        if fold is not None and consumer is not None and consumer.module is not None:
             bn = modules[consumer.module]
-            if _foldable(bn, step.module) and flow.only_call(consumer.module) is not None:
+            if _foldable(bn, step.module, fold) and flow.only_call(consumer.module) is not None:
                 step.bn = consumer.module
                 event = consumer
                 consumer = flow.sole_consumer(event)
-        step.relu = flow.is_relu(consumer)
-        if isinstance(step.module, nn.Linear):
+        step.relu = step.row.layer.fuses_relu and flow.is_relu(consumer)
+        if not step.row.layer.quantizes_output:
             continue
         consumers, returned = flow.final_consumers(event)
         takes_float = [not (c.module in steps and steps[c.module].config.activation is not None) for c in consumers]
         step.quantize_output = bool(consumers) and not returned and all(takes_float)
 
 
-def _foldable(bn: nn.Module, conv: nn.Conv2d) -> bool:
+def _foldable(bn: nn.Module, layer: nn.Module, fold: Fold) -> bool:
     return (
-        type(bn) is nn.BatchNorm2d
+        type(bn) is fold.batch_norm
         and bn.affine
         and bn.track_running_stats
         and bn.momentum is not None
-        and bn.num_features == conv.out_channels
+        and bn.num_features == layer.out_channels
     )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return is_layer(module) or isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.ReLU))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -153,12 +135,13 @@ def _prepare(
     example_inputs: object | None,
     inplace: bool,
     default_observer: Observer,
+    replace_relu: bool,
     strict: bool,
     sync: RangeSync | None,
 ) -> nn.Module:
     if not isinstance(config, QConfig):
         raise TypeError(f"[{function}] config must be a QConfig, got {type(config).__name__}")
-    if _is_quantizable(model):
+    if row_of(model) is not None:
         raise ValueError(
             f"[{function}] model must contain its layers, got a single {type(model).__name__}; wrap it in nn.Sequential"
         )
@@ -167,7 +150,7 @@ def _prepare(
     layers = _layers(model, config, function)
     flow = None
     if example_inputs is not None:
-        flow = record(model, example_inputs, (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, rnn.Add))
+        flow = record(model, example_inputs, _is_watched)
     steps, skipped, unmatched = _plan(layers, config, function, flow, strict)
     if flow is not None:
         _read_flow(model, steps, flow)
@@ -176,18 +159,16 @@ def _prepare(
     for step in steps.values():
         layer_config = step.config.with_observer(default_observer)
         options = {"relu": step.relu, "quantize_output": step.quantize_output}
-        if isinstance(step.module, rnn.Add):
-            swaps.append((step.name, rnn.Add.from_float(step.module, layer_config, **options)))
-        elif isinstance(step.module, nn.Linear):
-            swaps.append((step.name, rnn.Linear.from_float(step.module, layer_config, **options)))
-        elif isinstance(step.module, rnn.ConvBn2d):
-            swaps.append((step.name, rnn.ConvBn2d.from_float(step.module, None, layer_config, **options)))
-        elif step.bn is not None:
-            bn = rnn.FoldedBatchNorm2d.from_float(model.get_submodule(step.bn))
+        if step.bn is not None:
+            fold = step.row.fold
+            assert fold is not None
+            bn = fold.folded.from_float(model.get_submodule(step.bn))
             swaps.append((step.bn, bn))
-            swaps.append((step.name, rnn.ConvBn2d.from_float(step.module, bn, layer_config, **options)))
+            swaps.append((step.name, fold.layer.from_float(step.module, layer_config, bn=bn, **options)))
         else:
-            swaps.append((step.name, rnn.Conv2d.from_float(step.module, layer_config, **options)))
+            swaps.append((step.name, step.row.layer.from_float(step.module, layer_config, **options)))
+    if replace_relu:
+        swaps += [(name, rnn.ReLU.from_float(m)) for name, m in model.named_modules() if name and type(m) is nn.ReLU]
     # One new layer for each module, also where the model holds it under several names.
     replacement = {id(model.get_submodule(name)): layer for name, layer in swaps}
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -209,7 +190,8 @@ def prepare_qat(
     sync_observers: bool = True,
     process_group: ProcessGroup | None = None,
 ) -> nn.Module:
-    """A model that trains with quantization: its Linear, Conv2d and ``rarefy.nn.Add`` layers compute on integer grids.
+    """A model that trains with quantization: its linear and convolution layers, ``rarefy.nn.Add`` and so on
+    compute on integer grids.
 
     Every quantized layer quantizes its own input and weight, so that no tracing is needed. With ``example_inputs`` the
     model is run once, and what the run shows is used: a batch normalization that alone follows a convolution is folded
@@ -235,7 +217,17 @@ def prepare_qat(
             to quantize, or a layer is prepared already. The model is then as it was.
     """
     sync = RangeSync(process_group) if sync_observers else None
-    return _prepare("prepare_qat", model, config, example_inputs, inplace, MovingAverage(), strict, sync)
+    return _prepare(
+        "prepare_qat",
+        model,
+        config,
+        example_inputs,
+        inplace,
+        MovingAverage(),
+        replace_relu=True,
+        strict=strict,
+        sync=sync,
+    )
 
 
 def prepare(
@@ -253,7 +245,9 @@ def prepare(
     Arguments, result and errors are those of ``prepare_qat``. Until ``calibrate`` has run, activations pass unchanged.
     """
     sync = RangeSync(process_group) if sync_observers else None
-    model = _prepare("prepare", model, config, example_inputs, inplace, MinMax(), strict, sync)
+    model = _prepare(
+        "prepare", model, config, example_inputs, inplace, MinMax(), replace_relu=False, strict=strict, sync=sync
+    )
     for _, quantizer in _activation_quantizers(model):
         quantizer.observe = quantizer.quantize = False
     return model
@@ -400,11 +394,12 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         model = copy.deepcopy(model)
     swaps: dict[int, nn.Module] = {}
     for module in model.modules():
-        if isinstance(module, rnn.Linear):
-            swaps[id(module)] = rnn.QuantizedLinear(module)
-        elif isinstance(module, (rnn.Conv2d, rnn.ConvBn2d)) and module.quant.weight is not None:
-            swaps[id(module)] = rnn.QuantizedConv2d(module)
-            if isinstance(module, rnn.ConvBn2d):
+        if not isinstance(module, rnn.QuantizableLayer) or not module.prepared:
+            continue
+        integer = integer_type(module)
+        if integer is not None:
+            swaps[id(module)] = integer(module)
+            if isinstance(module, rnn.ConvBnLayer):
                 swaps[id(module.bn)] = nn.Identity()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in swaps:

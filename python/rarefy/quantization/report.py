@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from rarefy import nn as rnn
+from rarefy.nn.registry import is_layer, is_prepared, unsupported
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _prepared(name: str, module: nn.Module, state: str) -> LayerReport:
     quant: rnn.QuantState = module.quant  # type: ignore[assignment]
     first = quant.input if quant.input is not None else quant.input0
     notes = []
-    if isinstance(module, rnn.ConvBn2d):
+    if isinstance(module, rnn.ConvBnLayer):
         notes.append("batch norm folded")
     if module.relu:
         notes.append("ReLU fused")
@@ -92,13 +93,12 @@ def report(model: nn.Module) -> QuantizationReport:
     skipped: dict[str, str] = getattr(model, "_rarefy_skipped", {})
     layers = []
     for name, module in model.named_modules():
-        if isinstance(module, (rnn.QuantizedLinear, rnn.QuantizedConv2d)):
+        if isinstance(module, rnn.QuantizedLayer):
             layers.append(_prepared(name, module, "integer"))
-        elif isinstance(module, (rnn.WeightedLayer, rnn.Add)) and list(module.quant.children()):
+        elif is_prepared(module):
             layers.append(_prepared(name, module, "prepared"))
-        elif isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, rnn.Add)):
-            known = isinstance(module, (nn.Linear, nn.Conv2d, rnn.Add)) and not skipped
-            reason = skipped.get(name, "not prepared" if known else f"{type(module).__name__} is not supported")
+        elif is_layer(module):
+            reason = skipped.get(name) or unsupported(module) or "not prepared"
             layers.append(LayerReport(name, type(module).__name__, "fp32", "", "", reason))
     unmatched = getattr(model, "_rarefy_unmatched", ())
     return QuantizationReport(tuple(layers), tuple(f"override {shown} matches no layer" for shown in unmatched))
