@@ -1,6 +1,7 @@
 """Quantization: schemes, fake quantizers, quantization-aware training, calibration, integer execution."""
 
 from rarefy._core.quantization import Latest, MinMax, MovingAverage, PerChannel, PerTensor, Scheme
+from rarefy.quantization.batch_norm import freeze_batch_norm, reestimate_batch_norm
 from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.prepare import calibrate, convert, prepare, prepare_qat, set_state
 from rarefy.quantization.qconfig import QConfig
@@ -19,8 +20,10 @@ __all__ = [
     "Scheme",
     "calibrate",
     "convert",
+    "freeze_batch_norm",
     "prepare",
     "prepare_qat",
+    "reestimate_batch_norm",
     "report",
     "set_state",
 ]

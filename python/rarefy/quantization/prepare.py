@@ -258,7 +258,7 @@ def calibrate(
             for _, quantizer in quantizers:
                 quantizer.observe, quantizer.quantize = True, False
             for batch in tqdm(loader, desc="calibrate", disable=not progress):
-                _feed(model, batch, forward)
+                feed("calibrate", model, batch, forward)
                 batches += 1
         if batches == 0:
             raise ValueError("[calibrate] loader must yield at least one batch, got none")
@@ -275,7 +275,10 @@ def calibrate(
     return model
 
 
-def _feed(model: nn.Module, batch: object, forward: Callable[[nn.Module, object], object] | None) -> None:
+def feed(
+    function: str, model: nn.Module, batch: object, forward: Callable[[nn.Module, object], object] | None
+) -> None:
+    """One batch through a model; ``function`` is whose error it is when the batch is of no known kind."""
     if forward is not None:
         forward(model, batch)
     elif isinstance(batch, Tensor):
@@ -286,7 +289,7 @@ def _feed(model: nn.Module, batch: object, forward: Callable[[nn.Module, object]
         model(batch[0])
     else:
         raise TypeError(
-            f"[calibrate] a batch must be a tensor, a tuple or list that begins with one, or a dict of keyword arguments, "
+            f"[{function}] a batch must be a tensor, a tuple or list that begins with one, or a dict of keyword arguments, "
             f"got {type(batch).__name__}; pass forward= for other kinds"
         )
 
