@@ -275,9 +275,7 @@ def calibrate(
     return model
 
 
-def feed(
-    function: str, model: nn.Module, batch: object, forward: Callable[[nn.Module, object], object] | None
-) -> None:
+def feed(function: str, model: nn.Module, batch: object, forward: Callable[[nn.Module, object], object] | None) -> None:
     """One batch through a model; ``function`` is whose error it is when the batch is of no known kind."""
     if forward is not None:
         forward(model, batch)
