@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.nn._base import QuantState
@@ -21,6 +22,13 @@ class FoldedBatchNorm(nn.Module):
     It stays where the model has it, so that parameter names do not change.
     """
 
+    frozen: bool = False  #: normalize with the running statistics and leave them alone, in training too
+
+    @property
+    def moves(self) -> bool:
+        """Whether the batch's statistics are used, and the running ones follow them."""
+        return self.training and not self.frozen
+
     @classmethod
     def from_float(cls, module: nn.Module) -> Self:
         """The same parameters and buffers, as the identity."""
@@ -33,7 +41,9 @@ class FoldedBatchNorm(nn.Module):
         return x
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Batch normalization proper: with the batch's statistics in training, the running ones otherwise."""
+        """Batch normalization proper: with the batch's statistics when it moves, the running ones otherwise."""
+        if self.training and self.frozen:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(x)
 
 
@@ -130,7 +140,7 @@ class ConvBnLayer(ConvLayer):
         if self.quant.weight is None:
             return self.bn.normalize(self._compute(x, self.weight, self.bias))
         x = self._quantized_input(x)
-        if not self.bn.training:
+        if not self.bn.moves:
             weight, bias = self.folded()
             return self._finish(self._compute(x, self.quant.weight(weight), bias))
         factor = self._factor()
