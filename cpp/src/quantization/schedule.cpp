@@ -1,9 +1,44 @@
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
+#include <rarefy/nn/quantizable.h>
 #include <rarefy/quantization/prepare.h>
 #include <rarefy/quantization/schedule.h>
+#include <torch/nn/modules/batchnorm.h>
 
 namespace rarefy::quantization {
+namespace {
+
+/// The batch normalizations that layers of rarefy::nn own, with their layers.
+std::vector<std::pair<std::shared_ptr<torch::nn::Module>, std::shared_ptr<torch::nn::Module>>> folded_batch_norms(
+    const torch::nn::Module& model) {
+  std::vector<std::pair<std::shared_ptr<torch::nn::Module>, std::shared_ptr<torch::nn::Module>>> found;
+  for (const auto& module : model.modules(/*include_self=*/false)) {
+    if (dynamic_cast<const nn::Quantizable*>(module.get()) != nullptr) {
+      for (const auto& child : module->children()) {
+        if (dynamic_cast<const torch::nn::BatchNorm1dImpl*>(child.get()) != nullptr ||
+            dynamic_cast<const torch::nn::BatchNorm2dImpl*>(child.get()) != nullptr ||
+            dynamic_cast<const torch::nn::BatchNorm3dImpl*>(child.get()) != nullptr) {
+          found.emplace_back(module, child);
+        }
+      }
+    }
+  }
+  return found;
+}
+
+/// A batch normalization in evaluation mode makes its layer train with the running statistics.
+void set_flags(torch::nn::Module& model, const QATFlags& flags, bool with_batch_norm) {
+  const auto batch_norms = with_batch_norm ? folded_batch_norms(model) : decltype(folded_batch_norms(model)){};
+  TORCH_CHECK_VALUE(!with_batch_norm || !batch_norms.empty(),
+                    "[QATSchedule] freeze_batch_norm_at needs a model with a layer that folds a batch normalization "
+                    "(rarefy::nn::ConvBn2d), got none");
+  set_state(model, flags.observe, flags.quantize);
+  for (const auto& [layer, batch_norm] : batch_norms) {
+    batch_norm->train(layer->is_training() && !flags.freeze_batch_norm);
+  }
+}
+
+}  // namespace
 
 void QATScheduleOptions::validate() const {
   TORCH_CHECK_VALUE(observe_from >= 0, "[QATSchedule] observe_from must not be negative, got ", observe_from);
@@ -31,14 +66,12 @@ std::string QATScheduleOptions::to_string() const {
 QATSchedule::QATSchedule(QATScheduleOptions options) : options_(options) { options_.validate(); }
 
 void QATSchedule::step(torch::nn::Module& model) {
-  const auto flags = options_.flags_at(steps_);
-  set_state(model, flags.observe, flags.quantize);
+  set_flags(model, options_.flags_at(steps_), options_.freeze_batch_norm_at.has_value());
   ++steps_;
 }
 
 void QATSchedule::apply(torch::nn::Module& model) const {
-  const auto flags = options_.flags_at(steps_ == 0 ? 0 : steps_ - 1);
-  set_state(model, flags.observe, flags.quantize);
+  set_flags(model, options_.flags_at(steps_ == 0 ? 0 : steps_ - 1), options_.freeze_batch_norm_at.has_value());
 }
 
 void QATSchedule::save(torch::serialize::OutputArchive& archive) const { archive.write("steps", c10::IValue(steps_)); }

@@ -291,6 +291,28 @@ TEST_CASE("a schedule sets the switches of each step", "[quantization]") {
                ContainsSubstring("[QATSchedule] quantize_from must not be before observe_from (3), got 1"));
 }
 
+TEST_CASE("a schedule freezes batch normalization", "[quantization]") {
+  torch::manual_seed(0);
+  Parity model;
+  const auto x = torch::randn({4, 2, 6, 6});
+  prepare_qat(*model, QConfig::int8());
+  QATSchedule schedule({.freeze_batch_norm_at = 2});
+  for (int64_t step = 0; step < 4; ++step) {
+    model->train();
+    schedule.step(*model);
+    const auto before = model->conv->bn->running_mean.clone();
+    model(x + static_cast<double>(step)).sum().backward();
+    REQUIRE(torch::equal(before, model->conv->bn->running_mean) == (step >= 2));
+  }
+  REQUIRE(model->conv->bn->weight.grad().defined());
+  Mlp without;
+  prepare_qat(*without, QConfig::int8());
+  QATSchedule other({.freeze_batch_norm_at = 2});
+  REQUIRE_THAT(message_of([&] { other.step(*without); }),
+               ContainsSubstring("[QATSchedule] freeze_batch_norm_at needs"));
+  REQUIRE(other.steps() == 0);
+}
+
 TEST_CASE("ranges are those of all processes of a group", "[quantization]") {
   std::vector<std::vector<torch::Tensor>> states(2);
   std::vector<Mlp> models(2);
