@@ -74,6 +74,8 @@ class ConvLayer(WeightedLayer):
     def _compute_integer(
         self, x: Tensor, weight: Tensor, factor: Tensor | None, bias: Tensor | None, grids: tuple[object, ...], relu: bool
     ) -> Tensor:
+        if x.dim() == weight.dim() - 1:  # one sample, as torch's convolutions take it
+            return self._compute_integer(x.unsqueeze(0), weight, factor, bias, grids, relu).squeeze(0)
         g, bf16 = self.geometry(), self.gradient_dtype is torch.bfloat16
         return torch.ops.rarefy.integer_conv(
             g.padded(x), weight, factor, bias, *grids, g.stride, g.padding, g.dilation, g.groups, relu, bf16, None
