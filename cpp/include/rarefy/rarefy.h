@@ -17,5 +17,6 @@
 #include <rarefy/quantization/fake_quantizer.h>
 #include <rarefy/quantization/prepare.h>
 #include <rarefy/quantization/qconfig.h>
+#include <rarefy/quantization/schedule.h>
 #include <rarefy/quantization/scheme.h>
 #include <rarefy/version.h>

@@ -39,12 +39,10 @@ std::tuple<at::Tensor, at::Tensor> integer_conv_backward(const at::Tensor& grad,
                                                          at::IntArrayRef dilation, int64_t groups, bool bf16,
                                                          std::array<bool, 2> need);
 
-/// With u = q_w * scale the weight on its grid divided by the multiplier m, and grad = dL/du: the gradient of the weight
-/// w, grad where w * m was not clamped, and of m, sum(grad * (passed * w - u)) / m per channel. scale: [out], after the
-/// division by m.
-std::tuple<at::Tensor, at::Tensor> integer_multiplier_backward(const at::Tensor& grad, const at::Tensor& mask,
-                                                               const at::Tensor& weight, const at::Tensor& q_w,
-                                                               const at::Tensor& scale, const at::Tensor& multiplier);
+/// The gradient of the multiplier m, [out]. With u = q_w * scale, which is the weight on its grid divided by m (scale: [out]
+/// after that division), and grad = dL/du: sum(grad * (passed * w - u)) / m per channel, where passed is the mask.
+at::Tensor integer_multiplier_backward(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& weight,
+                                       const at::Tensor& q_w, const at::Tensor& scale, const at::Tensor& multiplier);
 
 /// Sizes of a convolution's result.
 inline std::vector<int64_t> conv_sizes(at::IntArrayRef x, at::IntArrayRef weight, at::IntArrayRef stride,

@@ -62,6 +62,8 @@ class QuantizableLayer(nn.Module):
 
     quant: QuantState
     relu: bool
+    execution: str | None  #: as in QConfig
+    gradient_dtype: torch.dtype  #: as in QConfig
 
     @classmethod
     def unsupported(cls, module: nn.Module) -> str | None:
@@ -86,6 +88,7 @@ class QuantizableLayer(nn.Module):
         self.quant = QuantState(**quantizers)
         self.quant.train(self.training)
         self.relu = relu
+        self.execution, self.gradient_dtype = config.execution, config.gradient_dtype
 
     def _make_quantizers(self, config: QConfig) -> dict[str, FakeQuantizer]:
         raise NotImplementedError

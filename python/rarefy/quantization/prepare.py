@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,15 @@ from tqdm.auto import tqdm
 from rarefy import nn as rnn
 from rarefy._core.quantization import Latest, MinMax, MovingAverage
 from rarefy.nn.registry import Fold, Row, integer_type, is_layer, is_prepared, row_of, unsupported
+from rarefy.quantization.distributed import RangeSync
 from rarefy.quantization.fake_quantizer import FakeQuantizer, Observer
 from rarefy.quantization.flow import Flow, record
 from rarefy.quantization.qconfig import QConfig
 from rarefy.quantization.report import QuantizationReport, report
+from rarefy.quantization.selection import check_execution, check_strict, first_and_last, unmatched_overrides
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass
@@ -34,41 +40,51 @@ class _Step:
     quantize_output: bool = False
 
 
-def _plan(model: nn.Module, config: QConfig, function: str) -> tuple[dict[str, _Step], dict[str, str]]:
-    """What to swap, and why other layers are left alone. Changes nothing."""
+def _layers(model: nn.Module, config: QConfig, function: str) -> dict[str, nn.Module]:
+    """The layers that the configuration is about, none of them prepared but those that it leaves alone."""
     layers = {name: module for name, module in model.named_modules() if is_layer(module)}
-    for key in config.overrides:
-        hit = any(
-            fnmatch.fnmatchcase(n, key) if isinstance(key, str) else isinstance(m, key) for n, m in layers.items()
-        )
-        if not hit:
-            shown = repr(key) if isinstance(key, str) else key.__name__
-            raise ValueError(
-                f"[{function}] override {shown} must match a layer that can be quantized, but matches none of: "
-                f"{', '.join(layers) or '(no such layer)'}"
-            )
-    steps: dict[str, _Step] = {}
-    skipped: dict[str, str] = {}
     for name, module in layers.items():
+        if is_prepared(module) and config.resolve(name, module)[0] is not None:
+            raise ValueError(f"[{function}] layer {name} must be floating point, but is already prepared")
+    return layers
+
+
+def _plan(
+    layers: dict[str, nn.Module], config: QConfig, function: str, flow: Flow | None, strict: bool
+) -> tuple[dict[str, _Step], dict[str, str], list[str]]:
+    """What to swap, why other layers are left alone, and overrides that matched nothing. Changes nothing."""
+    ends = first_and_last(
+        config, {n: m for n, m in layers.items() if (row := row_of(m)) is not None and row.layer.has_weight}, flow
+    )
+    steps: dict[str, _Step] = {}
+    skipped: dict[str, str] = dict(ends)
+    left: dict[str, str] = {}  # of what is skipped: what nobody excluded
+    for name, module in layers.items():
+        if name in ends:
+            continue
         resolved, reason = config.resolve(name, module)
         if resolved is None:
             skipped[name] = reason
             continue
-        if is_prepared(module):
-            raise ValueError(f"[{function}] layer {name} must be floating point, but is already prepared")
         why, row = unsupported(module), row_of(module)
-        if why is None and row is not None and not row.layer.has_weight and resolved.activation is None:
-            why = "the configuration quantizes weights only"
         if why is not None or row is None:
-            skipped[name] = why or ""
-        else:
-            steps[name] = _Step(name, module, row, resolved)
+            skipped[name] = left[name] = why or ""
+            continue
+        if not row.layer.has_weight and resolved.activation is None:
+            skipped[name] = "the configuration quantizes weights only"
+            continue
+        if row.layer.has_weight:
+            check_execution(function, name, resolved)
+        steps[name] = _Step(name, module, row, resolved)
+    unmatched = unmatched_overrides(config, layers)
+    if strict:
+        check_strict(function, unmatched, layers, left)
     if not steps:
         raise ValueError(
             f"[{function}] the model must have a layer that the configuration quantizes "
             f"(Linear, Conv1d, Conv2d, Conv3d, rarefy.nn.Add, ...), but has none"
         )
-    return steps, skipped
+    return steps, skipped, unmatched
 
 
 def _read_flow(model: nn.Module, steps: dict[str, _Step], flow: Flow) -> None:
@@ -120,6 +136,8 @@ def _prepare(
     inplace: bool,
     default_observer: Observer,
     replace_relu: bool,
+    strict: bool,
+    sync: RangeSync | None,
 ) -> nn.Module:
     if not isinstance(config, QConfig):
         raise TypeError(f"[{function}] config must be a QConfig, got {type(config).__name__}")
@@ -129,15 +147,17 @@ def _prepare(
         )
     if not inplace:
         model = copy.deepcopy(model)
-    steps, skipped = _plan(model, config, function)
+    layers = _layers(model, config, function)
+    flow = None
     if example_inputs is not None:
-        _read_flow(model, steps, record(model, example_inputs, _is_watched))
+        flow = record(model, example_inputs, _is_watched)
+    steps, skipped, unmatched = _plan(layers, config, function, flow, strict)
+    if flow is not None:
+        _read_flow(model, steps, flow)
     # Build every layer first: the model is touched only when nothing can fail any more.
     swaps: list[tuple[str, nn.Module]] = []
     for step in steps.values():
-        layer_config = step.config
-        if layer_config.observer is None:
-            layer_config = QConfig(layer_config.weight, layer_config.activation, default_observer)
+        layer_config = step.config.with_observer(default_observer)
         options = {"relu": step.relu, "quantize_output": step.quantize_output}
         if step.bn is not None:
             fold = step.row.fold
@@ -154,12 +174,21 @@ def _prepare(
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in replacement:
             _replace(model, name, replacement[id(module)])
-    model._rarefy_skipped = skipped  # read by report()
+    model._rarefy_skipped, model._rarefy_unmatched = skipped, unmatched  # read by report()
+    for name, quantizer in _quantizers(model):
+        quantizer.name, quantizer.sync = name, sync
     return model
 
 
 def prepare_qat(
-    model: nn.Module, config: QConfig, example_inputs: object | None = None, *, inplace: bool = False
+    model: nn.Module,
+    config: QConfig,
+    example_inputs: object | None = None,
+    *,
+    inplace: bool = False,
+    strict: bool = True,
+    sync_observers: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> nn.Module:
     """A model that trains with quantization: its linear and convolution layers, ``rarefy.nn.Add`` and so on
     compute on integer grids.
@@ -174,25 +203,51 @@ def prepare_qat(
         config: schemes and overrides.
         example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
         inplace: swap the layers of ``model`` itself; Parameter objects stay the same, so an optimizer stays valid.
+        strict: an override that matches no layer is an error, and so is a layer of a supported family that cannot be
+            quantized (a subclass, say) and that no override excludes. With False, ``report`` names them.
+        sync_observers: when ``torch.distributed`` is initialized, activation ranges are those of all processes (one small
+            all-reduce for each quantizer and step), so that quantizers stay equal everywhere.
+        process_group: the processes that share ranges; None: all.
 
     Returns:
         The prepared model; ``model`` itself is unchanged unless ``inplace``.
 
     Raises:
-        ValueError: an override matches no layer, nothing is left to quantize, or a layer is prepared already. The model
-            is then as it was.
+        ValueError: something is amiss with ``strict``, a layer cannot execute as the configuration demands, nothing is left
+            to quantize, or a layer is prepared already. The model is then as it was.
     """
-    return _prepare("prepare_qat", model, config, example_inputs, inplace, MovingAverage(), replace_relu=True)
+    sync = RangeSync(process_group) if sync_observers else None
+    return _prepare(
+        "prepare_qat",
+        model,
+        config,
+        example_inputs,
+        inplace,
+        MovingAverage(),
+        replace_relu=True,
+        strict=strict,
+        sync=sync,
+    )
 
 
 def prepare(
-    model: nn.Module, config: QConfig, example_inputs: object | None = None, *, inplace: bool = False
+    model: nn.Module,
+    config: QConfig,
+    example_inputs: object | None = None,
+    *,
+    inplace: bool = False,
+    strict: bool = True,
+    sync_observers: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> nn.Module:
     """A model that is ready for ``calibrate``: quantization after training, without training.
 
     Arguments, result and errors are those of ``prepare_qat``. Until ``calibrate`` has run, activations pass unchanged.
     """
-    model = _prepare("prepare", model, config, example_inputs, inplace, MinMax(), replace_relu=False)
+    sync = RangeSync(process_group) if sync_observers else None
+    model = _prepare(
+        "prepare", model, config, example_inputs, inplace, MinMax(), replace_relu=False, strict=strict, sync=sync
+    )
     for _, quantizer in _activation_quantizers(model):
         quantizer.observe = quantizer.quantize = False
     return model
@@ -233,7 +288,10 @@ def calibrate(
 ) -> nn.Module:
     """Run the data through a prepared model so that its activation quantizers learn their ranges.
 
-    In evaluation mode, without gradients; the training mode is restored. Statistics add up over several calls.
+    In evaluation mode, without gradients; the training mode is restored. Statistics add up over several calls. Batches
+    with NaN or infinite values are left out, and a warning says how many at which quantizer. Where ranges are shared
+    between processes they are merged once, at the end, so that the processes may have different numbers of batches: all of
+    them must call this.
 
     Args:
         model: of ``prepare`` (or ``prepare_qat``).
@@ -246,32 +304,53 @@ def calibrate(
         ``model`` itself, with quantizing activations.
 
     Raises:
-        ValueError: the model is not prepared, there is no batch, or some layer saw no data (they are listed), or the data
-            is NaN or infinite. The quantizers' switches, and their ranges, are then as they were.
+        ValueError: the model is not prepared, there is no batch, or some layer saw no data, or no finite batch (they are
+            listed). The quantizers' switches, and their ranges, are then as they were.
     """
     _require_prepared("calibrate", model)
     quantizers = _activation_quantizers(model)
-    before = [(q, q.observe, q.quantize, {k: v.clone() for k, v in q.state_dict().items()}) for _, q in quantizers]
+    before = [(q, q.observe, q.quantize, q.sync, q._told) for _, q in quantizers]
+    states = {name: {k: v.clone() for k, v in q.state_dict().items()} for name, q in _quantizers(model)}
     try:
         batches = 0
         with _evaluating(model), torch.no_grad():
             for _, quantizer in quantizers:
                 quantizer.observe, quantizer.quantize = True, False
+                quantizer.sync, quantizer._told = None, True  # once, at the end
             for batch in tqdm(loader, desc="calibrate", disable=not progress):
                 feed("calibrate", model, batch, forward)
                 batches += 1
+        for quantizer, _, _, sync, _ in before:
+            quantizer.sync = sync
+            if sync is not None and sync.is_active():
+                sync.merge([quantizer])
+                batches = sync.sum(batches, quantizer.scale.device) if quantizer is quantizers[0][1] else batches
         if batches == 0:
             raise ValueError("[calibrate] loader must yield at least one batch, got none")
-        missed = [name for name, quantizer in quantizers if not quantizer.calibrated]
+        skipped = {name: int(q.skipped) - int(states[name]["skipped"]) for name, q in quantizers}
+        empty = [name for name, quantizer in quantizers if not quantizer.calibrated]
+        missed = [name for name in empty if not skipped[name]]
         if missed:
             raise ValueError(f"[calibrate] every quantizer must see data, but none reached: {', '.join(missed)}")
+        if empty:
+            raise ValueError(
+                f"[calibrate] every quantizer must see a finite batch, but every batch held NaN or infinite values at: "
+                f"{', '.join(empty)}"
+            )
     except BaseException:
-        for quantizer, observe, quantize, state in before:
-            quantizer.load_state_dict(state)
-            quantizer.observe, quantizer.quantize = observe, quantize
+        for name, quantizer in _quantizers(model):
+            quantizer.load_state_dict(states[name])
+        for quantizer, observe, quantize, sync, _ in before:
+            quantizer.observe, quantizer.quantize, quantizer.sync = observe, quantize, sync
         raise
+    finally:
+        for quantizer, *_, told in before:
+            quantizer._told = told
     for _, quantizer in quantizers:
         quantizer.observe, quantizer.quantize = False, True
+    counts = ", ".join(f"{name} ({count})" for name, count in skipped.items() if count)
+    if counts:
+        warnings.warn(f"[calibrate] batches with NaN or infinite values were left out at: {counts}", stacklevel=2)
     return model
 
 

@@ -300,8 +300,9 @@ class IntegerConv : public torch::autograd::Function<IntegerConv> {
       gx = in_type(mask_gradient(gx, saved[1], gx.sym_strides()), type(0));
     }
     if (multiplier_needed) {
-      std::tie(gw, gm) = integer_multiplier_backward(gw, saved[5], dense(weight), q_w, saved[6], multiplier);
-    } else if (weight_needed) {
+      gm = integer_multiplier_backward(gw, saved[5], dense(weight), q_w, saved[6], multiplier);
+    }
+    if (weight_needed) {
       gw = mask_gradient(gw, saved[5], gw.sym_strides());
     }
     return {need[0] ? gx : Variable(), weight_needed ? in_type(gw, type(1)) : Variable(), gm, gb, {}, {}, {}};

@@ -19,6 +19,7 @@
 
 #include "ops/allocate.h"
 #include "ops/cpu/dense.h"
+#include "ops/cpu/fake_quantize_kernel.h"
 #include "ops/cpu/gradient_matmul.h"
 #include "ops/cpu/im2col.h"
 #include "ops/cpu/integer_simd.h"
@@ -442,38 +443,54 @@ std::tuple<at::Tensor, at::Tensor> integer_conv_backward_cpu(const at::Tensor& g
   return {gx, gw};
 }
 
-std::tuple<at::Tensor, at::Tensor> integer_multiplier_backward_cpu(const at::Tensor& grad, const at::Tensor& mask,
-                                                                   const at::Tensor& weight, const at::Tensor& q_w,
-                                                                   const at::Tensor& scale,
-                                                                   const at::Tensor& multiplier) {
+at::Tensor integer_multiplier_backward_cpu(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& weight,
+                                           const at::Tensor& q_w, const at::Tensor& scale,
+                                           const at::Tensor& multiplier) {
   TORCH_CHECK_VALUE(grad.strides() == q_w.strides() && weight.strides() == q_w.strides(),
                     "[integer_multiplier_backward] grad, weight and q_w must have the same strides, got ",
                     grad.strides(), ", ", weight.strides(), " and ", q_w.strides());
   const int64_t channels = q_w.size(0);
   const int64_t n = q_w.numel() / channels;
-  const auto g = grad.contiguous(grad.suggest_memory_format());
-  const auto passed = fake_quantize_backward(g, mask, g.sym_strides());
-  std::vector<float> with_weight(static_cast<size_t>(channels)), with_integers(with_weight), unused(with_weight);
-  const auto weights = weight.scalar_type() == at::kFloat ? weight : weight.to(at::kFloat);
-  const auto grain = std::max<int64_t>(1, kGrain / (n + 1));
-  const auto* q = q_w.const_data_ptr<int8_t>();
-  at::parallel_for(0, channels, grain, [&](int64_t begin, int64_t end) {
-    RAREFY_ISA_CALL(dot_rows, g.const_data_ptr<float>(), weights.const_data_ptr<float>(), q, n, unused.data(),
-                    with_integers.data(), begin, end);
-    RAREFY_ISA_CALL(dot_rows, passed.const_data_ptr<float>(), weights.const_data_ptr<float>(), q, n,
-                    with_weight.data(), unused.data(), begin, end);
-  });
+  std::vector<float> with_weight(static_cast<size_t>(channels)), with_integers(with_weight);
+  const auto weights = weight.to(at::kFloat);
+  const auto dot = [&](const at::Tensor& gradient, std::vector<float>& first, std::vector<float>& second) {
+    const float* g = gradient.const_data_ptr<float>();
+    const float* w = weights.const_data_ptr<float>();
+    const auto* q = q_w.const_data_ptr<int8_t>();
+    at::parallel_for(0, channels, std::max<int64_t>(1, kGrain / (n + 1)), [&](int64_t begin, int64_t end) {
+      RAREFY_ISA_CALL(dot_rows, g, w, q, n, first.data(), second.data(), begin, end);
+    });
+  };
+  dot(grad, with_weight, with_integers);
+  if (!is_all_ones(mask, grad.numel())) {
+    std::vector<float> unused(with_weight);
+    dot(fake_quantize_backward(grad, mask, grad.sym_strides()), with_weight, unused);
+  }
   const auto scales = per_channel(scale, channels);
   const auto m = floats(multiplier);
-  auto gm = at::empty_like(multiplier, multiplier.options().dtype(at::kFloat));
+  auto out = at::empty({channels}, grad.options());
   for (int64_t c = 0; c < channels; ++c) {
     const auto i = static_cast<size_t>(c);
-    gm.data_ptr<float>()[c] = (with_weight[i] - scales[i] * with_integers[i]) / m[i];
+    out.data_ptr<float>()[c] = (with_weight[i] - scales[i] * with_integers[i]) / m[i];
   }
-  return {passed, gm.to(multiplier.scalar_type())};
+  return out.to(multiplier.scalar_type());
+}
+
+/// Integers of the AVX512-VNNI and AVX-VNNI instructions are summed in 32 bits.
+bool processor_has_dot_products() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512vnni") || __builtin_cpu_supports("avxvnni");
+#else
+  return false;
+#endif
 }
 
 }  // namespace
+
+bool has_exact_integer_products() {
+  static const bool answer = processor_has_dot_products();
+  return answer;
+}
 
 TORCH_LIBRARY_IMPL(rarefy, CPU, m) {
   m.impl("quantize_mask", &quantize_mask_cpu);

@@ -71,10 +71,9 @@ std::tuple<at::Tensor, at::Tensor> integer_conv_backward_meta(const at::Tensor&,
           need[1] ? at::empty_like(q_w, options) : at::empty_symint(c10::SymIntArrayRef{0}, options)};
 }
 
-std::tuple<at::Tensor, at::Tensor> integer_multiplier_backward_meta(const at::Tensor& grad, const at::Tensor&,
-                                                                    const at::Tensor& weight, const at::Tensor&,
-                                                                    const at::Tensor&, const at::Tensor& multiplier) {
-  return {at::empty_like(weight, grad.options()), at::empty_like(multiplier)};
+at::Tensor integer_multiplier_backward_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                            const at::Tensor&, const at::Tensor& multiplier) {
+  return at::empty_like(multiplier);
 }
 
 }  // namespace
