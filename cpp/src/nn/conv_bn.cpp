@@ -14,24 +14,6 @@ void FoldedBatchNormImpl<D>::_check_input_dim(const torch::Tensor& input) {
 }
 
 template <size_t D>
-void FoldedBatchNormImpl<D>::reset() {
-  if (!dropped_) {
-    Base::reset();
-  }
-}
-
-template <size_t D>
-void FoldedBatchNormImpl<D>::drop() {
-  dropped_ = true;
-  this->parameters_.clear();
-  this->buffers_.clear();
-  for (auto* tensor :
-       {&this->weight, &this->bias, &this->running_mean, &this->running_var, &this->num_batches_tracked}) {
-    *tensor = torch::Tensor();
-  }
-}
-
-template <size_t D>
 torch::Tensor FoldedBatchNormImpl<D>::normalize(const torch::Tensor& x) {
   if (this->is_training() && frozen) {
     return at::batch_norm(x, this->weight, this->bias, this->running_mean, this->running_var, /*training=*/false,
@@ -143,7 +125,7 @@ void ConvBnImpl<D>::after_convert() {
     this->unregister_module("bn");
     bn = nullptr;
   } else {
-    applied()->drop();
+    applied()->spent = true;
     link_ = nullptr;
   }
 }

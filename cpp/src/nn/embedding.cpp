@@ -96,8 +96,7 @@ torch::Tensor EmbeddingImpl::run_prepared(const torch::Tensor& indices) {
     const torch::NoGradGuard no_grad;
     if (quantizer.observe) {
       const auto [low, high] = at::aminmax(flat.detach().to(torch::kFloat32), 1);
-      std::tie(scale, zero_point) =
-          ops::choose_qparams(low, high, scheme.qmin(), scheme.qmax(), scheme.symmetric);
+      std::tie(scale, zero_point) = ops::choose_qparams(low, high, scheme.qmin(), scheme.qmax(), scheme.symmetric);
       quantizer.min_val.index_put_({index}, low);
       quantizer.max_val.index_put_({index}, high);
       quantizer.scale.index_put_({index}, scale);

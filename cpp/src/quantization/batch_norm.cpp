@@ -74,7 +74,8 @@ void freeze_batch_norm(torch::nn::Module& model, bool frozen) {
       any = true;
     }
   }
-  TORCH_CHECK_VALUE(any, "[freeze_batch_norm] the model must have a batch normalization that is folded into a convolution");
+  TORCH_CHECK_VALUE(any,
+                    "[freeze_batch_norm] the model must have a batch normalization that is folded into a convolution");
 }
 
 void reestimate_batch_norm(torch::nn::Module& model, int64_t batches, const std::function<void(int64_t)>& run) {
@@ -95,7 +96,8 @@ void reestimate_batch_norm(torch::nn::Module& model, int64_t batches, const std:
     before.push_back({{norm.state[0].clone(), norm.state[1].clone(), norm.state[2].clone()},
                       norm.options->momentum(),
                       norm.frozen != nullptr && *norm.frozen});
-    sums.push_back({torch::zeros_like(norm.state[0], torch::kFloat64), torch::zeros_like(norm.state[1], torch::kFloat64)});
+    sums.push_back(
+        {torch::zeros_like(norm.state[0], torch::kFloat64), torch::zeros_like(norm.state[1], torch::kFloat64)});
   }
   std::vector<std::pair<torch::nn::Module*, bool>> modes;
   for (const auto& module : model.modules()) {

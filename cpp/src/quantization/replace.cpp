@@ -214,8 +214,7 @@ class Finder {
       auto folded = std::make_shared<nn::FoldedBatchNormImpl<D>>(bn->options);
       folded->adopt(*bn);
       plan->folded = AnyModule(folded);
-      auto twin =
-          std::make_shared<nn::ConvBnImpl<D>>(conv_options<D>(*typed), typed->weight, typed->bias, folded);
+      auto twin = std::make_shared<nn::ConvBnImpl<D>>(conv_options<D>(*typed), typed->weight, typed->bias, folded);
       twin->set_relu(fused);
       set(*plan, twin, *typed);
       return plan->layer;
@@ -255,6 +254,24 @@ class Finder {
 };
 
 }  // namespace
+
+void remove_spent_batch_norms(Module& model) {
+  Slots slots;
+  collect(model, "", slots);
+  const auto spent = [](const Module* module) {
+    const auto is = [module](auto* typed) { return typed != nullptr && typed->spent; };
+    return is(dynamic_cast<const nn::FoldedBatchNorm1dImpl*>(module)) ||
+           is(dynamic_cast<const nn::FoldedBatchNorm2dImpl*>(module)) ||
+           is(dynamic_cast<const nn::FoldedBatchNorm3dImpl*>(module));
+  };
+  for (const auto& [module, places] : slots) {
+    if (spent(module)) {
+      for (const auto& slot : places) {
+        put(slot, AnyModule(std::make_shared<torch::nn::IdentityImpl>()));
+      }
+    }
+  }
+}
 
 std::vector<FloatLayer> float_layers(Module& model) { return Finder(model).find(model); }
 

@@ -28,4 +28,7 @@ struct FloatLayer {
 /// The layers of torch::nn::{Linear, Conv1d, Conv2d, Conv3d, Embedding} below `model`, in the order of named_modules.
 std::vector<FloatLayer> float_layers(torch::nn::Module& model);
 
+/// Puts an Identity in the place of every batch normalization that has become part of an integer weight.
+void remove_spent_batch_norms(torch::nn::Module& model);
+
 }  // namespace rarefy::quantization

@@ -25,29 +25,24 @@ class RAREFY_API FoldedBatchNormImpl : public torch::nn::BatchNormImplBase<D, Fo
   using Base = torch::nn::BatchNormImplBase<D, FoldedBatchNormImpl<D>>;
   explicit FoldedBatchNormImpl(const torch::nn::BatchNormOptions& options) : Base(options) {}
 
-  void reset() override;
   std::shared_ptr<torch::nn::Module> clone(const std::optional<torch::Device>& device = std::nullopt) const override;
   torch::Tensor forward(const torch::Tensor& x) { return x; }
   /// Batch normalization proper: with the batch's statistics when it moves, the running ones otherwise.
   torch::Tensor normalize(const torch::Tensor& x);
   /// Whether the batch's statistics are used, and the running ones follow them.
   bool moves() const { return this->is_training() && !frozen; }
-  /// Takes over the parameters and buffers of another one: the tensors themselves.
+  /// Takes over the parameters (the tensors themselves) and the statistics of another one.
   template <typename Other>
   void adopt(const Other& other);
-  /// Gives parameters and statistics up: they are part of an integer weight now.
-  void drop();
-
   /// Normalize with the running statistics and leave them alone, in training too.
   bool frozen = false;
   /// Set where the convolution is elsewhere.
   std::shared_ptr<FoldLink<D>> link;
+  /// Part of an integer weight by now: convert() takes it out of the model.
+  bool spent = false;
 
  protected:
   void _check_input_dim(const torch::Tensor& input) override;
-
- private:
-  bool dropped_ = false;
 };
 
 using FoldedBatchNorm1dImpl = FoldedBatchNormImpl<1>;
@@ -111,9 +106,9 @@ template <typename Other>
 void FoldedBatchNormImpl<D>::adopt(const Other& other) {
   this->weight = this->parameters_["weight"] = other.weight;
   this->bias = this->parameters_["bias"] = other.bias;
-  this->running_mean = this->buffers_["running_mean"] = other.running_mean;
-  this->running_var = this->buffers_["running_var"] = other.running_var;
-  this->num_batches_tracked = this->buffers_["num_batches_tracked"] = other.num_batches_tracked;
+  this->running_mean.set_data(other.running_mean);
+  this->running_var.set_data(other.running_var);
+  this->num_batches_tracked.set_data(other.num_batches_tracked);
   this->train(other.is_training());
 }
 

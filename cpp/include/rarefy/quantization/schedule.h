@@ -21,10 +21,12 @@ struct QATFlags {
 /// When quantization-aware training begins to observe, begins to quantize, and freezes what it has learned. Steps are
 /// training steps, counted from 0.
 struct RAREFY_API QATScheduleOptions {
-  int64_t observe_from = 0;                     // >= 0; ranges follow the data from this step on
-  int64_t quantize_from = 0;                    // >= observe_from; floating point before it
-  std::optional<int64_t> freeze_observers_at = std::nullopt;   // > observe_from; scales and zero points stay from this step on
-  std::optional<int64_t> freeze_batch_norm_at = std::nullopt;  // >= 0; running statistics are used and kept from this step on
+  int64_t observe_from = 0;   // >= 0; ranges follow the data from this step on
+  int64_t quantize_from = 0;  // >= observe_from; floating point before it
+  std::optional<int64_t> freeze_observers_at =
+      std::nullopt;  // > observe_from; scales and zero points stay from this step on
+  std::optional<int64_t> freeze_batch_norm_at =
+      std::nullopt;  // >= 0; running statistics are used and kept from this step on
 
   /// Throws c10::ValueError when a field is out of range.
   void validate() const;
