@@ -139,6 +139,8 @@ class ConvBnLayer(ConvLayer):
         """Convolution and batch normalization on the grids of input and folded weight."""
         if self.quant.weight is None:
             return self.bn.normalize(self._compute(x, self.weight, self.bias))
+        if self._runs_in_integers(x):
+            return self._forward_integer(x)
         x = self._quantized_input(x)
         if not self.bn.moves:
             weight, bias = self.folded()
@@ -149,6 +151,15 @@ class ConvBnLayer(ConvLayer):
         y = self._compute(x, weight, None) / factor.view(per_channel)
         if self.bias is not None:
             y = y + self.bias.view(per_channel)
+        return self._finish(self.bn.normalize(y))
+
+    def _forward_integer(self, x: Tensor) -> Tensor:
+        if not self.bn.training:
+            weight, bias = self.folded()
+            y = self._compute_integer(x, weight, None, bias, self._grids(x, weight), self.relu)
+            return self._finish(y, rectified=self.relu)
+        factor = self._factor()
+        y = self._compute_integer(x, self.weight, factor, self.bias, self._grids(x, self.weight, factor), relu=False)
         return self._finish(self.bn.normalize(y))
 
 

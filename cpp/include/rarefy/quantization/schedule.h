@@ -45,8 +45,9 @@ class RAREFY_API QATSchedule {
   /// Throws c10::ValueError for invalid options.
   explicit QATSchedule(QATScheduleOptions options);
 
-  /// Call it once at the beginning of each training step: sets the model's switches for the step, then counts it.
-  /// Throws c10::ValueError when the model is not prepared; then nothing has changed.
+  /// Call it once at the beginning of each training step, in training mode: sets the model's switches for the step, then
+  /// counts it. Frozen batch normalizations are put into evaluation mode, which model.train() ends until the next step().
+  /// Throws c10::ValueError when the model is not prepared, or has no batch normalization to freeze; the step is not counted.
   void step(torch::nn::Module& model);
   /// Sets the switches of the step that was counted last (of step 0 before the first), for a model that was loaded.
   void apply(torch::nn::Module& model) const;
