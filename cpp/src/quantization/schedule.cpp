@@ -1,40 +1,32 @@
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
-#include <rarefy/nn/quantizable.h>
+#include <rarefy/nn/conv_bn.h>
+#include <rarefy/quantization/batch_norm.h>
 #include <rarefy/quantization/prepare.h>
 #include <rarefy/quantization/schedule.h>
 #include <torch/nn/modules/batchnorm.h>
 
+#include <algorithm>
+
 namespace rarefy::quantization {
 namespace {
 
-/// The batch normalizations that layers of rarefy::nn own, with their layers.
-std::vector<std::pair<std::shared_ptr<torch::nn::Module>, std::shared_ptr<torch::nn::Module>>> folded_batch_norms(
-    const torch::nn::Module& model) {
-  std::vector<std::pair<std::shared_ptr<torch::nn::Module>, std::shared_ptr<torch::nn::Module>>> found;
-  for (const auto& module : model.modules(/*include_self=*/false)) {
-    if (dynamic_cast<const nn::Quantizable*>(module.get()) != nullptr) {
-      for (const auto& child : module->children()) {
-        if (dynamic_cast<const torch::nn::BatchNorm1dImpl*>(child.get()) != nullptr ||
-            dynamic_cast<const torch::nn::BatchNorm2dImpl*>(child.get()) != nullptr ||
-            dynamic_cast<const torch::nn::BatchNorm3dImpl*>(child.get()) != nullptr) {
-          found.emplace_back(module, child);
-        }
-      }
-    }
-  }
-  return found;
+bool folds_batch_norm(const torch::nn::Module& model) {
+  const auto modules = model.modules();
+  return std::any_of(modules.begin(), modules.end(), [](const auto& module) {
+    return dynamic_cast<const nn::FoldedBatchNorm1dImpl*>(module.get()) != nullptr ||
+           dynamic_cast<const nn::FoldedBatchNorm2dImpl*>(module.get()) != nullptr ||
+           dynamic_cast<const nn::FoldedBatchNorm3dImpl*>(module.get()) != nullptr;
+  });
 }
 
-/// A batch normalization in evaluation mode makes its layer train with the running statistics.
 void set_flags(torch::nn::Module& model, const QATFlags& flags, bool with_batch_norm) {
-  const auto batch_norms = with_batch_norm ? folded_batch_norms(model) : decltype(folded_batch_norms(model)){};
-  TORCH_CHECK_VALUE(!with_batch_norm || !batch_norms.empty(),
+  TORCH_CHECK_VALUE(!with_batch_norm || folds_batch_norm(model),
                     "[QATSchedule] freeze_batch_norm_at needs a model with a layer that folds a batch normalization "
                     "(rarefy::nn::ConvBn2d), got none");
   set_state(model, flags.observe, flags.quantize);
-  for (const auto& [layer, batch_norm] : batch_norms) {
-    batch_norm->train(layer->is_training() && !flags.freeze_batch_norm);
+  if (with_batch_norm) {
+    freeze_batch_norm(model, flags.freeze_batch_norm);
   }
 }
 
