@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy._core.quantization import Latest
@@ -88,6 +89,7 @@ class WeightedLayer(nn.Module):
 
     def _finish(self, y: Tensor) -> Tensor:
         if self.relu:
-            y = torch.relu(y)
+            # Not relu, which keeps its result for the backward pass: the model's own ReLU still follows, and may be in place.
+            y = F.threshold(y, 0.0, 0.0)
         quantizer = self.quant.output
         return y if quantizer is None else quantizer(y)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.nn._base import QuantState, activation_quantizer
@@ -39,5 +39,5 @@ class Add(nn.Module):
             a, b = quant.input0(a), quant.input1(b)
         y = a + b
         if self.relu:
-            y = torch.relu(y)
+            y = F.threshold(y, 0.0, 0.0)  # as in WeightedLayer: an in-place ReLU may follow
         return y if quant.output is None else quant.output(y)
