@@ -38,6 +38,10 @@ class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerIm
   /// True once something was observed.
   bool calibrated() const;
 
+  /// Takes notice of buffers that were written to from outside, as by a checkpoint that was loaded.
+  void refresh() { known_calibrated_ = calibrated(); }
+  void load(torch::serialize::InputArchive& archive) override;
+
   FakeQuantizerOptions options;
   bool observe = true;
   bool quantize = true;
