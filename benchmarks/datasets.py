@@ -100,10 +100,11 @@ def _docstrings() -> tuple[list[str], list[int]]:
     found: dict[str, int] = {}
     for family, modules in enumerate(_FAMILIES):
         for name in modules.split():
-            todo = list(vars(importlib.import_module(name)).values())
-            for member in todo:
+            members = list(vars(importlib.import_module(name)).values())
+            for member in members[:]:
                 if inspect.isclass(member) and member.__module__ == name:
-                    todo.extend(vars(member).values())
+                    members.extend(vars(member).values())
+            for member in members:
                 text = getattr(member, "__doc__", None)
                 if isinstance(text, str) and len(text) > 20 and getattr(member, "__module__", name) == name:
                     found.setdefault(text.split("\n\n")[0], family)

@@ -60,6 +60,7 @@ def observed(x: torch.Tensor, with_compile: bool) -> dict[str, Callable[[torch.T
     """Moving-average observer and per-tensor fake quantization to uint8."""
     low, high = torch.tensor([float("inf")]), torch.tensor([-float("inf")])
     scale, zero_point = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    skipped = torch.zeros(1, dtype=torch.int64)
     on = torch.ones(1)
     theirs = (
         torch.tensor([float("inf")]),
@@ -77,7 +78,9 @@ def observed(x: torch.Tensor, with_compile: bool) -> dict[str, Callable[[torch.T
         return plain_formula(x, step, (-plain["low"].clamp(max=0) / step).round(), 0, 255)
 
     functions = {
-        "rarefy": lambda x: ops.observe_fake_quantize(x, low, high, scale, zero_point, None, 0.01, 0, 255, False),
+        "rarefy": lambda x: ops.observe_fake_quantize(
+            x, low, high, scale, zero_point, skipped, None, 0.01, 0, 255, False
+        ),
         "torch fused_moving_avg_obs": lambda x: torch.fused_moving_avg_obs_fake_quant(
             x, on, on, *theirs, 0.01, 0, 255, -1
         ),

@@ -20,6 +20,7 @@ int main(int argc, char** argv) {
   auto zero_point = torch::full({1}, 128, torch::kInt32);
   auto min_val = torch::full({1}, -2.0f);
   auto max_val = torch::full({1}, 2.0f);
+  auto skipped = torch::zeros({1}, torch::kLong);
 
   using rarefy::ops::fake_quantize_mask;
   const std::vector<std::pair<const char*, std::function<void()>>> functions{
@@ -28,7 +29,9 @@ int main(int argc, char** argv) {
       {"fake_quantize with mask", [&] { fake_quantize_mask(x, scale, zero_point, std::nullopt, 0, 255); }},
       {"quantize", [&] { rarefy::ops::quantize(x, scale, zero_point, std::nullopt, 0, 255); }},
       {"observe",
-       [&] { rarefy::ops::observe(x, min_val, max_val, scale, zero_point, std::nullopt, 0.01, 0, 255, false); }},
+       [&] {
+         rarefy::ops::observe(x, min_val, max_val, scale, zero_point, skipped, std::nullopt, 0.01, 0, 255, false);
+       }},
   };
   constexpr int kRounds = 31;
   std::vector<std::vector<double>> seconds(functions.size());

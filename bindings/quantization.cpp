@@ -1,4 +1,5 @@
 #include <rarefy/quantization/qconfig.h>
+#include <rarefy/quantization/schedule.h>
 #include <rarefy/quantization/scheme.h>
 
 #include "bindings.h"
@@ -110,9 +111,52 @@ Raises ValueError for bits outside 2..8.)")
   m.def(
       "validate_layer_config",
       [](const std::optional<Scheme>& weight, const std::optional<Scheme>& activation,
-         const std::optional<Observer>& observer) { LayerConfig{weight, activation, observer}.validate(); },
-      py::arg("weight"), py::arg("activation"), py::arg("observer"),
+         const std::optional<Observer>& observer, c10::ScalarType gradient_dtype) {
+        LayerConfig{.weight = weight, .activation = activation, .observer = observer, .gradient_dtype = gradient_dtype}
+            .validate();
+      },
+      py::arg("weight"), py::arg("activation"), py::arg("observer"), py::arg("gradient_dtype"),
       "Raises ValueError for a scheme that no layer can execute.");
+  m.def(
+      "why_not_integer",
+      [](const std::optional<Scheme>& weight, const std::optional<Scheme>& activation) {
+        return LayerConfig{.weight = weight, .activation = activation}.why_not_integer();
+      },
+      py::arg("weight"), py::arg("activation"), "Why a layer with these schemes cannot compute in integers, or None.");
+
+  const auto make_options = [](int64_t observe_from, int64_t quantize_from, std::optional<int64_t> freeze_observers_at,
+                               std::optional<int64_t> freeze_batch_norm_at) {
+    QATScheduleOptions options{observe_from, quantize_from, freeze_observers_at, freeze_batch_norm_at};
+    options.validate();
+    return options;
+  };
+  py::class_<QATScheduleOptions>(m, "QATScheduleOptions", "When training begins to observe and quantize, and freezes.")
+      .def(py::init(make_options), py::arg("observe_from"), py::arg("quantize_from"), py::arg("freeze_observers_at"),
+           py::arg("freeze_batch_norm_at"))
+      .def(
+          "flags_at",
+          [](const QATScheduleOptions& self, int64_t step) {
+            const auto flags = self.flags_at(step);
+            return std::make_tuple(flags.observe, flags.quantize, flags.freeze_batch_norm);
+          },
+          py::arg("step"), "(observe, quantize, freeze batch normalization) in a training step.")
+      .def_readonly("observe_from", &QATScheduleOptions::observe_from)
+      .def_readonly("quantize_from", &QATScheduleOptions::quantize_from)
+      .def_readonly("freeze_observers_at", &QATScheduleOptions::freeze_observers_at)
+      .def_readonly("freeze_batch_norm_at", &QATScheduleOptions::freeze_batch_norm_at)
+      .def(py::self == py::self)
+      .def("__hash__", [](const QATScheduleOptions& self) { return py::hash(py::str(self.to_string())); })
+      .def("__repr__", [](const QATScheduleOptions& self) { return "QATScheduleOptions(" + self.to_string() + ")"; })
+      .def("__str__", &QATScheduleOptions::to_string)
+      .def(py::pickle(
+          [](const QATScheduleOptions& self) {
+            return py::make_tuple(self.observe_from, self.quantize_from, self.freeze_observers_at,
+                                  self.freeze_batch_norm_at);
+          },
+          [make_options](const py::tuple& state) {
+            return make_options(state[0].cast<int64_t>(), state[1].cast<int64_t>(),
+                                state[2].cast<std::optional<int64_t>>(), state[3].cast<std::optional<int64_t>>());
+          }));
 }
 
 }  // namespace rarefy::python

@@ -71,10 +71,11 @@ def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def new_state(count: int = 1, device: torch.device | str = "cpu") -> list[torch.Tensor]:
-    """min_val, max_val, scale, zero_point of an observer that has seen nothing."""
+    """min_val, max_val, scale, zero_point, skipped of an observer that has seen nothing."""
     return [
         torch.full((count,), torch.inf, device=device),
         torch.full((count,), -torch.inf, device=device),
         torch.ones(count, device=device),
         torch.zeros(count, dtype=torch.int32, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
     ]

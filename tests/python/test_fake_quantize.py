@@ -290,6 +290,7 @@ def test_instruction_sets_agree_in_every_bit(shape: tuple[int, ...], dtype: torc
             torch.full_like(scale, -float("inf")),
             scale.clone(),
             zero_point.clone(),
+            torch.zeros(1, dtype=torch.int64),
         )
         observed = x.clone()
         x.view(-1)[3 : 3 + len(special)] = special

@@ -59,11 +59,11 @@ class Block(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = torch.nn.Linear(16, 8)
-        for name, value in zip(("min_val", "max_val", "scale", "zero_point"), new_state(), strict=True):
+        for name, value in zip(("min_val", "max_val", "scale", "zero_point", "skipped"), new_state(), strict=True):
             self.register_buffer(name, value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        state = self.min_val, self.max_val, self.scale, self.zero_point
+        state = self.min_val, self.max_val, self.scale, self.zero_point, self.skipped
         x = ops.observe_fake_quantize(x, *state, None, 0.1, 0, 255, False)
         weight = self.linear.weight
         scale, zero_point = ops.choose_qparams(weight.detach().amin(1), weight.detach().amax(1), *INT8, True)
@@ -138,7 +138,8 @@ def test_meta_device() -> None:
     assert y.stride() == x.stride()
     assert mask.shape == (56,)
     assert ops.quantize(x, scale, zero_point, 1, 0, 255).dtype == torch.uint8
-    ops.observe(x, scale, scale, scale, zero_point, 1, None, *INT8, False)
+    skipped = torch.empty(1, dtype=torch.int64, device="meta")
+    ops.observe(x, scale, scale, scale, zero_point, skipped, 1, None, *INT8, False)
     with pytest.raises(ValueError, match="scale must have 1 element"):
         ops.fake_quantize(x, scale, zero_point, None, *INT8)
 

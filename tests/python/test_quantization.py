@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 import subprocess
+import warnings
 
 import numpy as np
 import pytest
@@ -189,18 +190,50 @@ def test_fake_quantizer_observes_in_training_only():
 
 def test_fake_quantizer_wants_data_first():
     quantizer = FakeQuantizer(Scheme()).eval()
-    with pytest.raises(ValueError, match=r"\[FakeQuantizer\] must observe data before it quantizes"):
+    with pytest.raises(ValueError, match=r"\[FakeQuantizer\] the quantizer must observe data before it quantizes"):
         quantizer(torch.ones(3))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_not_finite_data_is_an_error_and_changes_nothing(bad):
+def test_a_batch_that_is_not_finite_is_left_out_counted_and_named(bad):
     quantizer = FakeQuantizer(Scheme(symmetric=False), MovingAverage(0.5))
+    quantizer.name = "fc.quant.input"
     quantizer(torch.tensor([-1.0, 1.0]))
     before = copy.deepcopy(quantizer.state_dict())
-    with pytest.raises(ValueError, match=r"\[observe_fake_quantize\] input must be finite .* flat index 1"):
-        quantizer(torch.tensor([0.0, bad, 2.0]))
-    assert all(torch.equal(before[k], v) for k, v in quantizer.state_dict().items())
+    with pytest.warns(UserWarning, match=r"\[FakeQuantizer\] fc.quant.input met a batch with NaN or infinite values"):
+        y = quantizer(torch.tensor([0.0, bad, 2.0]))
+    assert y[0] == 0
+    assert torch.isnan(y[1]) == (bad != bad)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # told once
+        quantizer(torch.tensor([bad]))
+    after = quantizer.state_dict()
+    assert after.pop("skipped").item() == 2
+    assert all(torch.equal(before[k], v) for k, v in after.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*NaN or infinite")
+def test_a_quantizer_without_any_finite_batch_is_not_calibrated():
+    quantizer = FakeQuantizer(Scheme(symmetric=False))
+    assert quantizer(torch.tensor([float("nan"), 7.4])).tolist()[1] == 7.0  # the grid of [0, 0] has steps of 1
+    assert not quantizer.calibrated
+    with pytest.raises(ValueError, match=r"\[FakeQuantizer\] the quantizer must observe data before it quantizes"):
+        quantizer.eval()(torch.ones(3))
+
+
+def test_a_weight_that_is_not_finite_is_an_error_that_names_its_layer():
+    model = prepare_qat(mlp(), QConfig.int8())
+    x = torch.randn(4, 6)
+    model(x)
+    before = copy.deepcopy(model[2].quant.weight.state_dict())
+    with torch.no_grad():
+        model[2].weight[1, 3] = float("inf")
+        model[2].weight[0, 0] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"the weight of 2.quant.weight must be finite, got 2 NaN or infinite values of 256"
+    ):
+        model(x)
+    assert all(torch.equal(before[k], v) for k, v in model[2].quant.weight.state_dict().items())
 
 
 def test_fake_quantizer_refuses_channels():
@@ -367,14 +400,17 @@ def test_shared_layers_stay_shared():
     assert isinstance(prepared["a"], rf.nn.Linear)
 
 
-def test_unsupported_padding_is_skipped_with_its_reason():
-    model = nn.Sequential(
-        nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), nn.Conv2d(1, 1, 3, padding="same"), nn.Conv2d(1, 1, 3)
-    )
-    rows = report(prepare_qat(model, QConfig.int8())).layers
-    assert [row.state for row in rows] == ["fp32", "fp32", "prepared"]
-    assert rows[0].note == "padding_mode 'reflect' is not supported"
-    assert rows[1].note == "padding 'same' by name is not supported"
+def test_unsupported_layers_are_skipped_with_their_reason():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Scaled(2, 2), nn.LSTM(2, 2), nn.ConvTranspose2d(1, 1, 3), nn.Linear(2, 2))
+    rows = report(prepare_qat(model, QConfig.int8(), strict=False)).layers
+    assert [row.state for row in rows] == ["fp32", "fp32", "fp32", "prepared"]
+    assert rows[0].note == "Scaled is a subclass of Linear"
+    assert rows[1].note == "LSTM is not supported"
+    assert rows[2].note == "ConvTranspose2d is not supported"
 
 
 # --- Arithmetic of the layers ---------------------------------------------------------------------------------------
@@ -489,13 +525,11 @@ def test_calibrate_refuses_and_restores(net, images):
         calibrate(prepared, [])
     with pytest.raises(TypeError, match=r"\[calibrate\] a batch must be a tensor, .* got str"):
         calibrate(prepared, ["text"])
-    bad = images.clone()
-    bad[1, 2, 3, 4] = float("nan")
     before = copy.deepcopy(prepared.state_dict())
-    with pytest.raises(ValueError, match=r"\[observe\] input must be finite .* 1 NaN and 0 infinite values of 768"):
-        calibrate(prepared, [images, bad])
+    with pytest.raises(TypeError, match="got str"):
+        calibrate(prepared, [images, "text"])
     after = prepared.state_dict()
-    assert all(torch.equal(before[k], after[k]) for k in before if ".weight." not in k)
+    assert all(torch.equal(before[k], after[k]) for k in before)
     assert not prepared.stem.quant.input.observe
     assert not prepared.stem.quant.input.quantize
     assert prepared.training
@@ -530,8 +564,8 @@ def integer_reference(layer, x: torch.Tensor) -> np.ndarray:
         sums = F.linear(q, w)
         shape = (-1,)
     else:
-        sums = F.conv2d(q, w, None, *layer._geometry)
-        shape = (1, -1, 1, 1)
+        sums = layer.geometry.convolve(q, w, None)
+        shape = (1, -1, *[1] * (sums.dim() - 2))
     out = sums * (s * layer._weight_scale().double()).view(shape)
     if layer.bias is not None:
         out = out + layer.bias.double().view(shape)
@@ -559,13 +593,20 @@ LAYERS = {
     "conv_stride_dilation": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=2, dilation=2, bias=False), (2, 4, 11, 9)),
     "conv_grouped": (lambda: nn.Conv2d(8, 12, (1, 3), groups=4), (1, 8, 5, 6)),
     "conv_depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6, padding=1), (3, 6, 5, 5)),
+    "conv_same_even": (lambda: nn.Conv2d(3, 5, (4, 3), padding="same"), (2, 3, 7, 6)),
+    "conv_reflect": (lambda: nn.Conv2d(3, 5, 3, padding=(2, 1), padding_mode="reflect"), (2, 3, 7, 6)),
+    "conv1d": (lambda: nn.Conv1d(5, 7, 3, stride=2, padding=2, dilation=2), (2, 5, 13)),
+    "conv1d_depthwise": (lambda: nn.Conv1d(6, 6, 5, groups=6, padding="same"), (3, 6, 9)),
+    "conv1d_circular": (lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular", groups=2), (1, 4, 8)),
+    "conv3d": (lambda: nn.Conv3d(3, 6, 3, stride=(1, 2, 1), padding=1), (2, 3, 5, 7, 6)),
+    "conv3d_grouped": (lambda: nn.Conv3d(4, 6, (1, 3, 2), groups=2, padding="same"), (1, 4, 4, 5, 6)),
 }
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("weight", WEIGHTS, ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
 def test_integer_execution_equals_integers_and_simulation(kind, weight, activation, relu):
     torch.manual_seed(0)
     make, shape = LAYERS[kind]
@@ -714,6 +755,36 @@ def test_conv_bn_as_a_part_of_a_model_from_the_start():
     prepared.eval()
     torch.testing.assert_close(prepared(x), model.eval()(x), rtol=0, atol=0.1)
     torch.testing.assert_close(convert(prepared)(x), prepared(x), rtol=0, atol=1e-5)
+
+
+def poisoned(batches, *bad):
+    for i in bad:
+        batches[i] = batches[i].clone()
+        batches[i].view(-1)[5] = float("nan")
+    return batches
+
+
+def test_calibrate_leaves_batches_out_that_are_not_finite(net):
+    batches = [torch.randn(4, 3, 8, 8) for _ in range(4)]
+    with pytest.warns(
+        UserWarning, match=r"\[calibrate\] batches with NaN or infinite values were left out at: "
+    ) as caught:
+        model = calibrate(prepare(net, QConfig.int8()), poisoned(list(batches), 1, 2))
+    assert len(caught) == 1
+    assert "stem.quant.input (2)" in str(caught[0].message)
+    expected = calibrate(prepare(net, QConfig.int8()), [batches[0], batches[3]])
+    for (name, a), b in zip(expected.state_dict().items(), model.state_dict().values(), strict=True):
+        assert name.endswith("skipped") or torch.equal(a, b), name
+    assert "2 batches not finite at input" in {row.name: row for row in report(model).layers}["stem"].note
+
+
+def test_calibrate_wants_a_finite_batch(net):
+    model = prepare(net, QConfig.int8())
+    before = copy.deepcopy(model.state_dict())
+    batches = poisoned([torch.randn(4, 3, 8, 8) for _ in range(2)], 0, 1)
+    with pytest.raises(ValueError, match=r"every batch held NaN or infinite values at: stem.quant.input"):
+        calibrate(model, batches)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 def test_set_state_switches_everything(net, images):

@@ -13,9 +13,11 @@
 #include <rarefy/ops/inverse_std.h>
 #include <rarefy/ops/mask.h>
 #include <rarefy/ops/quantized_linear.h>
+#include <rarefy/ops/relu.h>
 #include <rarefy/pruning/pruner.h>
 #include <rarefy/quantization/fake_quantizer.h>
 #include <rarefy/quantization/prepare.h>
 #include <rarefy/quantization/qconfig.h>
+#include <rarefy/quantization/schedule.h>
 #include <rarefy/quantization/scheme.h>
 #include <rarefy/version.h>

@@ -127,8 +127,10 @@ constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
 
 }  // namespace
 
-at::Tensor empty_for(const at::Tensor& x) {
-  return at::detail::empty_strided_generic(x.sizes(), x.strides(), allocator(), kCpu, x.scalar_type());
+at::Tensor empty_for(const at::Tensor& x) { return empty_for(x, x.scalar_type()); }
+
+at::Tensor empty_for(const at::Tensor& x, at::ScalarType type) {
+  return at::detail::empty_strided_generic(x.sizes(), x.strides(), allocator(), kCpu, type);
 }
 
 at::Tensor empty_cached(at::IntArrayRef sizes, at::ScalarType type) {

@@ -17,6 +17,8 @@ constexpr size_t kCacheBytes = size_t{1} << 30;
 
 /// An uninitialized tensor with the dtype, sizes and strides of x, which is dense and on the CPU.
 at::Tensor empty_for(const at::Tensor& x);
+/// The same with another dtype.
+at::Tensor empty_for(const at::Tensor& x, at::ScalarType type);
 
 /// An uninitialized contiguous CPU tensor.
 at::Tensor empty_cached(at::IntArrayRef sizes, at::ScalarType type);

@@ -10,14 +10,14 @@ TORCH_LIBRARY_FRAGMENT(rarefy, m) {
   m.def("fake_quantize_backward_(Tensor(a!) grad, Tensor mask) -> ()");
   m.def("quantize(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax) -> Tensor");
   m.def(
-      "observe(Tensor x, Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) scale, Tensor(d!) zero_point, int? axis, "
-      "float? averaging_constant, int qmin, int qmax, bool symmetric) -> ()");
+      "observe(Tensor x, Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) scale, Tensor(d!) zero_point, "
+      "Tensor(e!) skipped, int? axis, float? averaging_constant, int qmin, int qmax, bool symmetric) -> ()");
   m.def(
       "observe_fake_quantize(Tensor x, Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) scale, Tensor(d!) zero_point, "
-      "int? axis, float? averaging_constant, int qmin, int qmax, bool symmetric) -> Tensor");
+      "Tensor(e!) skipped, int? axis, float? averaging_constant, int qmin, int qmax, bool symmetric) -> Tensor");
   m.def(
       "observe_fake_quantize_mask(Tensor x, Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) scale, "
-      "Tensor(d!) zero_point, int? axis, float? averaging_constant, int qmin, int qmax, bool symmetric) "
+      "Tensor(d!) zero_point, Tensor(e!) skipped, int? axis, float? averaging_constant, int qmin, int qmax, bool symmetric) "
       "-> (Tensor, Tensor)");
   m.def("choose_qparams(Tensor min_val, Tensor max_val, int qmin, int qmax, bool symmetric) -> (Tensor, Tensor)");
 }
@@ -51,17 +51,17 @@ at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale, const at::Tens
 }
 
 void observe(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale, at::Tensor& zero_point,
-             std::optional<int64_t> axis, std::optional<double> averaging_constant, int64_t qmin, int64_t qmax,
-             bool symmetric) {
+             at::Tensor& skipped, std::optional<int64_t> axis, std::optional<double> averaging_constant, int64_t qmin,
+             int64_t qmax, bool symmetric) {
   RAREFY_OP(observe, decltype(observe));
-  op.call(x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
+  op.call(x, min_val, max_val, scale, zero_point, skipped, axis, averaging_constant, qmin, qmax, symmetric);
 }
 
 at::Tensor observe_fake_quantize(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
-                                 at::Tensor& zero_point, std::optional<int64_t> axis,
+                                 at::Tensor& zero_point, at::Tensor& skipped, std::optional<int64_t> axis,
                                  std::optional<double> averaging_constant, int64_t qmin, int64_t qmax, bool symmetric) {
   RAREFY_OP(observe_fake_quantize, decltype(observe_fake_quantize));
-  return op.call(x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
+  return op.call(x, min_val, max_val, scale, zero_point, skipped, axis, averaging_constant, qmin, qmax, symmetric);
 }
 
 std::tuple<at::Tensor, at::Tensor> choose_qparams(const at::Tensor& min_val, const at::Tensor& max_val, int64_t qmin,

@@ -80,8 +80,8 @@ inline void check_averaging_constant(const char* function, std::optional<double>
 
 inline int64_t check_observe(const char* function, const at::Tensor& x, const at::Tensor& min_val,
                              const at::Tensor& max_val, const at::Tensor& scale, const at::Tensor& zero_point,
-                             std::optional<int64_t> axis, std::optional<double> averaging_constant, int64_t qmin,
-                             int64_t qmax, bool symmetric) {
+                             const at::Tensor& skipped, std::optional<int64_t> axis,
+                             std::optional<double> averaging_constant, int64_t qmin, int64_t qmax, bool symmetric) {
   const int64_t resolved = check_fake_quantize(function, x, scale, zero_point, axis, qmin, qmax);
   check_symmetric(function, qmin, qmax, symmetric);
   check_averaging_constant(function, averaging_constant);
@@ -94,6 +94,12 @@ inline int64_t check_observe(const char* function, const at::Tensor& x, const at
   }
   TORCH_CHECK_VALUE(zero_point.is_contiguous(), "[", function, "] zero_point must be contiguous, got strides ",
                     zero_point.sym_strides());
+  TORCH_CHECK_TYPE(skipped.scalar_type() == at::kLong, "[", function, "] skipped must be int64, got ",
+                   skipped.scalar_type());
+  TORCH_CHECK_VALUE(skipped.sym_numel() == 1, "[", function, "] skipped must have 1 element, got ",
+                    skipped.sym_numel());
+  TORCH_CHECK_VALUE(skipped.device() == x.device(), "[", function, "] skipped must be on the input's device ",
+                    x.device(), ", got ", skipped.device());
   TORCH_CHECK_VALUE(x.sym_numel() != 0, "[", function, "] input must not be empty, got shape ", x.sym_sizes());
   return resolved;
 }

@@ -8,11 +8,11 @@ TORCH_LIBRARY_FRAGMENT(rarefy, m) {
       "quantized_linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, Tensor input_scale, "
       "Tensor input_zero_point, int qmin, int qmax, bool relu) -> Tensor");
   m.def(
-      "pack_conv2d_weight(Tensor weight, Tensor weight_scale, int[2] stride, int[2] padding, int[2] dilation, "
-      "int groups, int[4] input_size, int input_zero_point) -> Tensor");
+      "pack_conv2d_weight(Tensor weight, Tensor weight_scale, int[] stride, int[] padding, int[] dilation, "
+      "int groups, int[] input_size, int input_zero_point) -> Tensor");
   m.def(
       "quantized_conv2d(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, Tensor input_scale, "
-      "Tensor input_zero_point, int qmin, int qmax, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+      "Tensor input_zero_point, int qmin, int qmax, int[] stride, int[] padding, int[] dilation, int groups, "
       "bool relu) -> Tensor");
 }
 

@@ -1,7 +1,11 @@
 #include <fmt/ranges.h>
 #include <rarefy/nn/quantizable.h>
 #include <rarefy/quantization/prepare.h>
+#include <torch/nn/modules/conv.h>
+#include <torch/nn/modules/linear.h>
 #include <torch/types.h>
+
+#include <algorithm>
 
 namespace rarefy::quantization {
 namespace {
@@ -44,74 +48,160 @@ std::vector<std::pair<std::string, FakeQuantizerImpl*>> quantizers_of(const Laye
 
 std::string join(const std::vector<std::string>& names) { return fmt::format("{}", fmt::join(names, ", ")); }
 
+/// Layers of torch::nn that have a counterpart in rarefy::nn, and cannot be switched.
+std::vector<std::pair<std::string, std::string>> fixed_layers_of(const torch::nn::Module& model) {
+  std::vector<std::pair<std::string, std::string>> layers;
+  for (const auto& item : model.named_modules("", /*include_self=*/false)) {
+    const auto* module = item.value().get();
+    const char* kind = dynamic_cast<const torch::nn::LinearImpl*>(module) != nullptr   ? "Linear"
+                       : dynamic_cast<const torch::nn::Conv2dImpl*>(module) != nullptr ? "Conv2d"
+                                                                                       : nullptr;
+    if (kind != nullptr && dynamic_cast<const nn::Quantizable*>(module) == nullptr) {
+      layers.emplace_back(item.key(), kind);
+    }
+  }
+  return layers;
+}
+
+bool is_overridden(const QConfig& config, const std::string& name) {
+  return std::any_of(config.overrides.begin(), config.overrides.end(),
+                     [&](const auto& item) { return matches(item.first, name); });
+}
+
+void check_strict(const char* function, const torch::nn::Module& model, const QConfig& config,
+                  const std::vector<Layer>& layers) {
+  const auto fixed = fixed_layers_of(model);
+  std::vector<std::string> names;
+  for (const auto& layer : layers) {
+    names.push_back(layer.name);
+  }
+  for (const auto& [pattern, unused] : config.overrides) {
+    const auto& key = pattern;
+    const bool used =
+        std::any_of(names.begin(), names.end(), [&](const auto& name) { return matches(key, name); }) ||
+        std::any_of(fixed.begin(), fixed.end(), [&](const auto& item) { return matches(key, item.first); });
+    TORCH_CHECK_VALUE(used, "[", function, "] override '", pattern,
+                      "' must match a rarefy::nn layer, but matches none of: ", join(names));
+  }
+  std::vector<std::string> left;
+  for (const auto& [name, kind] : fixed) {
+    if (!is_overridden(config, name)) {
+      left.push_back(fmt::format("{} (torch::nn::{} cannot be switched; rarefy::nn::{} can)", name, kind, kind));
+    }
+  }
+  TORCH_CHECK_VALUE(
+      left.empty(), "[", function,
+      "] every layer must be quantized or excluded by an override without a value (or strict must be off), "
+      "but these are not: ",
+      join(left));
+}
+
+/// The layers that first_last_fp32 keeps, by name.
+std::vector<std::string> first_and_last(const QConfig& config, const std::vector<Layer>& layers) {
+  std::vector<std::string> weighted;
+  for (const auto& layer : layers) {
+    if (config.first_last_fp32 && layer.layer->has_weight()) {
+      weighted.push_back(layer.name);
+    }
+  }
+  return weighted.empty() ? weighted : std::vector<std::string>{weighted.front(), weighted.back()};
+}
+
 /// Checks everything before the first layer switches.
 void prepare_layers(const char* function, torch::nn::Module& model, const QConfig& config,
-                    const Observer& default_observer, bool quantize) {
+                    const Observer& default_observer, bool quantize, bool strict) {
   config.validate();
-  const auto layers = layers_of(model);
   for (const auto& [pattern, override_] : config.overrides) {
     if (override_.has_value()) {
       override_->validate();
     }
-    bool used = false;
-    for (const auto& layer : layers) {
-      used = used || matches(pattern, layer.name);
-    }
-    TORCH_CHECK_VALUE(used, "[", function, "] override '", pattern,
-                      "' must match a rarefy::nn layer, but matches none of: ", join([&] {
-                        std::vector<std::string> names;
-                        for (const auto& layer : layers) {
-                          names.push_back(layer.name);
-                        }
-                        return names;
-                      }()));
   }
-  std::vector<std::pair<nn::Quantizable*, LayerConfig>> todo;
+  const auto layers = layers_of(model);
+  if (strict) {
+    check_strict(function, model, config, layers);
+  }
+  const auto ends = first_and_last(config, layers);
+  std::vector<std::pair<const Layer*, LayerConfig>> todo;
+  std::vector<std::pair<const Layer*, const char*>> skipped;
   for (const auto& layer : layers) {
+    const bool overridden = is_overridden(config, layer.name);
+    if (!overridden && std::find(ends.begin(), ends.end(), layer.name) != ends.end()) {
+      skipped.emplace_back(&layer, layer.name == ends.front() ? "kept in FP32 as the first layer (first_last_fp32)"
+                                                              : "kept in FP32 as the last layer (first_last_fp32)");
+      continue;
+    }
     const auto resolved = config.resolve(layer.name);
     if (!resolved.has_value() || !resolved->weight.has_value()) {
+      skipped.emplace_back(&layer, overridden ? "kept in FP32 by an override" : "");
       continue;
     }
     TORCH_CHECK_VALUE(layer.layer->mode() == nn::Quantizable::Mode::floating, "[", function, "] layer ", layer.name,
                       " must be floating point, but is already prepared");
-    todo.emplace_back(layer.layer, *resolved);
+    const auto reason = resolved->why_not_integer();
+    TORCH_CHECK_VALUE(!layer.layer->has_weight() || resolved->execution != Execution::integer || !reason.has_value(),
+                      "[", function, "] layer ", layer.name, " cannot execute in integers: ", reason.value_or(""));
+    todo.emplace_back(&layer, *resolved);
   }
   TORCH_CHECK_VALUE(!todo.empty(), "[", function,
                     "] the model must have a rarefy::nn layer that the configuration quantizes, got ", layers.size(),
                     " rarefy::nn layers and none to quantize");
   for (auto& [layer, layer_config] : todo) {
-    layer->prepare(layer_config, default_observer);
-    if (auto* state = layer->quant_state(); state != nullptr && !quantize) {
-      for (const auto& child : state->children()) {
-        auto* quantizer = child->as<FakeQuantizerImpl>();
+    layer->layer->prepare(layer_config, default_observer);
+    if (layer->layer->quant_state() == nullptr) {
+      layer->layer->note = "the configuration quantizes weights only";
+      continue;
+    }
+    for (const auto& [name, quantizer] : quantizers_of(*layer)) {
+      quantizer->name = name;
+      if (!quantize) {
         quantizer->quantize = std::holds_alternative<Latest>(quantizer->options.observer);
         quantizer->observe = quantizer->quantize;
       }
     }
   }
+  for (const auto& [layer, reason] : skipped) {
+    layer->layer->note = reason;
+  }
 }
 
 }  // namespace
 
-void prepare_qat(torch::nn::Module& model, const QConfig& config) {
-  prepare_layers("prepare_qat", model, config, MovingAverage{}, /*quantize=*/true);
+void prepare_qat(torch::nn::Module& model, const QConfig& config, bool strict) {
+  prepare_layers("prepare_qat", model, config, MovingAverage{}, /*quantize=*/true, strict);
 }
 
-void prepare(torch::nn::Module& model, const QConfig& config) {
-  prepare_layers("prepare", model, config, MinMax{}, /*quantize=*/false);
+void prepare(torch::nn::Module& model, const QConfig& config, bool strict) {
+  prepare_layers("prepare", model, config, MinMax{}, /*quantize=*/false, strict);
 }
 
 void calibrate(torch::nn::Module& model, const std::function<void()>& run) {
-  struct Switches {
+  struct Before {
+    std::string name;
     FakeQuantizerImpl* quantizer;
-    bool observe, quantize;
+    bool observe, quantize, is_weight;
+    std::function<void(torch::Tensor&)> all_reduce_max;
+    std::vector<torch::Tensor> state;
   };
-  std::vector<Switches> before;
+  const auto state_of = [](FakeQuantizerImpl& q) {
+    return std::vector<torch::Tensor>{q.min_val, q.max_val, q.scale, q.zero_point, q.skipped};
+  };
+  const torch::NoGradGuard no_grad;
+  std::vector<Before> before;
   const auto layers = prepared_layers("calibrate", model);
   for (const auto& layer : layers) {
     for (const auto& [name, quantizer] : quantizers_of(layer)) {
-      before.push_back({quantizer, quantizer->observe, quantizer->quantize});
-      if (!std::holds_alternative<Latest>(quantizer->options.observer)) {
+      before.push_back({name,
+                        quantizer,
+                        quantizer->observe,
+                        quantizer->quantize,
+                        std::holds_alternative<Latest>(quantizer->options.observer),
+                        quantizer->all_reduce_max,
+                        {}});
+      for (const auto& tensor : state_of(*quantizer)) {
+        before.back().state.push_back(tensor.clone());
+      }
+      quantizer->all_reduce_max = nullptr;  // the processes meet once, at the end
+      if (!before.back().is_weight) {
         quantizer->observe = true;
         quantizer->quantize = false;
       }
@@ -122,32 +212,46 @@ void calibrate(torch::nn::Module& model, const std::function<void()>& run) {
     for (const auto& item : before) {
       item.quantizer->observe = item.observe;
       item.quantizer->quantize = item.quantize;
+      item.quantizer->all_reduce_max = item.all_reduce_max;
+      const auto state = state_of(*item.quantizer);
+      for (size_t i = 0; i < state.size(); ++i) {
+        state[i].copy_(item.state[i]);
+      }
     }
     model.train(training);
   };
   model.eval();
+  std::vector<std::string> missed, not_finite, counts;
   try {
-    const torch::NoGradGuard no_grad;
     run();
-    std::vector<std::string> missed;
-    for (const auto& layer : layers) {
-      for (const auto& [name, quantizer] : quantizers_of(layer)) {
-        if (!quantizer->calibrated()) {
-          missed.push_back(name);
-        }
+    for (const auto& item : before) {
+      item.quantizer->all_reduce_max = item.all_reduce_max;
+      if (item.all_reduce_max && !item.is_weight) {
+        item.quantizer->merge_over_processes();
+      }
+      const auto skipped = item.quantizer->skipped.item<int64_t>() - item.state.back().item<int64_t>();
+      if (!item.quantizer->calibrated()) {
+        (skipped > 0 ? not_finite : missed).push_back(item.name);
+      } else if (skipped > 0) {
+        counts.push_back(fmt::format("{} ({})", item.name, skipped));
       }
     }
     TORCH_CHECK_VALUE(missed.empty(), "[calibrate] every quantizer must see data, but none reached: ", join(missed));
+    TORCH_CHECK_VALUE(not_finite.empty(),
+                      "[calibrate] every quantizer must see a finite batch, but every batch held NaN or "
+                      "infinite values at: ",
+                      join(not_finite));
   } catch (...) {
     restore();
     throw;
   }
   model.train(training);
   for (const auto& item : before) {
-    if (!std::holds_alternative<Latest>(item.quantizer->options.observer)) {
-      item.quantizer->observe = false;
-    }
+    item.quantizer->observe = item.is_weight && item.quantizer->observe;
     item.quantizer->quantize = true;
+  }
+  if (!counts.empty()) {
+    TORCH_WARN("[calibrate] batches with NaN or infinite values were left out at: ", join(counts));
   }
 }
 
@@ -190,7 +294,12 @@ std::string report(const torch::nn::Module& model) {
     if (mode != nn::Quantizable::Mode::floating) {
       for (const auto& [name, quantizer] : quantizers_of(layer)) {
         text += fmt::format("  {}: {}", name.substr(name.rfind('.') + 1), quantizer->options.scheme.str());
+        if (const auto skipped = quantizer->skipped.item<int64_t>(); skipped > 0) {
+          text += fmt::format(" ({} batches not finite)", skipped);
+        }
       }
+    } else if (!layer.layer->note.empty()) {
+      text += "  " + layer.layer->note;
     }
     text += "\n";
   }

@@ -22,7 +22,21 @@ void LayerConfig::validate() const {
   if (observer.has_value()) {
     quantization::validate(*observer);
   }
+  TORCH_CHECK_VALUE(gradient_dtype == c10::ScalarType::Float || gradient_dtype == c10::ScalarType::BFloat16,
+                    "[QConfig] gradient_dtype must be float32 or bfloat16, got ", gradient_dtype);
 }
+
+std::optional<std::string> LayerConfig::why_not_integer() const {
+  if (!weight.has_value()) {
+    return "the weight stays in floating point";
+  }
+  if (!activation.has_value()) {
+    return "the input stays in floating point";
+  }
+  return std::nullopt;
+}
+
+std::string str(Execution execution) { return execution == Execution::integer ? "integer" : "simulated"; }
 
 QConfig QConfig::int8() {
   QConfig config;

@@ -13,9 +13,11 @@ __all__: list[str] = [
     "MovingAverage",
     "PerChannel",
     "PerTensor",
+    "QATScheduleOptions",
     "Scheme",
     "averaging_constant",
     "validate_layer_config",
+    "why_not_integer",
 ]
 
 class PerTensor:
@@ -134,14 +136,52 @@ class Scheme:
     @property
     def symmetric(self) -> bool: ...
 
+class QATScheduleOptions:
+    """
+    When training begins to observe and quantize, and freezes.
+    """
+    def __eq__(self, arg0: QATScheduleOptions) -> bool: ...
+    def __getstate__(self) -> tuple[int, int, int | None, int | None]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        observe_from: typing.SupportsInt | typing.SupportsIndex,
+        quantize_from: typing.SupportsInt | typing.SupportsIndex,
+        freeze_observers_at: typing.SupportsInt | typing.SupportsIndex | None,
+        freeze_batch_norm_at: typing.SupportsInt | typing.SupportsIndex | None,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    def __str__(self) -> str: ...
+    def flags_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> tuple[bool, bool, bool]:
+        """
+        (observe, quantize, freeze batch normalization) in a training step.
+        """
+    @property
+    def freeze_batch_norm_at(self) -> int | None: ...
+    @property
+    def freeze_observers_at(self) -> int | None: ...
+    @property
+    def observe_from(self) -> int: ...
+    @property
+    def quantize_from(self) -> int: ...
+
 def averaging_constant(observer: MinMax | MovingAverage | Latest) -> float | None:
     """
     The averaging constant that torch.ops.rarefy.observe takes for an observer.
     """
 
 def validate_layer_config(
-    weight: Scheme | None, activation: Scheme | None, observer: MinMax | MovingAverage | Latest | None
+    weight: Scheme | None,
+    activation: Scheme | None,
+    observer: MinMax | MovingAverage | Latest | None,
+    gradient_dtype: torch.dtype,
 ) -> None:
     """
     Raises ValueError for a scheme that no layer can execute.
+    """
+
+def why_not_integer(weight: Scheme | None, activation: Scheme | None) -> str | None:
+    """
+    Why a layer with these schemes cannot compute in integers, or None.
     """

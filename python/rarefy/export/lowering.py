@@ -114,26 +114,31 @@ class _LoweredWeighted(_Lowered):
 
 
 class _LoweredLinear(_LoweredWeighted):
-    """Stores the weight transposed, as formats multiply: no transpose stands between its integers and the product."""
+    """Stores the weight as [in, out], as formats multiply: no transpose stands between its integers and the product."""
 
     def __init__(self, module: nn.Module, unsigned: bool) -> None:
-        super().__init__(module, unsigned, transposed=True)
+        super().__init__(module, unsigned, transposed=module.channel_axis == 0)
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.matmul(self.quant.input(x), self.float_weight())
         return self.finish(y if self.bias is None else y + self.bias)
 
 
-class _LoweredConv2d(_LoweredWeighted):
+class _LoweredConv(_LoweredWeighted):
     def __init__(self, module: nn.Module, unsigned: bool) -> None:
         super().__init__(module, unsigned, transposed=False)
-        if isinstance(module, nn.Conv2d):
-            self.geometry = (module.stride, module.padding, module.dilation, module.groups)
-        else:
-            self.geometry = module._geometry
+        self.geometry = module.geometry() if isinstance(module, rnn.ConvLayer) else module.geometry
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.finish(F.conv2d(self.quant.input(x), self.float_weight(), self.bias, *self.geometry))
+        return self.finish(self.geometry.convolve(self.quant.input(x), self.float_weight(), self.bias))
+
+
+class _LoweredEmbedding(_LoweredWeighted):
+    def __init__(self, module: nn.Module, unsigned: bool) -> None:
+        super().__init__(module, unsigned, transposed=False)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return F.embedding(indices, self.float_weight())
 
 
 class _LoweredAdd(_Lowered):
@@ -141,13 +146,39 @@ class _LoweredAdd(_Lowered):
         return self.finish(self.quant.input0(a) + self.quant.input1(b))
 
 
+class _LoweredMul(_Lowered):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.finish(self.quant.input0(a) * self.quant.input1(b))
+
+
+class _LoweredCat(_Lowered):
+    """Quantizes before and after with the same parameters, between which runtimes concatenate integers."""
+
+    def __init__(self, module: nn.Module, unsigned: bool) -> None:
+        super().__init__(module, unsigned)
+        self.dim = module.dim
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.quant.input(torch.cat([self.quant.input(x) for x in tensors], self.dim))
+
+
+class _LoweredReLU(nn.ReLU):
+    def __init__(self, module: nn.Module, unsigned: bool) -> None:
+        super().__init__()
+
+
 _LOWERED: dict[type[nn.Module], Callable[[nn.Module, bool], nn.Module]] = {
-    rnn.ConvBn2d: _LoweredConv2d,
-    rnn.Conv2d: _LoweredConv2d,
+    rnn.ConvLayer: _LoweredConv,
+    rnn.QuantizedConv: _LoweredConv,
     rnn.Linear: _LoweredLinear,
-    rnn.QuantizedConv2d: _LoweredConv2d,
+    rnn.TransposedLinear: _LoweredLinear,
     rnn.QuantizedLinear: _LoweredLinear,
+    rnn.Embedding: _LoweredEmbedding,
+    rnn.QuantizedEmbedding: _LoweredEmbedding,
     rnn.Add: _LoweredAdd,
+    rnn.Mul: _LoweredMul,
+    rnn.Cat: _LoweredCat,
+    rnn.ReLU: _LoweredReLU,
     FakeQuantizer: QuantizeDequantize,
 }
 
@@ -201,7 +232,7 @@ def without_rounding(lowered: nn.Module) -> Iterator[None]:
 
 def _is_float(module: nn.Module) -> bool:
     """Whether a layer of rarefy.nn has not been prepared, and is exported as any other module."""
-    return isinstance(module, (rnn.WeightedLayer, rnn.Add)) and not list(module.quant.children())
+    return isinstance(module, rnn.QuantizableLayer) and not module.prepared
 
 
 def lower(model: nn.Module, unsigned: bool) -> nn.Module:
@@ -221,7 +252,7 @@ def lower(model: nn.Module, unsigned: bool) -> nn.Module:
         result = module
         for kind, lowered in _LOWERED.items():
             if isinstance(module, kind) and not _is_float(module):
-                if type(module).forward is not kind.forward:
+                if type(module).forward not in (kind.forward, rnn.ConvBnLayer.forward):
                     raise TypeError(
                         f"[lower] a subclass of {kind.__name__} with its own forward cannot be exported, "
                         f"got {type(module).__name__} at {name or 'the root'}"

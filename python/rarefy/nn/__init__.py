@@ -1,20 +1,63 @@
-"""Layers: in quantization-aware training (Linear, Conv2d, ConvBn2d, Add) and in integers (QuantizedLinear, ...)."""
+"""Layers: in quantization-aware training (Linear, Conv2d, ConvBn2d, Add, ...) and in integers (QuantizedLinear, ...)."""
 
-from rarefy.nn._base import IntegerWeight, QuantState, WeightedLayer
+from rarefy.nn._base import IntegerWeight, QuantizableLayer, QuantState, WeightedLayer
 from rarefy.nn.add import Add
-from rarefy.nn.conv import Conv2d, ConvBn2d, FoldedBatchNorm2d
+from rarefy.nn.cat import Cat
+from rarefy.nn.conv import Conv1d, Conv2d, Conv3d, ConvLayer
+from rarefy.nn.conv_bn import (
+    ConvBn1d,
+    ConvBn2d,
+    ConvBn3d,
+    ConvBnLayer,
+    FoldedBatchNorm,
+    FoldedBatchNorm1d,
+    FoldedBatchNorm2d,
+    FoldedBatchNorm3d,
+)
+from rarefy.nn.embedding import Embedding
 from rarefy.nn.linear import Linear
-from rarefy.nn.quantized import QuantizedConv2d, QuantizedLinear
+from rarefy.nn.mul import Mul
+from rarefy.nn.quantized import (
+    QuantizedConv,
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConv3d,
+    QuantizedEmbedding,
+    QuantizedLayer,
+    QuantizedLinear,
+)
+from rarefy.nn.relu import ReLU
+from rarefy.nn.transposed_linear import TransposedLinear
 
 __all__ = [
     "Add",
+    "Cat",
+    "Conv1d",
     "Conv2d",
+    "Conv3d",
+    "ConvBn1d",
     "ConvBn2d",
+    "ConvBn3d",
+    "ConvBnLayer",
+    "ConvLayer",
+    "Embedding",
+    "FoldedBatchNorm",
+    "FoldedBatchNorm1d",
     "FoldedBatchNorm2d",
+    "FoldedBatchNorm3d",
     "IntegerWeight",
     "Linear",
+    "Mul",
     "QuantState",
+    "QuantizableLayer",
+    "QuantizedConv",
+    "QuantizedConv1d",
     "QuantizedConv2d",
+    "QuantizedConv3d",
+    "QuantizedEmbedding",
+    "QuantizedLayer",
     "QuantizedLinear",
+    "ReLU",
+    "TransposedLinear",
     "WeightedLayer",
 ]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rarefy._core.quantization import Latest
+from rarefy._core.quantization import Latest, PerChannel, Scheme
+from rarefy.nn.relu import mark_rectified, rectify
 from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.qconfig import QConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class QuantState(nn.Module):
@@ -35,9 +38,9 @@ class IntegerWeight(NamedTuple):
     """A trained weight as it is deployed."""
 
     values: Tensor  #: int8, shape of the weight
-    scale: Tensor  #: float32, [out] or [1]
+    scale: Tensor  #: float32, [channels] or [1]
     zero_point: Tensor  #: int32, zeros, shape of scale
-    axis: int | None  #: 0 per output channel, None per tensor
+    axis: int | None  #: the channel axis of values, None per tensor
     bias: Tensor | None  #: float32 [out]
 
 
@@ -47,25 +50,113 @@ def activation_quantizer(config: QConfig) -> FakeQuantizer:
     return FakeQuantizer(config.activation, config.observer)
 
 
-class WeightedLayer(nn.Module):
-    """A layer with a weight that is fake-quantized: the methods that Linear, Conv2d and ConvBn2d share."""
+class QuantizableLayer(nn.Module):
+    """A layer with fake quantizers: floating point while it has none, prepared otherwise."""
+
+    #: Whether a ReLU after the layer can become part of it.
+    fuses_relu: ClassVar[bool] = True
+    #: Whether a result that only floating-point operations read gets a quantizer of its own.
+    quantizes_output: ClassVar[bool] = True
+    #: Whether there is something to quantize when the configuration quantizes weights only.
+    has_weight: ClassVar[bool] = False
+
+    quant: QuantState
+    relu: bool
+    execution: str | None  #: as in QConfig
+    gradient_dtype: torch.dtype  #: as in QConfig
+
+    @classmethod
+    def unsupported(cls, module: nn.Module) -> str | None:
+        """Why ``module``, of the floating-point type that this layer replaces, cannot be quantized, or None."""
+        return None
+
+    @classmethod
+    def from_float(
+        cls, module: nn.Module, config: QConfig, *, relu: bool = False, quantize_output: bool = False
+    ) -> Self:
+        """A quantized layer over the parameters of ``module``: the Parameter objects themselves."""
+        layer = cls.__new__(cls)
+        layer.__dict__ = module.__dict__.copy()
+        layer._modules = module._modules.copy()
+        layer._attach(config, relu, quantize_output)
+        return layer
+
+    def _attach(self, config: QConfig, relu: bool, quantize_output: bool) -> None:
+        quantizers = self._make_quantizers(config)
+        if quantize_output and config.activation is not None:
+            quantizers["output"] = activation_quantizer(config)
+        self.quant = QuantState(**quantizers)
+        self.quant.train(self.training)
+        self.relu = relu
+        self.execution, self.gradient_dtype = config.execution, config.gradient_dtype
+
+    def _make_quantizers(self, config: QConfig) -> dict[str, FakeQuantizer]:
+        raise NotImplementedError
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the layer has quantizers."""
+        return bool(self.quant._modules)
+
+    def _finish(self, y: Tensor) -> Tensor:
+        if self.relu:
+            y = rectify(y)
+        if self.quant.output is not None:
+            y = self.quant.output(y)
+        return mark_rectified(y) if self.relu else y
+
+
+class PairLayer(QuantizableLayer):
+    """An operation on two tensors, each with a quantizer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = False
+        self.quant = QuantState()
+
+    def _make_quantizers(self, config: QConfig) -> dict[str, FakeQuantizer]:
+        return {name: activation_quantizer(config) for name in ("input0", "input1")}
+
+    def _quantized_inputs(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        quant = self.quant
+        if quant.input0 is None or quant.input1 is None:
+            return a, b
+        return quant.input0(a), quant.input1(b)
+
+
+class WeightedLayer(QuantizableLayer):
+    """A layer with a weight that is fake-quantized."""
+
+    has_weight = True
+    #: The axis of the weight that has one entry per output channel.
+    channel_axis: ClassVar[int] = 0
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    quant: QuantState
-    relu: bool
 
-    def _attach(self, config: QConfig, relu: bool, quantize_output: bool) -> None:
-        assert config.weight is not None
+    def _make_quantizers(self, config: QConfig) -> dict[str, FakeQuantizer]:
         quantizers = {}
         if config.activation is not None:
             quantizers["input"] = activation_quantizer(config)
-        quantizers["weight"] = FakeQuantizer(config.weight, Latest(), self.weight.shape[0])
-        if quantize_output and config.activation is not None:
-            quantizers["output"] = activation_quantizer(config)
-        self.quant = QuantState(**quantizers).to(self.weight.device)
-        self.quant.train(self.training)
-        self.relu = relu
+        quantizers["weight"] = self._weight_quantizer(config)
+        return quantizers
+
+    def _weight_quantizer(self, config: QConfig) -> FakeQuantizer:
+        scheme = config.weight
+        assert scheme is not None
+        if scheme.axis is not None and scheme.axis != self.channel_axis:
+            scheme = Scheme(
+                bits=scheme.bits,
+                symmetric=scheme.symmetric,
+                signed=scheme.signed,
+                narrow_range=scheme.narrow_range,
+                granularity=PerChannel(self.channel_axis),
+            )
+        return FakeQuantizer(scheme, Latest(), self.weight.shape[self.channel_axis])
+
+    def _attach(self, config: QConfig, relu: bool, quantize_output: bool) -> None:
+        super()._attach(config, relu, quantize_output)
+        self.quant.to(self.weight.device)
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """The float weight and bias that are quantized."""
@@ -83,13 +174,15 @@ class WeightedLayer(nn.Module):
         bias = None if bias is None else bias.detach().float().clone()
         return IntegerWeight(values, quantizer.scale.clone(), quantizer.zero_point.clone(), quantizer.axis, bias)
 
+    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's arithmetic, in floating point, on values that may lie on a grid: what a subclass gives."""
+        raise NotImplementedError
+
     def _quantized_input(self, x: Tensor) -> Tensor:
         quantizer = self.quant.input
         return x if quantizer is None else quantizer(x)
 
-    def _finish(self, y: Tensor) -> Tensor:
-        if self.relu:
-            # Not relu, which keeps its result for the backward pass: the model's own ReLU still follows, and may be in place.
-            y = F.threshold(y, 0.0, 0.0)
-        quantizer = self.quant.output
-        return y if quantizer is None else quantizer(y)
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer on the grids of its input and weight."""
+        assert self.quant.weight is not None
+        return self._finish(self._compute(self._quantized_input(x), self.quant.weight(self.weight), self.bias))

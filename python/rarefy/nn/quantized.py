@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.nn._base import QuantState, WeightedLayer
-from rarefy.nn.conv import Conv2d, ConvBn2d
+from rarefy.nn.conv import ConvLayer
+from rarefy.nn.embedding import Embedding
 from rarefy.nn.linear import Linear
+from rarefy.nn.transposed_linear import TransposedLinear
 
 
-class _QuantizedLayer(nn.Module):
+class QuantizedLayer(nn.Module):
     """An int8 weight (buffer ``weight``), a float bias, and the parameters of input and weight under ``quant``."""
 
     weight: Tensor
@@ -25,13 +27,14 @@ class _QuantizedLayer(nn.Module):
         self.register_buffer("bias", integers.bias)
         self.quant = layer.quant
         self.relu = layer.relu
+        self.channel_axis = layer.channel_axis
         self._packed: Tensor | None = None
         self._packed_version = -1
         self.train(layer.training)
 
     def _weight_scale(self) -> Tensor:
         assert self.quant.weight is not None
-        return self.quant.weight.scale.expand(self.weight.shape[0]).contiguous()
+        return self.quant.weight.scale.expand(self.weight.shape[self.channel_axis]).contiguous()
 
     def _pack(self, x: Tensor) -> Tensor:
         """The weight packed for inputs like ``x``: what a subclass gives."""
@@ -44,7 +47,9 @@ class _QuantizedLayer(nn.Module):
         return self._packed
 
     def _dequantized_weight(self) -> Tensor:
-        return self.weight.float() * self._weight_scale().view(-1, *[1] * (self.weight.dim() - 1))
+        shape = [1] * self.weight.dim()
+        shape[self.channel_axis] = -1
+        return self.weight.float() * self._weight_scale().view(shape)
 
     def _apply(self, fn: object, recurse: bool = True) -> nn.Module:
         self._packed = None
@@ -58,21 +63,24 @@ class _QuantizedLayer(nn.Module):
         return y if self.quant.output is None else self.quant.output(y)
 
 
-class QuantizedLinear(_QuantizedLayer):
+class QuantizedLinear(QuantizedLayer):
     """A linear layer on int8 kernels: x [..., in] (float) to [..., out] (float32). For inference, on the CPU."""
 
-    def __init__(self, layer: Linear) -> None:
+    def __init__(self, layer: Linear | TransposedLinear) -> None:
         super().__init__(layer)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.out_features, self.in_features = self._out_in(self.weight).shape
+
+    def _out_in(self, weight: Tensor) -> Tensor:
+        return weight if self.channel_axis == 0 else weight.t()
 
     def _pack(self, x: Tensor) -> Tensor:
-        return torch.ops.rarefy.pack_linear_weight(self.weight)
+        return torch.ops.rarefy.pack_linear_weight(self._out_in(self.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer in integers; with float input where the activation was not quantized."""
         quantizer = self.quant.input
         if quantizer is None:
-            y = F.linear(x, self._dequantized_weight(), self.bias)
+            y = F.linear(x, self._out_in(self._dequantized_weight()), self.bias)
             return self._finish(torch.relu(y) if self.relu else y)
         return self._finish(
             torch.ops.rarefy.quantized_linear(
@@ -93,29 +101,32 @@ class QuantizedLinear(_QuantizedLayer):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, relu={self.relu}"
 
 
-class QuantizedConv2d(_QuantizedLayer):
-    """A 2-d convolution on int8 kernels: x [N, in, H, W] (float) to [N, out, h, w] (float32). For inference, on the CPU."""
+class QuantizedConv(QuantizedLayer):
+    """What the integer convolutions of all dimensions share."""
 
-    def __init__(self, layer: Conv2d | ConvBn2d) -> None:
+    def __init__(self, layer: ConvLayer) -> None:
         super().__init__(layer)
         self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
         self.kernel_size = layer.kernel_size
-        self._geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        self.geometry = layer.geometry()
 
     def _pack(self, x: Tensor) -> Tensor:
         quantizer = self.quant.input
         assert quantizer is not None
         zero_point = int(quantizer.zero_point) + (128 if quantizer.qmin < 0 else 0)
         return torch.ops.rarefy.pack_conv2d_weight(
-            self.weight, self._weight_scale(), *self._geometry, x.shape, zero_point
+            self.weight, self._weight_scale(), *self.geometry[:4], x.shape, zero_point
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer in integers; with float input where the activation was not quantized."""
+        if x.dim() == self.weight.dim() - 1:  # one sample without a batch dimension
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         quantizer = self.quant.input
         if quantizer is None:
-            y = F.conv2d(x, self._dequantized_weight(), self.bias, *self._geometry)
+            y = self.geometry.convolve(x, self._dequantized_weight(), self.bias)
             return self._finish(torch.relu(y) if self.relu else y)
+        x = self.geometry.padded(x)
         return self._finish(
             torch.ops.rarefy.quantized_conv2d(
                 x,
@@ -126,15 +137,49 @@ class QuantizedConv2d(_QuantizedLayer):
                 quantizer.zero_point,
                 quantizer.qmin,
                 quantizer.qmax,
-                *self._geometry,
+                *self.geometry[:4],
                 self.relu,
             )
         )
 
     def extra_repr(self) -> str:
         """Sizes and what is fused."""
-        stride, padding, dilation, groups = self._geometry
+        stride, padding, dilation, groups, pad, mode = self.geometry
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={stride}, "
-            f"padding={padding}, dilation={dilation}, groups={groups}, bias={self.bias is not None}, relu={self.relu}"
+            f"padding={pad if pad else padding} {mode}, dilation={dilation}, groups={groups}, "
+            f"bias={self.bias is not None}, relu={self.relu}"
         )
+
+
+class QuantizedConv1d(QuantizedConv):
+    """A convolution on int8 kernels: x [N, in, L] (float) to [N, out, l] (float32). For inference, on the CPU."""
+
+
+class QuantizedConv2d(QuantizedConv):
+    """A convolution on int8 kernels: x [N, in, H, W] (float) to [N, out, h, w] (float32). For inference, on the CPU."""
+
+
+class QuantizedConv3d(QuantizedConv):
+    """A convolution on int8 kernels: x [N, in, D, H, W] (float) to [N, out, d, h, w] (float32). For inference, on the CPU."""
+
+
+class QuantizedEmbedding(QuantizedLayer):
+    """A table of int8 rows, each with its scale: indices of any shape to [..., embedding_dim] (float32)."""
+
+    def __init__(self, layer: Embedding) -> None:
+        super().__init__(layer)
+        self.num_embeddings, self.embedding_dim = layer.num_embeddings, layer.embedding_dim
+        self.padding_idx = layer.padding_idx
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """The rows of the indices, in floating point."""
+        assert self.quant.weight is not None
+        scale = self.quant.weight.scale
+        if self.quant.weight.axis is not None:
+            scale = scale[indices].unsqueeze(-1)
+        return F.embedding(indices, self.weight).float() * scale
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -1,10 +1,13 @@
 """Quantization: schemes, fake quantizers, quantization-aware training, calibration, integer execution."""
 
 from rarefy._core.quantization import Latest, MinMax, MovingAverage, PerChannel, PerTensor, Scheme
+from rarefy.quantization.checkpoint import checkpoint_context
 from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.prepare import calibrate, convert, prepare, prepare_qat, set_state
 from rarefy.quantization.qconfig import QConfig
 from rarefy.quantization.report import LayerReport, QuantizationReport, report
+from rarefy.quantization.schedule import QATSchedule
+from rarefy.quantization.state import load_float_state_dict
 
 __all__ = [
     "FakeQuantizer",
@@ -14,11 +17,14 @@ __all__ = [
     "MovingAverage",
     "PerChannel",
     "PerTensor",
+    "QATSchedule",
     "QConfig",
     "QuantizationReport",
     "Scheme",
     "calibrate",
+    "checkpoint_context",
     "convert",
+    "load_float_state_dict",
     "prepare",
     "prepare_qat",
     "report",

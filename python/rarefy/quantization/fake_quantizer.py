@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
 from rarefy._core.quantization import Latest, MinMax, MovingAverage, Scheme, averaging_constant
+from rarefy.quantization import checkpoint
+from rarefy.quantization.distributed import RangeSync
 
 Observer = MinMax | MovingAverage | Latest
 
@@ -13,11 +17,14 @@ Observer = MinMax | MovingAverage | Latest
 class FakeQuantizer(nn.Module):
     """Observes ranges and rounds to the grid, with the clipped straight-through gradient.
 
-    Buffers, all of shape [1] or [channels]: ``scale`` (float32), ``zero_point`` (int32), ``min_val`` and ``max_val``
-    (float32, +inf and -inf until something was observed). The same names and shapes as in C++.
+    Buffers of shape [1] or [channels]: ``scale`` (float32), ``zero_point`` (int32), ``min_val`` and ``max_val``
+    (float32, +inf and -inf until something was observed). ``skipped`` (int64 [1]) counts the batches that held a NaN or an
+    infinity: their range is left out, and they are rounded to the grid so far (that of [0, 0], scale 1, while there is
+    none). The same names and shapes as in C++.
 
     A weight (observer ``Latest``) is observed at every forward; an activation while training, and in calibration
-    (``observe`` without ``quantize``) always.
+    (``observe`` without ``quantize``) always, but not inside of a backward pass: such a forward recomputes activations
+    (gradient checkpointing, see ``checkpoint_context``).
 
     Args:
         scheme: the grid.
@@ -25,13 +32,15 @@ class FakeQuantizer(nn.Module):
         channels: number of channels for ``PerChannel``; ignored for ``PerTensor``.
 
     Raises:
-        ValueError: channels < 1; in forward: nothing was observed yet, or the data is empty, NaN or infinite.
+        ValueError: channels < 1; in forward: nothing was observed yet, the data is empty, or a weight is NaN or infinite
+            (told on the CPU outside of compiled graphs; elsewhere it is counted in ``skipped``).
     """
 
     scale: Tensor
     zero_point: Tensor
     min_val: Tensor
     max_val: Tensor
+    skipped: Tensor
 
     def __init__(self, scheme: Scheme, observer: Observer | None = None, channels: int = 1) -> None:
         super().__init__()
@@ -41,40 +50,109 @@ class FakeQuantizer(nn.Module):
         self.observer = MovingAverage() if observer is None else observer
         self.observe = True
         self.quantize = True
+        self.name = ""  # "fc1.quant.input", say; for messages
+        self.sync: RangeSync | None = None  # shares ranges between processes
         # Plain Python values, so that forward reads no bound object and torch.compile sees constants.
         self.qmin, self.qmax, self.axis, self.dtype = scheme.qmin, scheme.qmax, scheme.axis, scheme.dtype
         self._symmetric = scheme.symmetric
         self._constant = averaging_constant(self.observer)
-        self._always_observe = isinstance(self.observer, Latest)
-        self._known_calibrated = False  # a host flag, so that forward reads no tensor back
+        self._is_weight = isinstance(self.observer, Latest)
+        # Host flags, so that forward reads no tensor back: has observed something, maybe not finite; surely calibrated;
+        # has warned of a skipped batch.
+        self._has_observed = False
+        self._known_calibrated = False
+        self._told = False
         size = 1 if scheme.axis is None else channels
         self.register_buffer("scale", torch.ones(size))
         self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32))
         self.register_buffer("min_val", torch.full((size,), float("inf")))
         self.register_buffer("max_val", torch.full((size,), float("-inf")))
+        self.register_buffer("skipped", torch.zeros(1, dtype=torch.int64))
 
     @property
     def calibrated(self) -> bool:
         """True once something was observed."""
         return bool((self.min_val <= self.max_val).all())
 
+    @property
+    def _state(self) -> tuple[Tensor, ...]:
+        return self.min_val, self.max_val, self.scale, self.zero_point, self.skipped
+
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid when ``quantize`` is set, ``x`` itself otherwise."""
-        if self.observe and (self.training or not self.quantize or self._always_observe):
-            state = (self.min_val, self.max_val, self.scale, self.zero_point)
-            arguments = (self.axis, self._constant, self.qmin, self.qmax, self._symmetric)
-            if self.quantize:
-                x = torch.ops.rarefy.observe_fake_quantize(x, *state, *arguments)
-            else:
-                torch.ops.rarefy.observe(x.detach(), *state, *arguments)
-            if not self._known_calibrated:
-                self._known_calibrated = True
-            return x
+        if self.observe and (self.training or not self.quantize or self._is_weight):
+            return self._observe(x)
         if not self.quantize:
             return x
         if not self._known_calibrated:
-            raise ValueError("[FakeQuantizer] must observe data before it quantizes: run a training step or calibrate")
+            # Reads the range back once. A graph cannot: there, that something was observed must do.
+            ready = self._has_observed if torch.compiler.is_compiling() else self.calibrated
+            if not ready:
+                raise ValueError(
+                    f"[FakeQuantizer] {self.name or 'the quantizer'} must observe data before it quantizes: run a training "
+                    f"step or calibrate"
+                )
+            self._known_calibrated = True
         return torch.ops.rarefy.fake_quantize(x, self.scale, self.zero_point, self.axis, self.qmin, self.qmax)
+
+    def _observe(self, x: Tensor) -> Tensor:
+        tape = None
+        if not self._is_weight and not torch.compiler.is_compiling():
+            tape = checkpoint.current_tape()
+            if checkpoint.is_recomputing():
+                return self._recompute(x, tape)
+        if self.sync is not None and not self._is_weight and self.sync.is_active():
+            self.sync.observe(x, self._state, self.axis, self._constant, (self.qmin, self.qmax), self._symmetric)
+            if self.quantize:
+                x = torch.ops.rarefy.fake_quantize(x, self.scale, self.zero_point, self.axis, self.qmin, self.qmax)
+        else:
+            arguments = (self.axis, self._constant, self.qmin, self.qmax, self._symmetric)
+            if self.quantize:
+                y = torch.ops.rarefy.observe_fake_quantize(x, *self._state, *arguments)
+            else:
+                torch.ops.rarefy.observe(x.detach(), *self._state, *arguments)
+                y = x
+            if self._is_weight:
+                self._refuse_not_finite(x)
+            x = y
+        if not self._has_observed:
+            self._has_observed = True
+        if not self._told:
+            self._tell_skipped()
+        if tape is not None:
+            tape.record(self)
+        return x
+
+    def _recompute(self, x: Tensor, tape: checkpoint.Tape | None) -> Tensor:
+        """What the forward pass gave: the batch was observed there."""
+        if not self.quantize:
+            return x
+        scale, zero_point = (self.scale, self.zero_point) if tape is None else tape.replay(self)
+        return torch.ops.rarefy.fake_quantize(x, scale, zero_point, self.axis, self.qmin, self.qmax)
+
+    def _skipped_on_host(self) -> int:
+        """The count where reading it waits for no device and breaks no graph; 0 elsewhere."""
+        if torch.compiler.is_compiling() or type(self.skipped) is not Tensor or self.skipped.device.type != "cpu":
+            return 0
+        return int(self.skipped)
+
+    def _tell_skipped(self) -> None:
+        if self._skipped_on_host():
+            self._told = True
+            warnings.warn(
+                f"[FakeQuantizer] {self.name or 'a quantizer'} met a batch with NaN or infinite values and leaves such "
+                f"batches out of its range; report() and the buffer 'skipped' count them",
+                stacklevel=4,
+            )
+
+    def _refuse_not_finite(self, weight: Tensor) -> None:
+        if self._skipped_on_host():
+            self.skipped.zero_()
+            bad = weight.numel() - int(torch.isfinite(weight.detach().float()).sum())
+            raise ValueError(
+                f"[FakeQuantizer] the weight of {self.name or 'a layer'} must be finite, got {bad} NaN or infinite values "
+                f"of {weight.numel()}"
+            )
 
     def quantize_to_integer(self, x: Tensor) -> Tensor:
         """The integers of ``x``, int8 or uint8, with the parameters as they are."""
@@ -82,9 +160,12 @@ class FakeQuantizer(nn.Module):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
-        self._known_calibrated = self.calibrated
+        self._has_observed = self._known_calibrated = False  # found out when it matters
+        if not self.scale.is_meta:
+            self._has_observed = self._known_calibrated = self.calibrated
+            self._told = bool(self.skipped.item())
 
     def extra_repr(self) -> str:
         """The grid, the observer and whether it has seen data."""
-        state = "" if self.calibrated else ", not calibrated"
+        state = "" if self.scale.is_meta or self.calibrated else ", not calibrated"
         return f"{self.scheme}, {self.observer}{state}"

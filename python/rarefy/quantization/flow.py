@@ -7,7 +7,7 @@ results go into a ReLU and nothing else, and which results reach an operation th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -120,17 +120,16 @@ class _Recorder(TorchFunctionMode):
         return out
 
 
-def record(model: nn.Module, example_inputs: object, watched: Iterable[type[nn.Module]]) -> Flow:
+def record(model: nn.Module, example_inputs: object, watched: Callable[[nn.Module], bool]) -> Flow:
     """Run the model once in evaluation mode, without gradients, and record calls of ``watched`` layers and functions.
 
     Args:
         model: any module; its training mode is restored.
         example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
-        watched: module types whose calls count as one event each.
+        watched: whether the calls of a module count as one event each.
     """
     flow = Flow()
     recorder = _Recorder(flow)
-    watched = tuple(watched)
     handles = []
     pending: list[tuple[str, tuple[Key, ...]]] = []
 
@@ -153,7 +152,7 @@ def record(model: nn.Module, example_inputs: object, watched: Iterable[type[nn.M
     modes = {module: module.training for module in model.modules()}
     try:
         for name, module in model.named_modules():
-            if isinstance(module, watched):
+            if watched(module):
                 kind = "relu" if isinstance(module, nn.ReLU) else type(module).__name__
                 handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
                 handles.append(module.register_forward_hook(after(kind), with_kwargs=True))

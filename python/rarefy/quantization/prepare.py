@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,16 @@ from tqdm.auto import tqdm
 
 from rarefy import nn as rnn
 from rarefy._core.quantization import Latest, MinMax, MovingAverage
-from rarefy.nn.conv import unsupported
+from rarefy.nn.registry import Fold, Row, integer_type, is_layer, is_prepared, row_of, unsupported
+from rarefy.quantization.distributed import RangeSync
 from rarefy.quantization.fake_quantizer import FakeQuantizer, Observer
 from rarefy.quantization.flow import Flow, record
 from rarefy.quantization.qconfig import QConfig
 from rarefy.quantization.report import QuantizationReport, report
+from rarefy.quantization.selection import check_execution, check_strict, first_and_last, unmatched_overrides
 
-_PREPARED = (rnn.Linear, rnn.Conv2d, rnn.ConvBn2d)
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass
@@ -29,60 +33,58 @@ class _Step:
 
     name: str
     module: nn.Module
+    row: Row
     config: QConfig
     bn: str | None = None  # name of the batch normalization to fold in
     relu: bool = False
     quantize_output: bool = False
 
 
-def _is_quantizable(module: nn.Module) -> bool:
-    # Subclasses of Linear and Conv2d may do anything in their forward: they are left alone.
-    return type(module) in (nn.Linear, nn.Conv2d, rnn.Add, rnn.ConvBn2d)
-
-
-def _is_prepared(module: nn.Module) -> bool:
-    if isinstance(module, rnn.Add):
-        return bool(list(module.quant.children()))
-    return isinstance(module, _PREPARED) and module.quant.weight is not None
-
-
-def _plan(model: nn.Module, config: QConfig, function: str) -> tuple[dict[str, _Step], dict[str, str]]:
-    """What to swap, and why other layers are left alone. Changes nothing."""
-    layers = {name: module for name, module in model.named_modules() if _is_quantizable(module) or _is_prepared(module)}
-    for key in config.overrides:
-        hit = any(
-            fnmatch.fnmatchcase(n, key) if isinstance(key, str) else isinstance(m, key) for n, m in layers.items()
-        )
-        if not hit:
-            shown = repr(key) if isinstance(key, str) else key.__name__
-            raise ValueError(
-                f"[{function}] override {shown} must match a layer that can be quantized, but matches none of: "
-                f"{', '.join(layers) or '(no such layer)'}"
-            )
-    steps: dict[str, _Step] = {}
-    skipped: dict[str, str] = {}
+def _layers(model: nn.Module, config: QConfig, function: str) -> dict[str, nn.Module]:
+    """The layers that the configuration is about, none of them prepared but those that it leaves alone."""
+    layers = {name: module for name, module in model.named_modules() if is_layer(module)}
     for name, module in layers.items():
+        if is_prepared(module) and config.resolve(name, module)[0] is not None:
+            raise ValueError(f"[{function}] layer {name} must be floating point, but is already prepared")
+    return layers
+
+
+def _plan(
+    layers: dict[str, nn.Module], config: QConfig, function: str, flow: Flow | None, strict: bool
+) -> tuple[dict[str, _Step], dict[str, str], list[str]]:
+    """What to swap, why other layers are left alone, and overrides that matched nothing. Changes nothing."""
+    ends = first_and_last(
+        config, {n: m for n, m in layers.items() if (row := row_of(m)) is not None and row.layer.has_weight}, flow
+    )
+    steps: dict[str, _Step] = {}
+    skipped: dict[str, str] = dict(ends)
+    left: dict[str, str] = {}  # of what is skipped: what nobody excluded
+    for name, module in layers.items():
+        if name in ends:
+            continue
         resolved, reason = config.resolve(name, module)
         if resolved is None:
             skipped[name] = reason
             continue
-        if _is_prepared(module):
-            raise ValueError(f"[{function}] layer {name} must be floating point, but is already prepared")
-        if isinstance(module, nn.Conv2d):
-            why = unsupported(module)
-            if why is not None:
-                skipped[name] = why
-                continue
-        if isinstance(module, rnn.Add) and resolved.activation is None:
+        why, row = unsupported(module), row_of(module)
+        if why is not None or row is None:
+            skipped[name] = left[name] = why or ""
+            continue
+        if not row.layer.has_weight and resolved.activation is None:
             skipped[name] = "the configuration quantizes weights only"
             continue
-        steps[name] = _Step(name, module, resolved)
+        if row.layer.has_weight:
+            check_execution(function, name, resolved)
+        steps[name] = _Step(name, module, row, resolved)
+    unmatched = unmatched_overrides(config, layers)
+    if strict:
+        check_strict(function, unmatched, layers, left)
     if not steps:
         raise ValueError(
             f"[{function}] the model must have a layer that the configuration quantizes "
-            f"(Linear, Conv2d, rarefy.nn.Add), but has none"
+            f"(Linear, Conv1d, Conv2d, Conv3d, rarefy.nn.Add, ...), but has none"
         )
-    return steps, skipped
+    return steps, skipped, unmatched
 
 
 def _read_flow(model: nn.Module, steps: dict[str, _Step], flow: Flow) -> None:
@@ -92,28 +94,33 @@ def _read_flow(model: nn.Module, steps: dict[str, _Step], flow: Flow) -> None:
         if event is None:
             continue
         consumer = flow.sole_consumer(event)
-        if type(step.module) is nn.Conv2d and consumer is not None and consumer.module is not None:
+        fold = step.row.fold
+        if fold is not None and consumer is not None and consumer.module is not None:
             bn = modules[consumer.module]
-            if _foldable(bn, step.module) and flow.only_call(consumer.module) is not None:
+            if _foldable(bn, step.module, fold) and flow.only_call(consumer.module) is not None:
                 step.bn = consumer.module
                 event = consumer
                 consumer = flow.sole_consumer(event)
-        step.relu = flow.is_relu(consumer)
-        if isinstance(step.module, nn.Linear):
+        step.relu = step.row.layer.fuses_relu and flow.is_relu(consumer)
+        if not step.row.layer.quantizes_output:
             continue
         consumers, returned = flow.final_consumers(event)
         takes_float = [not (c.module in steps and steps[c.module].config.activation is not None) for c in consumers]
         step.quantize_output = bool(consumers) and not returned and all(takes_float)
 
 
-def _foldable(bn: nn.Module, conv: nn.Conv2d) -> bool:
+def _foldable(bn: nn.Module, layer: nn.Module, fold: Fold) -> bool:
     return (
-        type(bn) is nn.BatchNorm2d
+        type(bn) is fold.batch_norm
         and bn.affine
         and bn.track_running_stats
         and bn.momentum is not None
-        and bn.num_features == conv.out_channels
+        and bn.num_features == layer.out_channels
     )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return is_layer(module) or isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.ReLU))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -128,51 +135,63 @@ def _prepare(
     example_inputs: object | None,
     inplace: bool,
     default_observer: Observer,
+    replace_relu: bool,
+    strict: bool,
+    sync: RangeSync | None,
 ) -> nn.Module:
     if not isinstance(config, QConfig):
         raise TypeError(f"[{function}] config must be a QConfig, got {type(config).__name__}")
-    if _is_quantizable(model):
+    if row_of(model) is not None:
         raise ValueError(
             f"[{function}] model must contain its layers, got a single {type(model).__name__}; wrap it in nn.Sequential"
         )
     if not inplace:
         model = copy.deepcopy(model)
-    steps, skipped = _plan(model, config, function)
+    layers = _layers(model, config, function)
+    flow = None
     if example_inputs is not None:
-        watched = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, rnn.Add)
-        _read_flow(model, steps, record(model, example_inputs, watched))
+        flow = record(model, example_inputs, _is_watched)
+    steps, skipped, unmatched = _plan(layers, config, function, flow, strict)
+    if flow is not None:
+        _read_flow(model, steps, flow)
     # Build every layer first: the model is touched only when nothing can fail any more.
     swaps: list[tuple[str, nn.Module]] = []
     for step in steps.values():
-        layer_config = step.config
-        if layer_config.observer is None:
-            layer_config = QConfig(layer_config.weight, layer_config.activation, default_observer)
+        layer_config = step.config.with_observer(default_observer)
         options = {"relu": step.relu, "quantize_output": step.quantize_output}
-        if isinstance(step.module, rnn.Add):
-            swaps.append((step.name, rnn.Add.from_float(step.module, layer_config, **options)))
-        elif isinstance(step.module, nn.Linear):
-            swaps.append((step.name, rnn.Linear.from_float(step.module, layer_config, **options)))
-        elif isinstance(step.module, rnn.ConvBn2d):
-            swaps.append((step.name, rnn.ConvBn2d.from_float(step.module, None, layer_config, **options)))
-        elif step.bn is not None:
-            bn = rnn.FoldedBatchNorm2d.from_float(model.get_submodule(step.bn))
+        if step.bn is not None:
+            fold = step.row.fold
+            assert fold is not None
+            bn = fold.folded.from_float(model.get_submodule(step.bn))
             swaps.append((step.bn, bn))
-            swaps.append((step.name, rnn.ConvBn2d.from_float(step.module, bn, layer_config, **options)))
+            swaps.append((step.name, fold.layer.from_float(step.module, layer_config, bn=bn, **options)))
         else:
-            swaps.append((step.name, rnn.Conv2d.from_float(step.module, layer_config, **options)))
+            swaps.append((step.name, step.row.layer.from_float(step.module, layer_config, **options)))
+    if replace_relu:
+        swaps += [(name, rnn.ReLU.from_float(m)) for name, m in model.named_modules() if name and type(m) is nn.ReLU]
     # One new layer for each module, also where the model holds it under several names.
     replacement = {id(model.get_submodule(name)): layer for name, layer in swaps}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in replacement:
             _replace(model, name, replacement[id(module)])
-    model._rarefy_skipped = skipped  # read by report()
+    model._rarefy_skipped, model._rarefy_unmatched = skipped, unmatched  # read by report()
+    for name, quantizer in _quantizers(model):
+        quantizer.name, quantizer.sync = name, sync
     return model
 
 
 def prepare_qat(
-    model: nn.Module, config: QConfig, example_inputs: object | None = None, *, inplace: bool = False
+    model: nn.Module,
+    config: QConfig,
+    example_inputs: object | None = None,
+    *,
+    inplace: bool = False,
+    strict: bool = True,
+    sync_observers: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> nn.Module:
-    """A model that trains with quantization: its Linear, Conv2d and ``rarefy.nn.Add`` layers compute on integer grids.
+    """A model that trains with quantization: its linear and convolution layers, ``rarefy.nn.Add`` and so on
+    compute on integer grids.
 
     Every quantized layer quantizes its own input and weight, so that no tracing is needed. With ``example_inputs`` the
     model is run once, and what the run shows is used: a batch normalization that alone follows a convolution is folded
@@ -184,25 +203,51 @@ def prepare_qat(
         config: schemes and overrides.
         example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
         inplace: swap the layers of ``model`` itself; Parameter objects stay the same, so an optimizer stays valid.
+        strict: an override that matches no layer is an error, and so is a layer of a supported family that cannot be
+            quantized (a subclass, say) and that no override excludes. With False, ``report`` names them.
+        sync_observers: when ``torch.distributed`` is initialized, activation ranges are those of all processes (one small
+            all-reduce for each quantizer and step), so that quantizers stay equal everywhere.
+        process_group: the processes that share ranges; None: all.
 
     Returns:
         The prepared model; ``model`` itself is unchanged unless ``inplace``.
 
     Raises:
-        ValueError: an override matches no layer, nothing is left to quantize, or a layer is prepared already. The model
-            is then as it was.
+        ValueError: something is amiss with ``strict``, a layer cannot execute as the configuration demands, nothing is left
+            to quantize, or a layer is prepared already. The model is then as it was.
     """
-    return _prepare("prepare_qat", model, config, example_inputs, inplace, MovingAverage())
+    sync = RangeSync(process_group) if sync_observers else None
+    return _prepare(
+        "prepare_qat",
+        model,
+        config,
+        example_inputs,
+        inplace,
+        MovingAverage(),
+        replace_relu=True,
+        strict=strict,
+        sync=sync,
+    )
 
 
 def prepare(
-    model: nn.Module, config: QConfig, example_inputs: object | None = None, *, inplace: bool = False
+    model: nn.Module,
+    config: QConfig,
+    example_inputs: object | None = None,
+    *,
+    inplace: bool = False,
+    strict: bool = True,
+    sync_observers: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> nn.Module:
     """A model that is ready for ``calibrate``: quantization after training, without training.
 
     Arguments, result and errors are those of ``prepare_qat``. Until ``calibrate`` has run, activations pass unchanged.
     """
-    model = _prepare("prepare", model, config, example_inputs, inplace, MinMax())
+    sync = RangeSync(process_group) if sync_observers else None
+    model = _prepare(
+        "prepare", model, config, example_inputs, inplace, MinMax(), replace_relu=False, strict=strict, sync=sync
+    )
     for _, quantizer in _activation_quantizers(model):
         quantizer.observe = quantizer.quantize = False
     return model
@@ -243,7 +288,10 @@ def calibrate(
 ) -> nn.Module:
     """Run the data through a prepared model so that its activation quantizers learn their ranges.
 
-    In evaluation mode, without gradients; the training mode is restored. Statistics add up over several calls.
+    In evaluation mode, without gradients; the training mode is restored. Statistics add up over several calls. Batches
+    with NaN or infinite values are left out, and a warning says how many at which quantizer. Where ranges are shared
+    between processes they are merged once, at the end, so that the processes may have different numbers of batches: all of
+    them must call this.
 
     Args:
         model: of ``prepare`` (or ``prepare_qat``).
@@ -256,32 +304,53 @@ def calibrate(
         ``model`` itself, with quantizing activations.
 
     Raises:
-        ValueError: the model is not prepared, there is no batch, or some layer saw no data (they are listed), or the data
-            is NaN or infinite. The quantizers' switches, and their ranges, are then as they were.
+        ValueError: the model is not prepared, there is no batch, or some layer saw no data, or no finite batch (they are
+            listed). The quantizers' switches, and their ranges, are then as they were.
     """
     _require_prepared("calibrate", model)
     quantizers = _activation_quantizers(model)
-    before = [(q, q.observe, q.quantize, {k: v.clone() for k, v in q.state_dict().items()}) for _, q in quantizers]
+    before = [(q, q.observe, q.quantize, q.sync, q._told) for _, q in quantizers]
+    states = {name: {k: v.clone() for k, v in q.state_dict().items()} for name, q in _quantizers(model)}
     try:
         batches = 0
         with _evaluating(model), torch.no_grad():
             for _, quantizer in quantizers:
                 quantizer.observe, quantizer.quantize = True, False
+                quantizer.sync, quantizer._told = None, True  # once, at the end
             for batch in tqdm(loader, desc="calibrate", disable=not progress):
                 _feed(model, batch, forward)
                 batches += 1
+        for quantizer, _, _, sync, _ in before:
+            quantizer.sync = sync
+            if sync is not None and sync.is_active():
+                sync.merge([quantizer])
+                batches = sync.sum(batches, quantizer.scale.device) if quantizer is quantizers[0][1] else batches
         if batches == 0:
             raise ValueError("[calibrate] loader must yield at least one batch, got none")
-        missed = [name for name, quantizer in quantizers if not quantizer.calibrated]
+        skipped = {name: int(q.skipped) - int(states[name]["skipped"]) for name, q in quantizers}
+        empty = [name for name, quantizer in quantizers if not quantizer.calibrated]
+        missed = [name for name in empty if not skipped[name]]
         if missed:
             raise ValueError(f"[calibrate] every quantizer must see data, but none reached: {', '.join(missed)}")
+        if empty:
+            raise ValueError(
+                f"[calibrate] every quantizer must see a finite batch, but every batch held NaN or infinite values at: "
+                f"{', '.join(empty)}"
+            )
     except BaseException:
-        for quantizer, observe, quantize, state in before:
-            quantizer.load_state_dict(state)
-            quantizer.observe, quantizer.quantize = observe, quantize
+        for name, quantizer in _quantizers(model):
+            quantizer.load_state_dict(states[name])
+        for quantizer, observe, quantize, sync, _ in before:
+            quantizer.observe, quantizer.quantize, quantizer.sync = observe, quantize, sync
         raise
+    finally:
+        for quantizer, *_, told in before:
+            quantizer._told = told
     for _, quantizer in quantizers:
         quantizer.observe, quantizer.quantize = False, True
+    counts = ", ".join(f"{name} ({count})" for name, count in skipped.items() if count)
+    if counts:
+        warnings.warn(f"[calibrate] batches with NaN or infinite values were left out at: {counts}", stacklevel=2)
     return model
 
 
@@ -325,11 +394,12 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         model = copy.deepcopy(model)
     swaps: dict[int, nn.Module] = {}
     for module in model.modules():
-        if isinstance(module, rnn.Linear):
-            swaps[id(module)] = rnn.QuantizedLinear(module)
-        elif isinstance(module, (rnn.Conv2d, rnn.ConvBn2d)) and module.quant.weight is not None:
-            swaps[id(module)] = rnn.QuantizedConv2d(module)
-            if isinstance(module, rnn.ConvBn2d):
+        if not isinstance(module, rnn.QuantizableLayer) or not module.prepared:
+            continue
+        integer = integer_type(module)
+        if integer is not None:
+            swaps[id(module)] = integer(module)
+            if isinstance(module, rnn.ConvBnLayer):
                 swaps[id(module.bn)] = nn.Identity()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in swaps:

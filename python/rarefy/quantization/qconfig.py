@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
+import torch
 from torch import nn
 
-from rarefy._core.quantization import PerChannel, Scheme, validate_layer_config
+from rarefy._core.quantization import PerChannel, Scheme, validate_layer_config, why_not_integer
 from rarefy.quantization.fake_quantizer import Observer
 
 
 @dataclass(frozen=True)
 class QConfig:
-    """What a model is quantized to: a default, and overrides by name or type.
+    """What a model is quantized to: a default, and overrides by name, type or function.
 
     Attributes:
         weight: grid of weights; None leaves everything in floating point. Symmetric and signed, per tensor or per
@@ -24,18 +26,37 @@ class QConfig:
             in ``prepare``.
         overrides: from a name pattern (``*`` and ``?``, matched against the whole dotted name) or a module type to a
             ``QConfig``, or to None, which keeps the layer in FP32. A name counts before a type, and of several the last.
+            Or a function ``(name, module)`` that gives the same, and ``NotImplemented`` where the default holds.
+        first_last_fp32: keep the first and the last layer with a weight in FP32: in the order of the example run where
+            there is one, of the modules otherwise. An override that matches one of them counts before this.
+        execution: "integer" computes the forward pass on int8 kernels, "simulated" in floating point on values that lie on
+            the grid; None is "integer" where the schemes allow it.
+        gradient_dtype: type that gradients are computed in: ``torch.float32`` or ``torch.bfloat16``.
 
     Raises:
-        ValueError: a scheme that no layer can execute.
+        ValueError: a scheme that no layer can execute, an unknown execution or gradient_dtype.
+        TypeError: overrides are neither a mapping nor a function.
     """
 
     weight: Scheme | None = None
     activation: Scheme | None = None
     observer: Observer | None = None
-    overrides: Mapping[str | type[nn.Module], QConfig | None] = field(default_factory=dict)
+    overrides: Mapping[str | type[nn.Module], QConfig | None] | Callable[[str, nn.Module], object] = field(
+        default_factory=dict
+    )
+    first_last_fp32: bool = False
+    execution: Literal["integer", "simulated"] | None = None
+    gradient_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        validate_layer_config(self.weight, self.activation, self.observer)
+        validate_layer_config(self.weight, self.activation, self.observer, self.gradient_dtype)
+        if self.execution not in (None, "integer", "simulated"):
+            raise ValueError(f"[QConfig] execution must be 'integer', 'simulated' or None, got {self.execution!r}")
+        if not isinstance(self.overrides, Mapping) and not callable(self.overrides):
+            raise TypeError(
+                f"[QConfig] overrides must be a mapping or a function of name and module, got "
+                f"{type(self.overrides).__name__}"
+            )
 
     @classmethod
     def int8(cls, **changes: object) -> QConfig:
@@ -50,19 +71,40 @@ class QConfig:
         }
         return cls(**{**fields, **changes})  # type: ignore[arg-type]
 
-    def resolve(self, name: str, module: nn.Module) -> tuple[QConfig | None, str]:
-        """The configuration of the layer ``name`` and, when it is None, why."""
-        found: tuple[str | type[nn.Module], QConfig | None] | None = None
+    def why_not_integer(self) -> str | None:
+        """Why a layer with these schemes cannot compute in integers; None when it can."""
+        return why_not_integer(self.weight, self.activation)
+
+    def with_observer(self, observer: Observer) -> QConfig:
+        """The same for one layer, with an observer where none was chosen."""
+        return self if self.observer is not None else replace(self, observer=observer)
+
+    def override(self, name: str, module: nn.Module) -> tuple[object, str] | None:
+        """What the overrides say of the layer ``name``, and which one says it; None when they say nothing."""
+        if not isinstance(self.overrides, Mapping):
+            value = self.overrides(name, module)
+            if value is NotImplemented:
+                return None
+            if value is not None and not isinstance(value, QConfig):
+                raise TypeError(
+                    f"[QConfig] overrides must give a QConfig, None or NotImplemented, got {type(value).__name__} for {name}"
+                )
+            return value, getattr(self.overrides, "__name__", "function")
+        found: tuple[object, str] | None = None
         for key, value in self.overrides.items():
             if not isinstance(key, str) and isinstance(module, key):
-                found = (key, value)
+                found = (value, key.__name__)
         for key, value in self.overrides.items():
             if isinstance(key, str) and fnmatch.fnmatchcase(name, key):
-                found = (key, value)
+                found = (value, repr(key))
+        return found
+
+    def resolve(self, name: str, module: nn.Module) -> tuple[QConfig | None, str]:
+        """The configuration of the layer ``name`` and, when it is None, why."""
+        found = self.override(name, module)
         if found is None:
             return (self, "") if self.weight is not None else (None, "the configuration has no weight scheme")
-        key, value = found
-        if value is None or value.weight is None:
-            shown = repr(key) if isinstance(key, str) else key.__name__
+        value, shown = found
+        if not isinstance(value, QConfig) or value.weight is None:
             return None, f"kept in FP32 by the override {shown}"
         return value, ""

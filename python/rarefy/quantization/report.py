@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from rarefy import nn as rnn
+from rarefy.nn.registry import is_layer, is_prepared, unsupported
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class QuantizationReport:
     """One row per layer that is quantized or could be."""
 
     layers: tuple[LayerReport, ...]
+    warnings: tuple[str, ...] = ()  #: what the configuration asked for in vain
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
@@ -48,21 +50,22 @@ class QuantizationReport:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.append(f"{len(self.quantized)} quantized, {len(self.skipped)} in FP32")
+        lines += self.warnings
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         head, *body = self._rows()
         cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
         lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-        summary = f"{len(self.quantized)} quantized, {len(self.skipped)} in FP32"
-        return f"<table><caption>{summary}</caption><tr>{cells}</tr>{lines}</table>"
+        summary = "; ".join([f"{len(self.quantized)} quantized, {len(self.skipped)} in FP32", *self.warnings])
+        return f"<table><caption>{html.escape(summary)}</caption><tr>{cells}</tr>{lines}</table>"
 
 
 def _prepared(name: str, module: nn.Module, state: str) -> LayerReport:
     quant: rnn.QuantState = module.quant  # type: ignore[assignment]
     first = quant.input if quant.input is not None else quant.input0
     notes = []
-    if isinstance(module, rnn.ConvBn2d):
+    if isinstance(module, rnn.ConvBnLayer):
         notes.append("batch norm folded")
     if module.relu:
         notes.append("ReLU fused")
@@ -70,6 +73,11 @@ def _prepared(name: str, module: nn.Module, state: str) -> LayerReport:
         notes.append("output quantized")
     if any(not quantizer.calibrated for quantizer in quant.children() if quantizer is not quant.weight):
         notes.append("not calibrated")
+    for child, quantizer in quant.named_children():
+        if count := int(quantizer.skipped):
+            notes.append(
+                f"{count} batches not finite at {child}" if child != "weight" else f"weight not finite {count} times"
+            )
     return LayerReport(
         name,
         type(module).__name__,
@@ -85,12 +93,12 @@ def report(model: nn.Module) -> QuantizationReport:
     skipped: dict[str, str] = getattr(model, "_rarefy_skipped", {})
     layers = []
     for name, module in model.named_modules():
-        if isinstance(module, (rnn.QuantizedLinear, rnn.QuantizedConv2d)):
+        if isinstance(module, rnn.QuantizedLayer):
             layers.append(_prepared(name, module, "integer"))
-        elif isinstance(module, (rnn.WeightedLayer, rnn.Add)) and list(module.quant.children()):
+        elif is_prepared(module):
             layers.append(_prepared(name, module, "prepared"))
-        elif isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, rnn.Add)):
-            known = isinstance(module, (nn.Linear, nn.Conv2d, rnn.Add)) and not skipped
-            reason = skipped.get(name, "not prepared" if known else f"{type(module).__name__} is not supported")
+        elif is_layer(module):
+            reason = skipped.get(name) or unsupported(module) or "not prepared"
             layers.append(LayerReport(name, type(module).__name__, "fp32", "", "", reason))
-    return QuantizationReport(tuple(layers))
+    unmatched = getattr(model, "_rarefy_unmatched", ())
+    return QuantizationReport(tuple(layers), tuple(f"override {shown} matches no layer" for shown in unmatched))

@@ -68,9 +68,10 @@ struct Observer {
   torch::Tensor max_val = torch::full({1}, -std::numeric_limits<float>::infinity());
   torch::Tensor scale = torch::ones({1});
   torch::Tensor zero_point = torch::zeros({1}, torch::kInt);
+  torch::Tensor skipped = torch::zeros({1}, torch::kLong);
 
   void observe(const torch::Tensor& x, std::optional<double> constant) {
-    ops::observe(x, min_val, max_val, scale, zero_point, std::nullopt, constant, 0, 255, false);
+    ops::observe(x, min_val, max_val, scale, zero_point, skipped, std::nullopt, constant, 0, 255, false);
   }
 };
 
@@ -125,7 +126,8 @@ TEST_CASE("results do not depend on the number of threads", "[ops][fake_quantize
     at::set_num_threads(threads);
     Observer observer;
     results.push_back(ops::observe_fake_quantize(x, observer.min_val, observer.max_val, observer.scale,
-                                                 observer.zero_point, std::nullopt, std::nullopt, 0, 255, false));
+                                                 observer.zero_point, observer.skipped, std::nullopt, std::nullopt, 0,
+                                                 255, false));
   }
   at::set_num_threads(before);
   REQUIRE(torch::equal(results[0], results[1]));
@@ -150,20 +152,26 @@ TEST_CASE("observe: running, averaging and latest range", "[ops][observe]") {
   REQUIRE(latest.zero_point.item<int>() == 127);  // 2 / float(4 / 255) is just below 127.5
 }
 
-TEST_CASE("observe: bad data leaves the state alone", "[ops][observe]") {
+TEST_CASE("observe: a batch that is not finite is counted and leaves the range alone", "[ops][observe]") {
   Observer observer;
   observer.observe(torch::tensor({-1.0f, 3.0f}), std::nullopt);
   const auto before = torch::cat({observer.min_val, observer.max_val, observer.scale, observer.zero_point});
   auto bad = torch::zeros({100});
   bad[77] = std::numeric_limits<float>::quiet_NaN();
-  REQUIRE_THROWS_AS(observer.observe(bad, std::nullopt), c10::ValueError);
-  REQUIRE_THROWS_WITH(
-      observer.observe(bad, std::nullopt),
-      ContainsSubstring("[observe] input must be finite (in float32), got 1 NaN and 0 infinite values of "
-                        "100, the first at flat index 77"));
+  observer.observe(bad, std::nullopt);
+  bad[77] = std::numeric_limits<float>::infinity();
+  observer.observe(bad, 0.5);
+  REQUIRE(observer.skipped.item<int64_t>() == 2);
   REQUIRE_THROWS_WITH(observer.observe(torch::empty({0, 3}), std::nullopt),
                       ContainsSubstring("[observe] input must not be empty, got shape [0, 3]"));
   REQUIRE(torch::equal(before, torch::cat({observer.min_val, observer.max_val, observer.scale, observer.zero_point})));
+  Observer fresh;
+  fresh.scale.fill_(7.0f);
+  fresh.observe(bad, std::nullopt);
+  REQUIRE(fresh.scale.item<float>() == 1.0f);
+  REQUIRE(fresh.max_val.item<float>() == -std::numeric_limits<float>::infinity());
+  fresh.observe(torch::ones({3}), 0.01);
+  REQUIRE(fresh.max_val.item<float>() == 1.0f);
 }
 
 TEST_CASE("choose_qparams: both formulas", "[ops][choose_qparams]") {

@@ -47,6 +47,8 @@ class RAREFY_API Quantizable {
   virtual ~Quantizable() = default;
 
   Mode mode() const { return mode_; }
+  /// Whether the layer has a weight; Add has none.
+  virtual bool has_weight() const { return false; }
   /// "Linear", "Conv2d", ...
   virtual std::string kind() const = 0;
   /// Attaches the quantizers. Throws c10::ValueError unless the layer is floating.
@@ -57,6 +59,11 @@ class RAREFY_API Quantizable {
   QuantStateImpl* quant_state() const { return quant.is_empty() ? nullptr : quant.ptr().get(); }
 
   QuantState quant{nullptr};
+  /// How the configuration wants the layer to compute; see quantization::LayerConfig.
+  std::optional<quantization::Execution> execution;
+  c10::ScalarType gradient_dtype = c10::ScalarType::Float;
+  /// Why the layer stays in floating point, for report(); empty when nothing is known.
+  std::string note;
 
  protected:
   Mode mode_ = Mode::floating;

@@ -20,6 +20,8 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     }
   }
 
+  bool has_weight() const override { return true; }
+
   void prepare(const quantization::LayerConfig& config, const quantization::Observer& default_observer) override {
     TORCH_CHECK_VALUE(mode_ == Mode::floating, "[prepare] ", kind(),
                       " must be floating point, but is already prepared");
@@ -32,6 +34,8 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     specs_.push_back({"weight", {*config.weight, quantization::Latest{}, weight.size(0)}});
     quant = this->register_module("quant", QuantState(specs_));
     quant->train(this->is_training());
+    execution = config.execution;
+    gradient_dtype = config.gradient_dtype;
     mode_ = Mode::prepared;
   }
 

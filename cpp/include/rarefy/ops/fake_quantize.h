@@ -49,20 +49,23 @@ RAREFY_API at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale, con
 /// Updates the running range and derives the parameters from it (choose_qparams), in place.
 ///   min_val, max_val  float32, contiguous, shape as scale; min_val = +inf and max_val = -inf mean "nothing observed yet".
 ///   scale, zero_point float32 and int32, contiguous; written, never read.
+///   skipped           int64, one element: batches that held a NaN or an infinity (a float64 beyond float32's range is one).
+///                     Such a batch counts here and leaves the range as it is; where there is no range yet, scale and
+///                     zero_point become those of [0, 0] until a finite batch comes. Nothing is thrown for it.
 ///   averaging_constant  unset: min_val = min(min_val, min(x)), max_val = max(max_val, max(x)).
 ///                       c in (0, 1]: min_val = (1 - c) * min_val + c * min(x), in double, and max_val likewise; 1 keeps the
 ///                       latest range only. The first observation is taken whole.
-/// Throws c10::ValueError when x is empty or holds a NaN or an infinity (a float64 beyond float32's range is one), when the
-/// state is neither unset nor a finite range, when it requires a gradient; then nothing has changed.
+/// Throws c10::ValueError when x is empty, when the state is neither unset nor a finite range, when it requires a gradient;
+/// then nothing has changed.
 RAREFY_API void observe(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
-                        at::Tensor& zero_point, std::optional<int64_t> axis, std::optional<double> averaging_constant,
-                        int64_t qmin, int64_t qmax, bool symmetric);
+                        at::Tensor& zero_point, at::Tensor& skipped, std::optional<int64_t> axis,
+                        std::optional<double> averaging_constant, int64_t qmin, int64_t qmax, bool symmetric);
 
 /// observe, then fake_quantize with the parameters just derived; one operator, differentiable in x.
 RAREFY_API at::Tensor observe_fake_quantize(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val,
-                                            at::Tensor& scale, at::Tensor& zero_point, std::optional<int64_t> axis,
-                                            std::optional<double> averaging_constant, int64_t qmin, int64_t qmax,
-                                            bool symmetric);
+                                            at::Tensor& scale, at::Tensor& zero_point, at::Tensor& skipped,
+                                            std::optional<int64_t> axis, std::optional<double> averaging_constant,
+                                            int64_t qmin, int64_t qmax, bool symmetric);
 
 /// Scale (float32) and zero point (int32) of the range [min_val, max_val], widened to hold 0; same shape.
 ///   symmetric:  zero_point = (qmin + qmax + 1) / 2 (0 for signed ranges), scale = max(|min|, |max|) / (qmax - zero_point)

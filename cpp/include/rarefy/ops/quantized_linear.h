@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <optional>
 
-// Integer execution of a linear layer and of a 2-d convolution on LibTorch's oneDNN int8 kernels. Each is also
+// Integer execution of a linear layer and of convolutions on LibTorch's oneDNN int8 kernels. Each is also
 // torch.ops.rarefy.<name>. The input is quantized on the way in, multiplied and summed in integers (int8 or uint8 times
 // int8, int32 sums), and scaled once on the way out (docs/dev/numerics.md, "Integer execution"):
 //
@@ -29,15 +29,16 @@ RAREFY_API at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& pa
                                        const std::optional<at::Tensor>& bias, const at::Tensor& input_scale,
                                        const at::Tensor& input_zero_point, int64_t qmin, int64_t qmax, bool relu);
 
-/// The same for a 2-d convolution. weight: int8, [out, in / groups, kh, kw]; weight_scale: float32 [out].
-///   input_size        [N, in, H, W] of the inputs to come: the kernel chooses its layout by it. Other sizes are right too,
+/// The same for a convolution of 1, 2 or 3 dimensions (one value of stride, padding and dilation for each).
+///   weight            int8, [out, in / groups, (kd, kh,) kw]        weight_scale   float32 [out]
+///   input_size        [N, in, (D, H,) W] of the inputs to come: the kernel chooses its layout by it. Other sizes are right too,
 ///                     and can be slower (measured: 8.7 ms instead of 0.04 for 96 channels of 4x4 without it).
 ///   input_zero_point  as uint8: the zero point, plus 128 for a signed input
 RAREFY_API at::Tensor pack_conv2d_weight(const at::Tensor& weight, const at::Tensor& weight_scale,
                                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                                          int64_t groups, at::IntArrayRef input_size, int64_t input_zero_point);
 
-/// out: float32 [N, out, h, w], channels-last. x: floating point [N, in, H, W]; the zero padding is exact, as
+/// out: float32 [N, out, (d, h,) w], channels-last. x: floating point [N, in, (D, H,) W]; the zero padding is exact, as
 /// quantization maps 0 to the zero point.
 RAREFY_API at::Tensor quantized_conv2d(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight_scale,
                                        const std::optional<at::Tensor>& bias, const at::Tensor& input_scale,

@@ -5,6 +5,9 @@
 #include <torch/nn/cloneable.h>
 #include <torch/nn/pimpl.h>
 
+#include <functional>
+#include <string>
+
 namespace rarefy::quantization {
 
 /// Options of a FakeQuantizer.
@@ -17,10 +20,12 @@ struct FakeQuantizerOptions {
 
 /// Observes ranges and rounds to the grid, in floating point, with the clipped straight-through gradient.
 ///
-/// Buffers, all of shape [1] or [channels]: scale (float32), zero_point (int32), min_val and max_val (float32, +inf and
-/// -inf until something was observed).
+/// Buffers of shape [1] or [channels]: scale (float32), zero_point (int32), min_val and max_val (float32, +inf and -inf
+/// until something was observed). skipped (int64 [1]) counts the batches that held a NaN or an infinity: their range is left
+/// out, and they are rounded to the grid so far (that of [0, 0], scale 1, while there is none).
+///
 /// A weight (Latest) is observed at every forward; an activation while training, and in calibration (observe without
-/// quantize) always.
+/// quantize) always, but not inside of a backward pass: such a forward recomputes activations (gradient checkpointing).
 class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerImpl> {
  public:
   /// Throws c10::ValueError for an invalid scheme or observer, or channels < 1.
@@ -29,7 +34,9 @@ class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerIm
   void pretty_print(std::ostream& stream) const override;
 
   /// x on the grid when `quantize`, x itself otherwise; any shape that the scheme's axis fits.
-  /// Throws c10::ValueError when it quantizes but has never observed anything.
+  /// The first skipped batch is told by a warning (on the CPU, where that costs nothing).
+  /// Throws c10::ValueError when it quantizes without observing and has never observed anything; for a weight on the CPU that
+  /// is not finite.
   torch::Tensor forward(const torch::Tensor& x);
 
   /// The integers of x, int8 or uint8, with the parameters as they are.
@@ -42,12 +49,27 @@ class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerIm
   void refresh() { known_calibrated_ = calibrated(); }
   void load(torch::serialize::InputArchive& archive) override;
 
+  /// Makes range and count those of all processes (smallest minimum, greatest maximum, greatest count), by all_reduce_max,
+  /// which must be set: what calibration does at its end, where batches per process may differ in number.
+  void merge_over_processes();
+
   FakeQuantizerOptions options;
   bool observe = true;
   bool quantize = true;
-  torch::Tensor scale, zero_point, min_val, max_val;
+  /// "fc1.quant.input", say; for messages.
+  std::string name;
+  /// When set, activations are observed over several processes: called with one float32 tensor, of which it takes the
+  /// element-wise maximum over all of them, in place. set_process_group (rarefy/quantization/distributed.h) sets it.
+  std::function<void(torch::Tensor&)> all_reduce_max;
+  torch::Tensor scale, zero_point, min_val, max_val, skipped;
 
  private:
+  void observe_over_processes(const torch::Tensor& x);
+  torch::Tensor merged(const torch::Tensor& low, const torch::Tensor& high, const torch::Tensor& count);
+  void take(const torch::Tensor& merged, std::optional<double> constant);
+  void tell_skipped(const torch::Tensor& x);
+
+  bool told_ = false;              // of the first skipped batch
   bool known_calibrated_ = false;  // saves reading the buffers back at every forward
 };
 TORCH_MODULE(FakeQuantizer);

@@ -12,17 +12,23 @@ namespace rarefy::quantization {
 
 /// Switches on quantization-aware training: every rarefy::nn layer that `config` quantizes computes with fake-quantized
 /// input and weight from now on. Parameters, their names and an optimizer that holds them stay valid.
-/// Throws c10::ValueError, with the model unchanged, when `config` is invalid, an override matches no layer, the model has
-/// no rarefy::nn layer left to quantize, or a layer is prepared already.
-RAREFY_API void prepare_qat(torch::nn::Module& model, const QConfig& config);
+///
+/// strict: an override that matches no layer is an error, and so is a torch::nn::Linear or convolution that no override
+/// excludes: it cannot be switched. Without it both are left alone.
+///
+/// Throws c10::ValueError, with the model unchanged, when `config` is invalid, something is amiss with `strict`, a layer cannot
+/// execute as the configuration demands, the model has no rarefy::nn layer left to quantize, or a layer is prepared already.
+RAREFY_API void prepare_qat(torch::nn::Module& model, const QConfig& config, bool strict = true);
 
 /// The same for quantization after training: the layers observe when calibrate() runs them.
-RAREFY_API void prepare(torch::nn::Module& model, const QConfig& config);
+RAREFY_API void prepare(torch::nn::Module& model, const QConfig& config, bool strict = true);
 
 /// Runs `run` (which feeds the model) in evaluation mode without gradients while the activation quantizers observe and do
 /// not quantize; afterwards they quantize with the ranges seen. Restores the training mode.
-/// Throws c10::ValueError when the model was not prepared or `run` fed nothing to some layer (they are named), and passes on
-/// what `run` throws; the quantizers' switches are then as they were.
+/// Batches with NaN or infinite values are left out; a warning says how many at which quantizer. Where ranges are shared
+/// between processes (set_process_group) they are merged once, at the end: every process must call this.
+/// Throws c10::ValueError when the model was not prepared or `run` fed nothing, or nothing finite, to some layer (they are
+/// named), and passes on what `run` throws; the quantizers are then as they were.
 RAREFY_API void calibrate(torch::nn::Module& model, const std::function<void()>& run);
 
 /// Switches the prepared layers to int8 kernels; float weights are gone afterwards. For inference.
@@ -32,7 +38,7 @@ RAREFY_API void convert(torch::nn::Module& model);
 /// What each fake quantizer does from now on. Unset: unchanged.
 RAREFY_API void set_state(torch::nn::Module& model, std::optional<bool> observe, std::optional<bool> quantize);
 
-/// One line per rarefy::nn layer: name, kind, mode, schemes.
+/// One line per rarefy::nn layer: name, kind, mode, schemes, batches left out, why it is in FP32.
 RAREFY_API std::string report(const torch::nn::Module& model);
 
 }  // namespace rarefy::quantization

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <c10/core/ScalarType.h>
 #include <rarefy/export.h>
 #include <rarefy/quantization/scheme.h>
 
@@ -10,16 +11,26 @@
 
 namespace rarefy::quantization {
 
+/// How a prepared layer computes its forward pass: on int8 kernels, or in floating point on values that lie on the grid.
+enum class Execution { integer, simulated };
+
 /// What one layer is quantized to. An unset scheme leaves that side in floating point.
 struct LayerConfig {
-  std::optional<Scheme> weight;
-  std::optional<Scheme> activation;
+  std::optional<Scheme> weight = std::nullopt;
+  std::optional<Scheme> activation = std::nullopt;
   /// How activation ranges follow the data. Unset: MovingAverage(0.01) in prepare_qat, MinMax in prepare.
-  std::optional<Observer> observer;
+  std::optional<Observer> observer = std::nullopt;
 
-  /// Throws c10::ValueError for a scheme that no layer can execute: a weight that is not symmetric and signed or whose
-  /// channel axis is not 0, an activation per channel.
+  /// Unset: integer where the schemes allow it (see why_not_integer).
+  std::optional<Execution> execution = std::nullopt;
+  /// The type that gradients are computed in: float32 or bfloat16.
+  c10::ScalarType gradient_dtype = c10::ScalarType::Float;
+
+  /// Throws c10::ValueError for a scheme that no layer can execute (a weight that is not symmetric and signed or whose
+  /// channel axis is not 0, an activation per channel) and for a gradient_dtype that is neither float32 nor bfloat16.
   RAREFY_API void validate() const;
+  /// Why a layer with these schemes cannot compute in integers; unset when it can.
+  RAREFY_API std::optional<std::string> why_not_integer() const;
 };
 
 /// What a model is quantized to: a default, and overrides by name.
@@ -27,6 +38,9 @@ struct QConfig : LayerConfig {
   /// Name pattern (`*` and `?` as in a shell, matched against the whole dotted name) to configuration; no value keeps the
   /// layer in FP32. The last pattern that matches counts.
   std::vector<std::pair<std::string, std::optional<LayerConfig>>> overrides;
+  /// Keep the first and the last layer with a weight in FP32, in the order in which the modules are registered. An override
+  /// that matches one of them counts before this.
+  bool first_last_fp32 = false;
 
   /// 8 bits on both sides: int8 symmetric per output channel [-127, 127] for weights, uint8 asymmetric per tensor for
   /// activations. What ONNX Runtime and oneDNN execute fastest on x86.
@@ -35,6 +49,9 @@ struct QConfig : LayerConfig {
   /// The configuration of the layer called `name`; unset to keep it in FP32.
   RAREFY_API std::optional<LayerConfig> resolve(const std::string& name) const;
 };
+
+/// "integer", "simulated".
+RAREFY_API std::string str(Execution execution);
 
 /// True when the whole of `name` matches `pattern`, in which `*` stands for any text and `?` for one character.
 RAREFY_API bool matches(const std::string& pattern, const std::string& name);

@@ -1,11 +1,12 @@
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <rarefy/ops/fake_quantize.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <type_traits>
 #include <utility>
+
+#include "ops/autograd/mask_gradient.h"
 
 namespace rarefy::ops {
 namespace {
@@ -14,33 +15,10 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-/// Whether nobody but the caller can see the gradient's memory, so that it may be overwritten: torch's own accumulation
-/// of gradients takes buffers over on the same grounds. Only plain tensors, so that tracing never meets a mutation.
-bool is_ours_alone(const at::Tensor& grad, at::IntArrayRef strides) {
-  constexpr c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView,
-                                       c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutogradCUDA,
-                                       c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA});
-  return !at::GradMode::is_enabled() && grad.use_count() == 1 && plain.isSupersetOf(grad.key_set()) &&
-         !c10::impl::TorchDispatchModeTLS::any_modes_set() && grad.storage().use_count() == 1 &&
-         grad.is_non_overlapping_and_dense() && grad.strides() == strides;
-}
-
-void mask_in_place(at::Tensor grad, const at::Tensor& mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("rarefy::fake_quantize_backward_", "")
-                             .typed<void(at::Tensor&, const at::Tensor&)>();
-  op.call(grad, mask);
-}
-
 at::Tensor masked(AutogradContext* ctx, const variable_list& grads) {
   const auto strides = ctx->saved_data["strides"].toSymIntVector();
   const auto mask = ctx->get_saved_variables()[0];
-  const auto concrete = c10::asIntArrayRefSlowOpt(strides);
-  if (concrete.has_value() && is_ours_alone(grads[0], *concrete)) {
-    mask_in_place(grads[0], mask);
-    return grads[0];
-  }
-  return fake_quantize_backward(grads[0], mask, strides);
+  return mask_gradient(grads[0], mask, strides);
 }
 
 void save(AutogradContext* ctx, const at::Tensor& mask, c10::SymIntArrayRef strides) {
@@ -78,28 +56,29 @@ class FakeQuantizeBackward : public torch::autograd::Function<FakeQuantizeBackwa
 
 std::tuple<at::Tensor, at::Tensor> observe_fake_quantize_mask(const at::Tensor& x, at::Tensor& min_val,
                                                               at::Tensor& max_val, at::Tensor& scale,
-                                                              at::Tensor& zero_point, std::optional<int64_t> axis,
+                                                              at::Tensor& zero_point, at::Tensor& skipped,
+                                                              std::optional<int64_t> axis,
                                                               std::optional<double> averaging_constant, int64_t qmin,
                                                               int64_t qmax, bool symmetric) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("rarefy::observe_fake_quantize_mask", "")
                              .typed<decltype(observe_fake_quantize_mask)>();
-  return op.call(x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
+  return op.call(x, min_val, max_val, scale, zero_point, skipped, axis, averaging_constant, qmin, qmax, symmetric);
 }
 
 class ObserveFakeQuantize : public torch::autograd::Function<ObserveFakeQuantize> {
  public:
   static Variable forward(AutogradContext* ctx, const Variable& x, Variable min_val, Variable max_val, Variable scale,
-                          Variable zero_point, std::optional<int64_t> axis, std::optional<double> averaging_constant,
-                          int64_t qmin, int64_t qmax, bool symmetric) {
+                          Variable zero_point, Variable skipped, std::optional<int64_t> axis,
+                          std::optional<double> averaging_constant, int64_t qmin, int64_t qmax, bool symmetric) {
     at::AutoDispatchBelowAutograd guard;
-    auto [out, mask] = observe_fake_quantize_mask(x, min_val, max_val, scale, zero_point, axis, averaging_constant,
-                                                  qmin, qmax, symmetric);
+    auto [out, mask] = observe_fake_quantize_mask(x, min_val, max_val, scale, zero_point, skipped, axis,
+                                                  averaging_constant, qmin, qmax, symmetric);
     save(ctx, mask, out.sym_strides());
     return out;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return {masked(ctx, grads), {}, {}, {}, {}, {}, {}, {}, {}, {}};
+    return {masked(ctx, grads), {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
   }
 };
 
@@ -132,25 +111,25 @@ void check_state(const char* function, const at::Tensor& min_val, const at::Tens
 }
 
 void observe_autograd(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
-                      at::Tensor& zero_point, std::optional<int64_t> axis, std::optional<double> averaging_constant,
-                      int64_t qmin, int64_t qmax, bool symmetric) {
+                      at::Tensor& zero_point, at::Tensor& skipped, std::optional<int64_t> axis,
+                      std::optional<double> averaging_constant, int64_t qmin, int64_t qmax, bool symmetric) {
   check_state("observe", min_val, max_val, scale);
   at::AutoDispatchBelowAutograd guard;
-  observe(x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
+  observe(x, min_val, max_val, scale, zero_point, skipped, axis, averaging_constant, qmin, qmax, symmetric);
 }
 
 at::Tensor observe_fake_quantize_autograd(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val,
-                                          at::Tensor& scale, at::Tensor& zero_point, std::optional<int64_t> axis,
-                                          std::optional<double> averaging_constant, int64_t qmin, int64_t qmax,
-                                          bool symmetric) {
+                                          at::Tensor& scale, at::Tensor& zero_point, at::Tensor& skipped,
+                                          std::optional<int64_t> axis, std::optional<double> averaging_constant,
+                                          int64_t qmin, int64_t qmax, bool symmetric) {
   check_state("observe_fake_quantize", min_val, max_val, scale);
   if (!is_differentiated(x)) {
     at::AutoDispatchBelowAutograd guard;
-    return observe_fake_quantize(x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax,
+    return observe_fake_quantize(x, min_val, max_val, scale, zero_point, skipped, axis, averaging_constant, qmin, qmax,
                                  symmetric);
   }
-  return ObserveFakeQuantize::apply(x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax,
-                                    symmetric);
+  return ObserveFakeQuantize::apply(x, min_val, max_val, scale, zero_point, skipped, axis, averaging_constant, qmin,
+                                    qmax, symmetric);
 }
 
 /// An operator without a derivative: its results do not require a gradient.
@@ -164,17 +143,17 @@ struct NotDifferentiable<op> {
   }
 };
 
-/// An operator that writes its tensor arguments number 1 to 4: their versions go up, as after any in-place operation, so
+/// An operator that writes its tensor arguments number 1 to 5: their versions go up, as after any in-place operation, so
 /// that autograd notices when it had saved one of them.
 template <auto op>
 struct WritesState;
 template <typename Result, typename... Rest,
-          Result (*op)(const at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, Rest...)>
+          Result (*op)(const at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, Rest...)>
 struct WritesState<op> {
   static Result call(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
-                     at::Tensor& zero_point, Rest... rest) {
+                     at::Tensor& zero_point, at::Tensor& skipped, Rest... rest) {
     const auto bump = [&] {
-      for (const auto* state : {&min_val, &max_val, &scale, &zero_point}) {
+      for (const auto* state : {&min_val, &max_val, &scale, &zero_point, &skipped}) {
         if (!state->is_inference()) {
           state->unsafeGetTensorImpl()->bump_version();
         }
@@ -182,10 +161,10 @@ struct WritesState<op> {
     };
     at::AutoDispatchBelowADInplaceOrView guard;
     if constexpr (std::is_void_v<Result>) {
-      op(x, min_val, max_val, scale, zero_point, rest...);
+      op(x, min_val, max_val, scale, zero_point, skipped, rest...);
       bump();
     } else {
-      auto result = op(x, min_val, max_val, scale, zero_point, rest...);
+      auto result = op(x, min_val, max_val, scale, zero_point, skipped, rest...);
       bump();
       return result;
     }

@@ -5,6 +5,7 @@
 #include <rarefy/ops/fake_quantize.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -131,6 +132,9 @@ std::tuple<at::Tensor, at::Tensor> fake_quantize_mask_cpu(const at::Tensor& x, c
 /// out = in where the mask's bit is 1, else 0; both dense with the strides of the mask's x. They may be one tensor.
 void mask_gradient_into(const at::Tensor& in, const at::Tensor& mask, const at::Tensor& out) {
   const uint8_t* bits = mask.const_data_ptr<uint8_t>();
+  if (in.const_data_ptr() == out.const_data_ptr() && is_all_ones(mask, in.numel())) {
+    return;
+  }
   if (in.scalar_type() == at::kDouble) {
     const double* g = in.const_data_ptr<double>();
     double* y = out.data_ptr<double>();
@@ -214,6 +218,27 @@ void fake_quantize_into(const char* function, const at::Tensor& x, const at::Ten
   parallel_words(x.numel(), [&](int64_t begin, int64_t end) {
     RAREFY_ISA_CALL(fake_quantize, in, y, mask, grid.layout(), grid.view(), streaming, begin, end);
   });
+}
+
+bool is_all_ones(const at::Tensor& mask, int64_t elements) {
+  const uint8_t* bits = mask.const_data_ptr<uint8_t>();
+  const int64_t words = elements / kWord;
+  std::atomic<bool> all{true};
+  at::parallel_for(0, words, kGrain, [&](int64_t begin, int64_t end) {
+    uint64_t together = ~uint64_t{0};
+    for (int64_t i = begin; i < end; ++i) {
+      uint64_t word = 0;
+      std::memcpy(&word, bits + i * 8, sizeof word);
+      together &= word;
+    }
+    if (together != ~uint64_t{0}) {
+      all.store(false, std::memory_order_relaxed);
+    }
+  });
+  for (int64_t i = words * kWord; i < elements; ++i) {
+    all = all && (bits[i / 8] >> (i % 8) & 1) != 0;
+  }
+  return all;
 }
 
 at::Tensor empty_mask(const at::Tensor& x) { return empty_cached({mask_bytes(x.numel())}, at::kByte); }

@@ -13,6 +13,9 @@ void fake_quantize_into(const char* function, const at::Tensor& x, const at::Ten
                         const at::Tensor& scale, const at::Tensor& zero_point, int64_t axis, int64_t qmin,
                         int64_t qmax);
 
+/// Whether every one of the first `elements` bits of a packed mask is set.
+bool is_all_ones(const at::Tensor& mask, int64_t elements);
+
 /// Uninitialized memory for the packed mask of x.
 at::Tensor empty_mask(const at::Tensor& x);
 

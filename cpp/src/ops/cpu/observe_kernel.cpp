@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "ops/allocate.h"
@@ -25,24 +26,11 @@ struct Range {
         high(channels, -std::numeric_limits<float>::infinity()) {}
 };
 
-[[noreturn]] void throw_not_finite(const char* function, const at::Tensor& x) {
-  // A finite float64 beyond float32's range is infinite here: the statistics are float32.
-  const auto flat = x.to(at::kFloat).contiguous();
-  const float* values = flat.const_data_ptr<float>();
-  int64_t nan = 0, infinite = 0, first = -1;
-  for (int64_t i = 0; i < flat.numel(); ++i) {
-    nan += std::isnan(values[i]) ? 1 : 0;
-    infinite += std::isinf(values[i]) ? 1 : 0;
-    first = first < 0 && !std::isfinite(values[i]) ? i : first;
-  }
-  TORCH_CHECK_VALUE(false, "[", function, "] input must be finite (in float32), got ", nan, " NaN and ", infinite,
-                    " infinite values of ", flat.numel(), ", the first at flat index ", first);
-}
-
-/// The range of each channel of a dense x. Throws when a value is not finite.
-Range range_of(const char* function, const at::Tensor& x, int64_t axis) {
+/// The range of each channel of a dense x; unset when a value is not finite. A finite float64 beyond float32's range is
+/// infinite here: the statistics are float32.
+std::optional<Range> range_of(const at::Tensor& x, int64_t axis) {
   if (x.scalar_type() == at::kDouble) {
-    return range_of(function, x.to(at::kFloat), axis);
+    return range_of(x.to(at::kFloat), axis);
   }
   const auto layout = layout_of(x, axis);
   const auto wide = spread(layout, x.numel());
@@ -59,7 +47,7 @@ Range range_of(const char* function, const at::Tensor& x, int64_t axis) {
     }
   });
   if (!finite.load()) {
-    throw_not_finite(function, x);
+    return std::nullopt;
   }
   Range total(static_cast<size_t>(layout.channels));
   const bool is_wide = wide.channels != layout.channels;
@@ -81,12 +69,13 @@ bool is_unset(float low, float high) {
 
 /// Computes and checks everything before it writes anything, so that an error leaves the state as it was.
 void observe_into(const char* function, const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val,
-                  at::Tensor& scale, at::Tensor& zero_point, int64_t axis, std::optional<double> averaging_constant,
-                  int64_t qmin, int64_t qmax, bool symmetric) {
-  const Range range = range_of(function, x, axis);
+                  at::Tensor& scale, at::Tensor& zero_point, at::Tensor& skipped, int64_t axis,
+                  std::optional<double> averaging_constant, int64_t qmin, int64_t qmax, bool symmetric) {
+  const auto range = range_of(x, axis);
   float* low = min_val.data_ptr<float>();
   float* high = max_val.data_ptr<float>();
-  for (size_t c = 0; c < range.low.size(); ++c) {
+  const auto channels = static_cast<size_t>(min_val.numel());
+  for (size_t c = 0; c < channels; ++c) {
     TORCH_CHECK_VALUE(
         is_unset(low[c], high[c]) || (std::isfinite(low[c]) && std::isfinite(high[c]) && low[c] <= high[c]), "[",
         function, "] min_val and max_val must be a finite range or (inf, -inf) for none, got (", low[c], ", ", high[c],
@@ -94,59 +83,75 @@ void observe_into(const char* function, const at::Tensor& x, at::Tensor& min_val
   }
   float* scales = scale.data_ptr<float>();
   int32_t* zero_points = zero_point.data_ptr<int32_t>();
-  for (size_t c = 0; c < range.low.size(); ++c) {
-    if (is_unset(low[c], high[c])) {
-      low[c] = range.low[c];
-      high[c] = range.high[c];
-    } else if (averaging_constant.has_value()) {
-      low[c] = moving_average(low[c], range.low[c], *averaging_constant);
-      high[c] = moving_average(high[c], range.high[c], *averaging_constant);
-    } else {
-      low[c] = std::min(low[c], range.low[c]);
-      high[c] = std::max(high[c], range.high[c]);
-    }
-    const QParams parameters = range_to_qparams(low[c], high[c], qmin, qmax, symmetric);
+  const auto derive = [&](size_t c, float from, float to) {
+    const QParams parameters = range_to_qparams(from, to, qmin, qmax, symmetric);
     scales[c] = parameters.scale;
     zero_points[c] = parameters.zero_point;
+  };
+  if (!range.has_value()) {
+    ++*skipped.data_ptr<int64_t>();
+  }
+  for (size_t c = 0; c < channels; ++c) {
+    const bool unset = is_unset(low[c], high[c]);
+    if (!range.has_value()) {
+      if (unset) {  // a grid to round this batch to
+        derive(c, 0.0f, 0.0f);
+      }
+      continue;
+    }
+    if (unset) {
+      low[c] = range->low[c];
+      high[c] = range->high[c];
+    } else if (averaging_constant.has_value()) {
+      low[c] = moving_average(low[c], range->low[c], *averaging_constant);
+      high[c] = moving_average(high[c], range->high[c], *averaging_constant);
+    } else {
+      low[c] = std::min(low[c], range->low[c]);
+      high[c] = std::max(high[c], range->high[c]);
+    }
+    derive(c, low[c], high[c]);
   }
 }
 
 void observe_cpu(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
-                 at::Tensor& zero_point, std::optional<int64_t> axis, std::optional<double> averaging_constant,
-                 int64_t qmin, int64_t qmax, bool symmetric) {
-  const int64_t resolved =
-      check_observe("observe", x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
-  observe_into("observe", dense(x), min_val, max_val, scale, zero_point, resolved, averaging_constant, qmin, qmax,
-               symmetric);
+                 at::Tensor& zero_point, at::Tensor& skipped, std::optional<int64_t> axis,
+                 std::optional<double> averaging_constant, int64_t qmin, int64_t qmax, bool symmetric) {
+  const int64_t resolved = check_observe("observe", x, min_val, max_val, scale, zero_point, skipped, axis,
+                                         averaging_constant, qmin, qmax, symmetric);
+  observe_into("observe", dense(x), min_val, max_val, scale, zero_point, skipped, resolved, averaging_constant, qmin,
+               qmax, symmetric);
 }
 
 /// Memory is taken before the state changes: running out of it is an error that leaves the state as it was.
 at::Tensor observe_fake_quantize_cpu(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
-                                     at::Tensor& zero_point, std::optional<int64_t> axis,
+                                     at::Tensor& zero_point, at::Tensor& skipped, std::optional<int64_t> axis,
                                      std::optional<double> averaging_constant, int64_t qmin, int64_t qmax,
                                      bool symmetric) {
   constexpr const char* function = "observe_fake_quantize";
-  const int64_t resolved =
-      check_observe(function, x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
+  const int64_t resolved = check_observe(function, x, min_val, max_val, scale, zero_point, skipped, axis,
+                                         averaging_constant, qmin, qmax, symmetric);
   const auto in = dense(x);
   auto out = empty_for(in);
-  observe_into(function, in, min_val, max_val, scale, zero_point, resolved, averaging_constant, qmin, qmax, symmetric);
+  observe_into(function, in, min_val, max_val, scale, zero_point, skipped, resolved, averaging_constant, qmin, qmax,
+               symmetric);
   fake_quantize_into(function, in, out, nullptr, scale, zero_point, resolved, qmin, qmax);
   return out;
 }
 
 std::tuple<at::Tensor, at::Tensor> observe_fake_quantize_mask_cpu(const at::Tensor& x, at::Tensor& min_val,
                                                                   at::Tensor& max_val, at::Tensor& scale,
-                                                                  at::Tensor& zero_point, std::optional<int64_t> axis,
+                                                                  at::Tensor& zero_point, at::Tensor& skipped,
+                                                                  std::optional<int64_t> axis,
                                                                   std::optional<double> averaging_constant,
                                                                   int64_t qmin, int64_t qmax, bool symmetric) {
   constexpr const char* function = "observe_fake_quantize";
-  const int64_t resolved =
-      check_observe(function, x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
+  const int64_t resolved = check_observe(function, x, min_val, max_val, scale, zero_point, skipped, axis,
+                                         averaging_constant, qmin, qmax, symmetric);
   const auto in = dense(x);
   auto out = empty_for(in);
   auto mask = empty_mask(in);
-  observe_into(function, in, min_val, max_val, scale, zero_point, resolved, averaging_constant, qmin, qmax, symmetric);
+  observe_into(function, in, min_val, max_val, scale, zero_point, skipped, resolved, averaging_constant, qmin, qmax,
+               symmetric);
   fake_quantize_into(function, in, out, mask.data_ptr<uint8_t>(), scale, zero_point, resolved, qmin, qmax);
   return {out, mask};
 }

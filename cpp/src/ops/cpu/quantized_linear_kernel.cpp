@@ -19,12 +19,37 @@ c10::TypedOperatorHandle<Function> onednn(const char* name) {
   return schema->typed<Function>();
 }
 
-void check_weight(const char* function, const at::Tensor& weight, int64_t dim) {
+void check_weight(const char* function, const at::Tensor& weight, int64_t least_dim, int64_t most_dim) {
   TORCH_CHECK_TYPE(weight.scalar_type() == at::kChar, "[", function, "] weight must be int8, got ",
                    weight.scalar_type());
-  TORCH_CHECK_VALUE(weight.dim() == dim && weight.numel() > 0, "[", function, "] weight must have ", dim,
+  TORCH_CHECK_VALUE(weight.dim() >= least_dim && weight.dim() <= most_dim && weight.numel() > 0, "[", function,
+                    "] weight must have ", least_dim == most_dim ? "" : "3 to ", most_dim,
                     " dimensions and no empty one, got shape ", weight.sizes());
 }
+
+/// How a convolution moves, as oneDNN wants it. A convolution of one dimension becomes one of two with a unit axis, which
+/// has a channels-last layout.
+struct Movement {
+  torch::List<int64_t> stride, padding, dilation;
+
+  Movement(const char* function, int64_t dims, at::IntArrayRef stride_, at::IntArrayRef padding_,
+           at::IntArrayRef dilation_) {
+    const auto size = static_cast<size_t>(dims);
+    TORCH_CHECK_VALUE(stride_.size() == size && padding_.size() == size && dilation_.size() == size, "[", function,
+                      "] stride, padding and dilation must have ", dims, " values, got ", stride_, ", ", padding_,
+                      " and ", dilation_);
+    if (dims == 1) {
+      stride.push_back(1);
+      padding.push_back(0);
+      dilation.push_back(1);
+    }
+    for (size_t i = 0; i < size; ++i) {
+      stride.push_back(stride_[i]);
+      padding.push_back(padding_[i]);
+      dilation.push_back(dilation_[i]);
+    }
+  }
+};
 
 struct Parameters {
   double scale;
@@ -69,7 +94,7 @@ QuantizedInput quantize_input(const at::Tensor& x, const at::Tensor& scale, cons
 }
 
 at::Tensor pack_linear_weight_cpu(const at::Tensor& weight) {
-  check_weight("pack_linear_weight", weight, 2);
+  check_weight("pack_linear_weight", weight, 2, 2);
   using Signature = at::Tensor(at::Tensor, std::optional<c10::List<int64_t>>);
   static const auto prepack = onednn<Signature>("onednn::qlinear_prepack");
   return prepack.call(weight.contiguous(), std::nullopt);
@@ -103,18 +128,24 @@ at::Tensor quantized_linear_cpu(const at::Tensor& x, const at::Tensor& packed, c
 at::Tensor pack_conv2d_weight_cpu(const at::Tensor& weight, const at::Tensor& weight_scale, at::IntArrayRef stride,
                                   at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                                   at::IntArrayRef input_size, int64_t input_zero_point) {
-  check_weight("pack_conv2d_weight", weight, 4);
-  TORCH_CHECK_VALUE(groups > 0 && weight.size(0) % groups == 0, "[pack_conv2d_weight] groups must divide ",
-                    weight.size(0), " output channels, got ", groups);
-  TORCH_CHECK_VALUE(input_size.size() == 4 && input_size[1] == weight.size(1) * groups,
-                    "[pack_conv2d_weight] input_size must be [N, ", weight.size(1) * groups, ", H, W], got ",
-                    input_size);
+  constexpr const char* function = "pack_conv2d_weight";
+  check_weight(function, weight, 3, 5);
+  TORCH_CHECK_VALUE(groups > 0 && weight.size(0) % groups == 0, "[", function, "] groups must divide ", weight.size(0),
+                    " output channels, got ", groups);
+  TORCH_CHECK_VALUE(static_cast<int64_t>(input_size.size()) == weight.dim() && input_size[1] == weight.size(1) * groups,
+                    "[", function, "] input_size must have ", weight.dim(), " values, the second of them ",
+                    weight.size(1) * groups, ", got ", input_size);
+  const Movement movement(function, weight.dim() - 2, stride, padding, dilation);
+  torch::List<int64_t> sizes(input_size);
+  if (weight.dim() == 3) {
+    sizes.insert(sizes.begin() + 2, 1);
+  }
   using Signature = at::Tensor(at::Tensor, at::Tensor, double, int64_t, torch::List<int64_t>, torch::List<int64_t>,
                                torch::List<int64_t>, int64_t, std::optional<torch::List<int64_t>>);
   static const auto prepack = onednn<Signature>("onednn::qconv_prepack");
-  return prepack.call(weight.contiguous(), weight_scale, 1.0, input_zero_point, torch::List<int64_t>(stride),
-                      torch::List<int64_t>(padding), torch::List<int64_t>(dilation), groups,
-                      torch::List<int64_t>(input_size));
+  const auto packed = weight.dim() == 3 ? weight.unsqueeze(2) : weight;
+  return prepack.call(packed.contiguous(), weight_scale, 1.0, input_zero_point, movement.stride, movement.padding,
+                      movement.dilation, groups, sizes);
 }
 
 at::Tensor quantized_conv2d_cpu(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight_scale,
@@ -123,18 +154,23 @@ at::Tensor quantized_conv2d_cpu(const at::Tensor& x, const at::Tensor& packed, c
                                 at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool relu) {
   constexpr const char* function = "quantized_conv2d";
   const auto parameters = check_input(function, x, weight_scale, bias, input_scale, input_zero_point);
-  TORCH_CHECK_VALUE(x.dim() == 4, "[", function, "] input must have shape [N, C, H, W], got ", x.sizes());
-  const auto q = quantize_input(x.contiguous(at::MemoryFormat::ChannelsLast), input_scale, input_zero_point, qmin, qmax,
-                                parameters);
+  const auto dims = static_cast<int64_t>(stride.size());
+  TORCH_CHECK_VALUE(dims >= 1 && dims <= 3 && x.dim() == dims + 2, "[", function, "] input must have ", dims + 2,
+                    " dimensions (batch, channels, then one for each stride), got shape ", x.sizes());
+  const Movement movement(function, dims, stride, padding, dilation);
+  const auto format = dims == 3 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
+  const auto q = quantize_input((dims == 1 ? x.unsqueeze(2) : x).contiguous(format), input_scale, input_zero_point,
+                                qmin, qmax, parameters);
   const auto zeros = at::zeros(weight_scale.sizes(), weight_scale.options().dtype(at::kInt));
   using Signature =
       at::Tensor(at::Tensor, double, int64_t, at::Tensor, at::Tensor, at::Tensor, std::optional<at::Tensor>,
                  torch::List<int64_t>, torch::List<int64_t>, torch::List<int64_t>, int64_t, double, int64_t,
                  std::optional<c10::ScalarType>, std::string_view, Scalars, std::optional<std::string_view>);
   static const auto conv = onednn<Signature>("onednn::qconv_pointwise");
-  return conv.call(q.values, q.scale, q.zero_point, packed, weight_scale, zeros, bias, torch::List<int64_t>(stride),
-                   torch::List<int64_t>(padding), torch::List<int64_t>(dilation), groups, 1.0, 0, at::kFloat,
-                   relu ? "relu" : "none", Scalars(), std::nullopt);
+  const auto out =
+      conv.call(q.values, q.scale, q.zero_point, packed, weight_scale, zeros, bias, movement.stride, movement.padding,
+                movement.dilation, groups, 1.0, 0, at::kFloat, relu ? "relu" : "none", Scalars(), std::nullopt);
+  return dims == 1 ? out.squeeze(2) : out;
 }
 
 }  // namespace

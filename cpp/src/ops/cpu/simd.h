@@ -130,6 +130,16 @@ struct Vec {
     return _mm512_cvtepi32_epi16(rounded);
   }
   __m256i to_half() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+  /// Whole numbers: bytes without a sign, bytes with one, and 32-bit differences a - b, rounded to float.
+  static Vec load_bytes(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Vec load_bytes(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Vec load_difference(const int32_t* a, const int32_t* b) {
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(a), _mm512_loadu_si512(b)));
+  }
   /// Lowest byte of each value as an integer; the values are whole and within -128..255.
   void store_bytes(uint8_t* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
@@ -217,6 +227,16 @@ struct Vec {
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08));
   }
   __m128i to_half() const { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+  static Vec load_bytes(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Vec load_bytes(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Vec load_difference(const int32_t* a, const int32_t* b) {
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)),
+                                               _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b))));
+  }
   void store_bytes(uint8_t* p) const {
     const __m256i whole = _mm256_and_si256(_mm256_cvtps_epi32(v), _mm256_set1_epi32(0xff));
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(whole, whole), 0x08);
@@ -284,6 +304,17 @@ struct Vec {
   void stream(T* p) const {
     store(p);
   }
+  template <typename Byte>
+  static Vec load_bytes(const Byte* p) {
+    Vec out;
+    for (int i = 0; i < size; ++i) out.v[i] = static_cast<float>(p[i]);
+    return out;
+  }
+  static Vec load_difference(const int32_t* a, const int32_t* b) {
+    Vec out;
+    for (int i = 0; i < size; ++i) out.v[i] = static_cast<float>(a[i] - b[i]);
+    return out;
+  }
   void store_bytes(uint8_t* p) const { store_bytes_first(p, size); }
   void store_bytes_first(uint8_t* p, int n) const {
     for (int i = 0; i < n; ++i) p[i] = static_cast<uint8_t>(static_cast<int32_t>(v[i]));
@@ -314,6 +345,20 @@ struct Vec {
 };
 
 #endif
+
+/// The first n < Vec::size whole numbers; the other lanes are 0.
+template <typename Byte>
+inline Vec load_bytes_first(const Byte* p, int n) {
+  Byte lanes[Vec::size] = {};
+  memcpy(lanes, p, static_cast<size_t>(n));
+  return Vec::load_bytes(static_cast<const Byte*>(lanes));
+}
+inline Vec load_difference_first(const int32_t* a, const int32_t* b, int n) {
+  int32_t left[Vec::size] = {}, right[Vec::size] = {};
+  memcpy(left, a, static_cast<size_t>(n) * sizeof(int32_t));
+  memcpy(right, b, static_cast<size_t>(n) * sizeof(int32_t));
+  return Vec::load_difference(static_cast<const int32_t*>(left), static_cast<const int32_t*>(right));
+}
 
 #if !defined(RAREFY_ISA_avx512)
 inline float least(Vec a) {

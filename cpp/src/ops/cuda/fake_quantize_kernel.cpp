@@ -116,61 +116,60 @@ at::Tensor quantize_cuda(const at::Tensor& x, const at::Tensor& scale, const at:
 }
 
 void observe_into(const char* function, const at::Tensor& in, at::Tensor& min_val, at::Tensor& max_val,
-                  at::Tensor& scale, at::Tensor& zero_point, int64_t axis, std::optional<double> averaging_constant,
-                  int64_t qmin, int64_t qmax, bool symmetric) {
+                  at::Tensor& scale, at::Tensor& zero_point, at::Tensor& skipped, int64_t axis,
+                  std::optional<double> averaging_constant, int64_t qmin, int64_t qmax, bool symmetric) {
   const auto layout = layout_of(in, axis);
   auto encoded = at::empty({2 * layout.channels + 1}, in.options().dtype(at::kInt));
   auto* codes = reinterpret_cast<uint32_t*>(encoded.data_ptr<int32_t>());
   check_launch(function, cuda::min_max(in.const_data_ptr(), codes, layout, stream_of(in)));
-  check_launch(function, cuda::update_observer(codes,
-                                               {min_val.data_ptr<float>(), max_val.data_ptr<float>(),
-                                                scale.data_ptr<float>(), zero_point.data_ptr<int32_t>()},
-                                               layout.channels, averaging_constant.value_or(0.0), qmin, qmax, symmetric,
-                                               stream_of(in)));
-  // Reads one flag back, so that bad data is an error where it enters.
-  TORCH_CHECK_VALUE(encoded[2 * layout.channels].item<int32_t>() == 0, "[", function,
-                    "] input must be finite (in float32), got NaN or infinite values in a tensor of shape ",
-                    in.sizes());
+  check_launch(function, cuda::update_observer(
+                             codes,
+                             {min_val.data_ptr<float>(), max_val.data_ptr<float>(), scale.data_ptr<float>(),
+                              zero_point.data_ptr<int32_t>(), skipped.data_ptr<int64_t>()},
+                             layout.channels, averaging_constant.value_or(0.0), qmin, qmax, symmetric, stream_of(in)));
 }
 
 void observe_cuda(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
-                  at::Tensor& zero_point, std::optional<int64_t> axis, std::optional<double> averaging_constant,
-                  int64_t qmin, int64_t qmax, bool symmetric) {
-  const int64_t resolved =
-      check_observe("observe", x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
+                  at::Tensor& zero_point, at::Tensor& skipped, std::optional<int64_t> axis,
+                  std::optional<double> averaging_constant, int64_t qmin, int64_t qmax, bool symmetric) {
+  const int64_t resolved = check_observe("observe", x, min_val, max_val, scale, zero_point, skipped, axis,
+                                         averaging_constant, qmin, qmax, symmetric);
   const c10::DeviceGuard guard(x.device());
-  observe_into("observe", dense(x), min_val, max_val, scale, zero_point, resolved, averaging_constant, qmin, qmax,
-               symmetric);
+  observe_into("observe", dense(x), min_val, max_val, scale, zero_point, skipped, resolved, averaging_constant, qmin,
+               qmax, symmetric);
 }
 
 std::tuple<at::Tensor, at::Tensor> observe_fake_quantize_mask_cuda(const at::Tensor& x, at::Tensor& min_val,
                                                                    at::Tensor& max_val, at::Tensor& scale,
-                                                                   at::Tensor& zero_point, std::optional<int64_t> axis,
+                                                                   at::Tensor& zero_point, at::Tensor& skipped,
+                                                                   std::optional<int64_t> axis,
                                                                    std::optional<double> averaging_constant,
                                                                    int64_t qmin, int64_t qmax, bool symmetric) {
   constexpr const char* function = "observe_fake_quantize";
-  const int64_t resolved =
-      check_observe(function, x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
+  const int64_t resolved = check_observe(function, x, min_val, max_val, scale, zero_point, skipped, axis,
+                                         averaging_constant, qmin, qmax, symmetric);
   const c10::DeviceGuard guard(x.device());
   const auto in = dense(x);
   auto out = at::empty_like(in);
   auto mask = empty_mask(in);
-  observe_into(function, in, min_val, max_val, scale, zero_point, resolved, averaging_constant, qmin, qmax, symmetric);
+  observe_into(function, in, min_val, max_val, scale, zero_point, skipped, resolved, averaging_constant, qmin, qmax,
+               symmetric);
   fake_quantize_into(function, in, out, mask.data_ptr(), scale, zero_point, resolved, qmin, qmax);
   return {out, mask};
 }
 
 at::Tensor observe_fake_quantize_cuda(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
-                                      at::Tensor& zero_point, std::optional<int64_t> axis,
+                                      at::Tensor& zero_point, at::Tensor& skipped, std::optional<int64_t> axis,
                                       std::optional<double> averaging_constant, int64_t qmin, int64_t qmax,
                                       bool symmetric) {
   constexpr const char* function = "observe_fake_quantize";
-  const int64_t resolved =
-      check_observe(function, x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
+  const int64_t resolved = check_observe(function, x, min_val, max_val, scale, zero_point, skipped, axis,
+                                         averaging_constant, qmin, qmax, symmetric);
   const c10::DeviceGuard guard(x.device());
   const auto in = dense(x);
   auto out = at::empty_like(in);
-  observe_into(function, in, min_val, max_val, scale, zero_point, resolved, averaging_constant, qmin, qmax, symmetric);
+  observe_into(function, in, min_val, max_val, scale, zero_point, skipped, resolved, averaging_constant, qmin, qmax,
+               symmetric);
   fake_quantize_into(function, in, out, nullptr, scale, zero_point, resolved, qmin, qmax);
   return out;
 }

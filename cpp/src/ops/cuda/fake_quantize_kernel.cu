@@ -147,10 +147,21 @@ __global__ void min_max_kernel(const T* x, uint32_t* encoded, Layout layout) {
 __global__ void update_observer_kernel(const uint32_t* encoded, ObserverState state, int64_t channels, double constant,
                                        int64_t qmin, int64_t qmax, bool symmetric) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (c >= channels || encoded[2 * channels] != 0u) {
+  if (c >= channels) {
     return;
   }
   float low = state.min_val[c], high = state.max_val[c];
+  if (encoded[2 * channels] != 0u) {
+    if (c == 0) {
+      ++*state.skipped;
+    }
+    if (!(low <= high)) {
+      const QParams parameters = range_to_qparams(0.0f, 0.0f, qmin, qmax, symmetric);
+      state.scale[c] = parameters.scale;
+      state.zero_point[c] = parameters.zero_point;
+    }
+    return;
+  }
   // Adding 0 turns -0 into 0, as on the CPU.
   const float batch_low = decode(encoded[c]) + 0.0f, batch_high = decode(encoded[channels + c]) + 0.0f;
   if (!(low <= high)) {

@@ -38,9 +38,11 @@ struct ObserverState {
   float* max_val;
   float* scale;
   int32_t* zero_point;
+  int64_t* skipped;  // one value
 };
 
-/// Updates the state from the encoded ranges; leaves it alone when the not-finite flag is set. constant <= 0: running range.
+/// Updates the state from the encoded ranges. When the not-finite flag is set the range stays, the batch is counted in
+/// `skipped`, and a channel without a range gets the parameters of [0, 0]. constant <= 0: running range.
 int update_observer(const uint32_t* encoded, ObserverState state, int64_t channels, double constant, int64_t qmin,
                     int64_t qmax, bool symmetric, void* stream);
 

@@ -42,27 +42,29 @@ at::Tensor quantize_meta(const at::Tensor& x, const at::Tensor& scale, const at:
 }
 
 void observe_meta(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
-                  at::Tensor& zero_point, std::optional<int64_t> axis, std::optional<double> averaging_constant,
-                  int64_t qmin, int64_t qmax, bool symmetric) {
-  check_observe("observe", x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax, symmetric);
+                  at::Tensor& zero_point, at::Tensor& skipped, std::optional<int64_t> axis,
+                  std::optional<double> averaging_constant, int64_t qmin, int64_t qmax, bool symmetric) {
+  check_observe("observe", x, min_val, max_val, scale, zero_point, skipped, axis, averaging_constant, qmin, qmax,
+                symmetric);
 }
 
 at::Tensor observe_fake_quantize_meta(const at::Tensor& x, at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
-                                      at::Tensor& zero_point, std::optional<int64_t> axis,
+                                      at::Tensor& zero_point, at::Tensor& skipped, std::optional<int64_t> axis,
                                       std::optional<double> averaging_constant, int64_t qmin, int64_t qmax,
                                       bool symmetric) {
-  check_observe("observe_fake_quantize", x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax,
-                symmetric);
+  check_observe("observe_fake_quantize", x, min_val, max_val, scale, zero_point, skipped, axis, averaging_constant,
+                qmin, qmax, symmetric);
   return at::empty_like(x);
 }
 
 std::tuple<at::Tensor, at::Tensor> observe_fake_quantize_mask_meta(const at::Tensor& x, at::Tensor& min_val,
                                                                    at::Tensor& max_val, at::Tensor& scale,
-                                                                   at::Tensor& zero_point, std::optional<int64_t> axis,
+                                                                   at::Tensor& zero_point, at::Tensor& skipped,
+                                                                   std::optional<int64_t> axis,
                                                                    std::optional<double> averaging_constant,
                                                                    int64_t qmin, int64_t qmax, bool symmetric) {
-  return {observe_fake_quantize_meta(x, min_val, max_val, scale, zero_point, axis, averaging_constant, qmin, qmax,
-                                     symmetric),
+  return {observe_fake_quantize_meta(x, min_val, max_val, scale, zero_point, skipped, axis, averaging_constant, qmin,
+                                     qmax, symmetric),
           mask_for(x)};
 }
 

@@ -1,0 +1,28 @@
+// Bytes of a channels-last image as the rows of a matrix, one row per position of a convolution's result.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <cstdint>
+
+namespace rarefy::ops {
+
+/// A convolution's geometry in three spatial dimensions; lower ones are padded with ones in front.
+struct ConvGeometry {
+  int64_t batch, channels;
+  std::array<int64_t, 3> in, out, kernel, stride, padding, dilation;
+
+  ConvGeometry(at::IntArrayRef x, at::IntArrayRef weight, at::IntArrayRef stride, at::IntArrayRef padding,
+               at::IntArrayRef dilation);
+  /// Rows and columns of the matrix.
+  int64_t positions() const { return batch * out[0] * out[1] * out[2]; }
+  int64_t patch() const { return channels * kernel[0] * kernel[1] * kernel[2]; }
+  /// The matrix is the image itself.
+  bool is_pointwise() const;
+};
+
+/// [positions, kernel..., channels] bytes, `fill` where the patch lies outside of the image. q: dense, channels-last.
+at::Tensor im2col(const at::Tensor& q, const ConvGeometry& geometry, uint8_t fill);
+
+}  // namespace rarefy::ops

@@ -1,0 +1,68 @@
+"""Which layers a configuration quantizes, and what ``strict`` demands of the rest."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from rarefy.quantization.flow import Flow
+from rarefy.quantization.qconfig import QConfig
+
+
+def unmatched_overrides(config: QConfig, layers: Mapping[str, nn.Module]) -> list[str]:
+    """The overrides, as messages show them, that match none of the layers. A function always matches."""
+    if not isinstance(config.overrides, Mapping):
+        return []
+    missing = []
+    for key in config.overrides:
+        if isinstance(key, str):
+            if not any(fnmatch.fnmatchcase(name, key) for name in layers):
+                missing.append(repr(key))
+        elif not any(isinstance(module, key) for module in layers.values()):
+            missing.append(key.__name__)
+    return missing
+
+
+def first_and_last(config: QConfig, weighted: Mapping[str, nn.Module], flow: Flow | None) -> dict[str, str]:
+    """The layers that ``first_last_fp32`` keeps, with the reason. ``weighted``: candidates in module order."""
+    if not config.first_last_fp32:
+        return {}
+    names = list(weighted)
+    if flow is not None:
+        names = [e.module for e in flow.events if e.module in weighted] or names
+    kept = {}
+    for name, place in ((names[-1], "last"), (names[0], "first")) if names else ():
+        if config.override(name, weighted[name]) is None:
+            kept[name] = f"kept in FP32 as the {place} layer (first_last_fp32)"
+    return kept
+
+
+def check_strict(function: str, unmatched: Iterable[str], layers: Iterable[str], left: Mapping[str, str]) -> None:
+    """Raise when an override matched nothing, or a layer is left in FP32 that nobody excluded.
+
+    Args:
+        function: for the message.
+        unmatched: of ``unmatched_overrides``.
+        layers: names that overrides could have matched.
+        left: layers that cannot be quantized and were not excluded, with the reason.
+    """
+    for shown in unmatched:
+        raise ValueError(
+            f"[{function}] override {shown} must match a layer that can be quantized, but matches none of: "
+            f"{', '.join(layers) or '(no such layer)'}"
+        )
+    if left:
+        listed = ", ".join(f"{name} ({reason})" for name, reason in left.items())
+        raise ValueError(
+            f"[{function}] every layer must be quantized or excluded by an override to None (or strict=False), but these "
+            f"are not: {listed}"
+        )
+
+
+def check_execution(function: str, name: str, config: QConfig) -> None:
+    """Raise when a layer shall execute in integers and its schemes do not allow it."""
+    reason = config.why_not_integer()
+    if config.execution == "integer" and reason is not None:
+        raise ValueError(f"[{function}] layer {name} cannot execute in integers: {reason}")
