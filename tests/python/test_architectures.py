@@ -234,7 +234,7 @@ def test_architecture(name):
     rows = {row.name: row for row in table.layers}
     assert layers <= set(rows)
     assert len(table.quantized) + len(table.skipped) == len(rows)
-    assert len(table.quantized) >= 0.6 * len(layers)
+    assert len(table.quantized) >= 0.5 * len(layers)
     reasons = SKIPPED.get(name, set()) | {f"kept in FP32 by the override {pattern!r}" for pattern in kept}
     assert {row.note for row in table.skipped} == reasons
     assert same_parameters(prepared) == same_parameters(model)
