@@ -138,7 +138,7 @@ class WeightedLayer(QuantizableLayer):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    _float_reason: str | None  # why the layer never executes in integers
+    float_reason: str | None  #: why the layer never executes in integers, or None
 
     def _make_quantizers(self, config: QConfig) -> dict[str, FakeQuantizer]:
         quantizers = {}
@@ -163,7 +163,7 @@ class WeightedLayer(QuantizableLayer):
     def _attach(self, config: QConfig, relu: bool, quantize_output: bool) -> None:
         super()._attach(config, relu, quantize_output)
         self.quant.to(self.weight.device)
-        self._float_reason = self._why_never_integer(config)
+        self.float_reason = self._why_never_integer(config)
 
     def _why_never_integer(self, config: QConfig) -> str | None:
         if not self._integer_devices:
@@ -196,8 +196,8 @@ class WeightedLayer(QuantizableLayer):
 
     def _why_not_integer(self, x: Tensor) -> str | None:
         """Why this input has to be computed with in floating point, or None. Reads host values only."""
-        if self._float_reason is not None:
-            return self._float_reason
+        if self.float_reason is not None:
+            return self.float_reason
         if x.dtype is torch.float64:
             return "float64 has no integer kernels"
         return None if x.device.type in self._integer_devices else f"there are no integer kernels on {x.device.type}"

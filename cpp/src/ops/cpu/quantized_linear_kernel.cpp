@@ -175,6 +175,10 @@ at::Tensor quantized_conv2d_cpu(const at::Tensor& x, const at::Tensor& packed, c
   if (relu && !fused) {
     at::relu_(out);
   }
+  // In the layout that torch's convolution would give: a model that calls view() on the result must still run.
+  if (x.suggest_memory_format() != format) {
+    out = out.contiguous();
+  }
   return dims == 1 ? out.squeeze(2) : out;
 }
 
