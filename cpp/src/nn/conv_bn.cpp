@@ -138,6 +138,16 @@ torch::Tensor ConvBnImpl<D>::run_floating(const torch::Tensor& x) {
 template <size_t D>
 torch::Tensor ConvBnImpl<D>::run_prepared(const torch::Tensor& x) {
   const auto norm = applied();
+  if (this->trains_in_integers(x)) {
+    const auto options = this->integer_options();
+    if (!norm->moves()) {
+      const auto [w, b] = folded();
+      return this->compute_integer(x, w, {}, b, this->grids_for(x, w), options);
+    }
+    const auto factor = fold_factor(*norm);
+    const auto grids = this->grids_for(x, this->weight, factor);
+    return norm->normalize(this->compute_integer(x, this->weight, factor, this->bias, grids, options));
+  }
   const auto input = this->quant->apply("input", x);
   if (!norm->moves()) {
     const auto [folded_weight, folded_bias] = folded();
