@@ -1,9 +1,16 @@
+// What the Python tests run to compare the two languages.
+//
 // rarefy_parity IN OUT: continues the training that test_quantization.py began, and writes what became of it.
-// IN: a torch.save'd dict of the prepared network's state, batch0..batch2 and labels. OUT: the same kind of file.
+//   IN: a torch.save'd dict of the prepared network's state, batch0..batch2 and labels. OUT: the same kind of file.
+// rarefy_parity --continue MODEL BATCH OUT: loads the prepared network's MODEL, writes it again to OUT, and its output on
+//   the tensor `x` of BATCH to OUT.evaluated. All safetensors files, of test_checkpoint.py.
+// rarefy_parity --read FILE...: one line per safetensors file, its tensors' sum of bytes or why it is refused.
 #include "parity.h"
 
 #include <fstream>
+#include <iostream>
 #include <iterator>
+#include <numeric>
 
 namespace {
 
@@ -13,10 +20,46 @@ std::vector<char> read(const char* path) {
   return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
 }
 
+int continue_checkpoint(char** argv) {
+  Parity model;
+  rarefy::quantization::prepare_qat(*model, rarefy::quantization::QConfig::int8());
+  rarefy::load_safetensors(*model, argv[2]);
+  const torch::NoGradGuard no_grad;
+  model->eval();
+  rarefy::NamedTensors results;
+  results.insert("evaluated", model(rarefy::load_safetensors(argv[3]).tensors["x"]));
+  rarefy::save_safetensors(results, std::string(argv[4]) + ".evaluated");
+  rarefy::save_safetensors(*model, argv[4]);
+  return 0;
+}
+
+int read_all(int argc, char** argv) {
+  for (int i = 2; i < argc; ++i) {
+    try {
+      uint64_t sum = 0;
+      for (const auto& item : rarefy::load_safetensors(argv[i]).tensors) {
+        const auto* bytes = static_cast<const uint8_t*>(item.value().const_data_ptr());
+        sum = std::accumulate(bytes, bytes + item.value().nbytes(), sum);
+      }
+      std::cout << "read " << sum << "\n";
+    } catch (const c10::ValueError& error) {
+      std::cout << error.what_without_backtrace() << "\n";
+    }
+  }
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  TORCH_CHECK(argc == 3, "usage: rarefy_parity IN OUT");
+  const std::string mode = argc > 1 ? argv[1] : "";
+  if (mode == "--continue" && argc == 5) {
+    return continue_checkpoint(argv);
+  }
+  if (mode == "--read") {
+    return read_all(argc, argv);
+  }
+  TORCH_CHECK(argc == 3, "usage: rarefy_parity IN OUT | --continue MODEL BATCH OUT | --read FILE...");
   const auto given = torch::pickle_load(read(argv[1])).toGenericDict();
   const auto tensor = [&](const std::string& name) { return given.at(name).toTensor(); };
 

@@ -306,6 +306,29 @@ def test_relu_with_another_consumer_is_not_fused():
     assert not prepare_qat(Two(), QConfig.int8(), torch.randn(1, 2, 4, 4)).a.relu
 
 
+def test_an_in_place_relu_that_is_fused_still_trains():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.add = nn.Conv2d(2, 2, 1), rf.nn.Add()
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            return self.relu(self.add(self.relu(self.conv(x)), x))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 4, 4)
+    prepared = prepare_qat(Block(), QConfig.int8(), x)
+    assert prepared.conv.relu
+    assert prepared.add.relu
+    apart = copy.deepcopy(prepared)
+    apart.relu = nn.ReLU()
+    for model in (prepared, apart):
+        model(x).square().mean().backward()
+    assert prepared.conv.weight.grad.abs().sum() > 0
+    assert torch.equal(prepared.conv.weight.grad, apart.conv.weight.grad)
+
+
 def test_without_example_inputs_nothing_is_folded(net):
     prepared = prepare_qat(net, QConfig.int8())
     assert type(prepared.stem) is rf.nn.Conv2d

@@ -1,6 +1,7 @@
 #pragma once
 
 // Everything that rarefy offers to C++.
+#include <rarefy/checkpoint.h>
 #include <rarefy/config.h>
 #include <rarefy/distillation/loss.h>
 #include <rarefy/distillation/trainer.h>

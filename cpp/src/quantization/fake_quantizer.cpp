@@ -130,6 +130,11 @@ torch::Tensor FakeQuantizerImpl::quantize_to_integer(const torch::Tensor& x) con
   return ops::quantize(x.detach(), scale, zero_point, scheme.axis(), scheme.qmin(), scheme.qmax());
 }
 
+void FakeQuantizerImpl::load(torch::serialize::InputArchive& archive) {
+  torch::nn::Module::load(archive);
+  refresh();
+}
+
 bool FakeQuantizerImpl::calibrated() const { return (min_val <= max_val).all().item<bool>(); }
 
 }  // namespace rarefy::quantization

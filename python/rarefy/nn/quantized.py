@@ -107,7 +107,9 @@ class QuantizedConv(QuantizedLayer):
     def __init__(self, layer: ConvLayer) -> None:
         super().__init__(layer)
         self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
-        self.kernel_size = layer.kernel_size
+        # The attributes of torch's convolution, which models read (to pad as TensorFlow does, say).
+        self.kernel_size, self.stride, self.padding = layer.kernel_size, layer.stride, layer.padding
+        self.dilation, self.groups = layer.dilation, layer.groups
         self.geometry = layer.geometry()
 
     def _pack(self, x: Tensor) -> Tensor:

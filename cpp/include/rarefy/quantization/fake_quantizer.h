@@ -45,6 +45,10 @@ class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerIm
   /// True once something was observed.
   bool calibrated() const;
 
+  /// Takes notice of buffers that were written to from outside, as by a checkpoint that was loaded.
+  void refresh() { known_calibrated_ = calibrated(); }
+  void load(torch::serialize::InputArchive& archive) override;
+
   /// Makes range and count those of all processes (smallest minimum, greatest maximum, greatest count), by all_reduce_max,
   /// which must be set: what calibration does at its end, where batches per process may differ in number.
   void merge_over_processes();

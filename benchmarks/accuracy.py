@@ -1,0 +1,224 @@
+"""Accuracy that quantization to int8 keeps: after training (PTQ), and with training (QAT), beside FP32.
+
+Images: ResNet-20 on the CIFAR-10 subset, or on scikit-learn's digits. Sentences: a small Transformer on SST-2, or on
+docstrings of Python's standard library. PTQ and QAT begin at the same FP32 model and are evaluated after `convert`, that
+is in integers. QAT continues for a few epochs at a low learning rate; "FP32 continued" does the same without
+quantization, so that the extra epochs are not counted as a merit of QAT.
+
+    python benchmarks/accuracy.py [--data DIR] [--task images|sentences|all] [--seeds 0 1 2] [--cache DIR] [--threads 2]
+                                  [--continued] [--quick] [--json]
+
+Three seeds of both tasks with --data take about 25 minutes of processor time (images 400 s and sentences 80 s a seed).
+"""
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import models
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rarefy as rf
+from rarefy.quantization import QConfig
+
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and how."""
+
+    build: Callable[[], nn.Module]
+    split: datasets.Split
+    augment: Callable[[Tensor], Tensor]
+    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer]
+    rate: float  # highest learning rate of the FP32 training
+    fine_rate: float  # learning rate at which QAT begins
+    epochs: int
+    fine_epochs: int
+    goals: dict[str, float]  # points that each kind may lose
+
+
+def shift_and_flip(x: Tensor) -> Tensor:
+    """Each image moved by up to 4 pixels, with zeros at the border, and mirrored half of the time."""
+    size = x.shape[-1]
+    padded = F.pad(x, (4, 4, 4, 4))
+    rows = torch.randint(9, (len(x), 1)) + torch.arange(size)
+    columns = torch.randint(9, (len(x), 1)) + torch.arange(size)
+    columns = torch.where(torch.rand(len(x), 1) < 0.5, columns.flip(1), columns)
+    moved = padded[torch.arange(len(x)).view(-1, 1, 1), :, rows.unsqueeze(2), columns.unsqueeze(1)]
+    return moved.permute(0, 3, 1, 2)  # channels last in memory, in which convolutions are faster
+
+
+def sgd(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+def adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01)
+
+
+def make_task(name: str, data: Path | None, quick: bool) -> Task:
+    if name == "images":
+        split = datasets.images(data)
+        if quick:
+            split = split.first(512, 256)
+        channels = split.train_x.shape[1]
+        augment = shift_and_flip if data is not None else (lambda x: x)
+        return Task(
+            lambda: models.ResNet20(split.classes, channels).to(memory_format=torch.channels_last), split, augment, sgd,
+            0.2, 0.005, 1 if quick else 8, 1, {"PTQ": 0.5, "QAT": 0.1},
+        )  # fmt: skip
+    split, tokenizer = datasets.sentences(data)
+    if quick:
+        split = split.first(512, 256)
+    return Task(
+        lambda: models.SentenceClassifier(tokenizer.vocabulary, datasets.LENGTH, split.classes), split, lambda x: x, adamw,
+        1e-3, 1e-4, 1 if quick else 5, 1, {"PTQ": 0.5, "QAT": 0.5},
+    )  # fmt: skip
+
+
+def batches(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
+    order = torch.randperm(len(task.split.train_y))
+    for chosen in order[: len(order) // BATCH * BATCH].split(BATCH):
+        yield task.augment(task.split.train_x[chosen]), task.split.train_y[chosen]
+
+
+def train(model: nn.Module, task: Task, rate: float, epochs: int, warmup: float, autocast: bool) -> None:
+    """Epochs over the data; the rate rises over the share ``warmup`` of the steps, and falls to zero by a cosine."""
+    steps = epochs * (len(task.split.train_y) // BATCH)
+    optimizer = task.optimizer(model, rate)
+    rising = round(warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return 0.5 + 0.5 * math.cos(math.pi * (step - rising) / max(1, steps - rising))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    model.train()
+    for _ in range(epochs):
+        for x, y in batches(task):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y_hat = model(x)
+            F.cross_entropy(y_hat.float(), y).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, split: datasets.Split) -> float:
+    """Per cent of right answers."""
+    model.eval()
+    right = sum(
+        int((model(x).argmax(1) == y).sum())
+        for x, y in zip(split.test_x.split(250), split.test_y.split(250), strict=True)
+    )
+    return 100.0 * right / len(split.test_y)
+
+
+def float_model(task: Task, seed: int, cache: Path | None) -> nn.Module:
+    """The trained FP32 model of a seed, read from the cache where it is there."""
+    torch.manual_seed(seed)
+    model = task.build()
+    file = None
+    if cache is not None:
+        name = task.split.name.replace(" ", "-")
+        file = cache / f"{name}-{len(task.split.train_y)}-epochs{task.epochs}-rate{task.rate}-seed{seed}.pt"
+        if file.exists():
+            model.load_state_dict(torch.load(file, weights_only=True))
+            return model
+    train(model, task, task.rate, task.epochs, warmup=0.2, autocast=True)
+    if file is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        torch.save(model.state_dict(), temporary)
+        temporary.replace(file)
+    return model
+
+
+def run(task: Task, seed: int, cache: Path | None, with_continued: bool) -> Iterator[tuple[str, float, float]]:
+    """Kind, accuracy and seconds of each kind of model."""
+    split, config = task.split, QConfig.int8()
+    example = split.train_x[:2]
+
+    start = time.perf_counter()
+    model = float_model(task, seed, cache)
+    yield "FP32", accuracy(model, split), time.perf_counter() - start
+
+    if with_continued:
+        start = time.perf_counter()
+        torch.manual_seed(1000 + seed)
+        continued = copy.deepcopy(model)
+        train(continued, task, task.fine_rate, task.fine_epochs, warmup=0, autocast=True)
+        yield "FP32 continued", accuracy(continued, split), time.perf_counter() - start
+
+    start = time.perf_counter()
+    prepared = rf.quantization.prepare(model, config, example)
+    rf.quantization.calibrate(prepared, split.train_x[: 8 * BATCH].split(BATCH))
+    yield "PTQ", accuracy(rf.quantization.convert(prepared), split), time.perf_counter() - start
+
+    start = time.perf_counter()
+    torch.manual_seed(1000 + seed)
+    prepared = rf.quantization.prepare_qat(model, config, example)
+    train(prepared, task, task.fine_rate, task.fine_epochs, warmup=0, autocast=False)
+    yield "QAT", accuracy(rf.quantization.convert(prepared), split), time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with cifar10_subset.npz and sst2/*.tsv")
+    parser.add_argument("--task", choices=["images", "sentences", "all"], default="all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cache", type=Path, help="folder that keeps the FP32 models, so that a rerun only quantizes")
+    parser.add_argument("--continued", action="store_true", help="also continue FP32 as long as QAT does")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="one seed, one epoch, few samples: does it run")
+    parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
+
+    for name in ("images", "sentences") if arguments.task == "all" else (arguments.task,):
+        task = make_task(name, arguments.data, arguments.quick)
+        results: dict[str, list[float]] = {}
+        for seed in seeds:
+            for kind, percent, seconds in run(task, seed, arguments.cache, arguments.continued):
+                results.setdefault(kind, []).append(percent)
+                record = {"benchmark": "accuracy", "data": task.split.name, "seed": seed, "kind": kind}
+                record |= {"accuracy": round(percent, 3), "seconds": round(seconds, 1)}
+                if arguments.json:
+                    print(json.dumps(record), flush=True)
+                else:
+                    print(f"{task.split.name}, seed {seed}: {kind:14} {percent:7.2f} %  {seconds:7.1f} s", flush=True)
+        mean = {kind: statistics.fmean(values) for kind, values in results.items()}
+        for kind in results:
+            lost, goal = mean["FP32"] - mean[kind], task.goals.get(kind)
+            record = {"benchmark": "accuracy", "data": task.split.name, "kind": kind, "seeds": len(seeds)}
+            record |= {"mean": round(mean[kind], 3), "each": [round(v, 3) for v in results[kind]]}
+            record |= {"points_lost": round(lost, 3), "goal": goal}
+            if goal is not None and not arguments.quick:
+                record["reached"] = lost <= goal
+            if arguments.json:
+                print(json.dumps(record), flush=True)
+            else:
+                wanted = "" if goal is None else f"  (goal: at most {goal})"
+                print(
+                    f"{task.split.name}, mean of {len(seeds)}: {kind:14} {mean[kind]:7.2f} %  lost {lost:+.2f}{wanted}"
+                )
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

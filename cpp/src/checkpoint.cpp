@@ -1,0 +1,127 @@
+#include <ATen/ops/equal.h>
+#include <rarefy/checkpoint.h>
+#include <rarefy/quantization/fake_quantizer.h>
+
+#include <algorithm>
+#include <sstream>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+
+namespace rarefy {
+namespace {
+
+std::vector<std::pair<std::string, torch::Tensor>> state_of(const torch::nn::Module& model) {
+  std::vector<std::pair<std::string, torch::Tensor>> state;
+  for (const auto& items : {model.named_parameters(), model.named_buffers()}) {
+    for (const auto& item : items) {
+      if (item.value().defined()) {
+        state.emplace_back(item.key(), item.value());
+      }
+    }
+  }
+  return state;
+}
+
+/// Equal for names of one tensor: the same elements of the same memory, read in the same way.
+auto identity(const torch::Tensor& tensor) {
+  return std::tuple(tensor.unsafeGetTensorImpl()->storage().unsafeGetStorageImpl(), tensor.storage_offset(),
+                    tensor.scalar_type(), tensor.sizes().vec(), tensor.strides().vec());
+}
+using Identity = decltype(identity(torch::Tensor()));
+
+std::string listed(const std::vector<std::string>& names) {
+  std::string text;
+  for (const auto& name : names) {
+    text += (text.empty() ? "" : ", ") + name;
+  }
+  return text;
+}
+
+bool fits(const torch::Tensor& from, const torch::Tensor& into) {
+  const bool types = from.scalar_type() == into.scalar_type() || (from.is_floating_point() && into.is_floating_point());
+  return types && from.sizes() == into.sizes();
+}
+
+std::string described(const torch::Tensor& tensor) {
+  std::ostringstream text;
+  text << tensor.scalar_type() << " " << tensor.sizes();
+  return text.str();
+}
+
+}  // namespace
+
+void save_safetensors(const torch::nn::Module& model, const std::filesystem::path& path, const Metadata& metadata) {
+  auto state = state_of(model);
+  std::sort(state.begin(), state.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  NamedTensors kept;
+  Metadata text = metadata;
+  std::map<Identity, std::string> names;
+  for (const auto& [name, tensor] : state) {
+    if (tensor.numel() > 0) {
+      const auto [position, is_new] = names.emplace(identity(tensor), name);
+      if (!is_new) {
+        text.emplace(name, position->second);
+        continue;
+      }
+    }
+    kept.insert(name, tensor);
+  }
+  save_safetensors(kept, path, text);
+}
+
+LoadResult load_safetensors(torch::nn::Module& model, const std::filesystem::path& path, bool strict) {
+  const auto file = path.string();
+  const auto checkpoint = load_safetensors(path);
+  const auto state = state_of(model);
+
+  LoadResult result;
+  std::vector<std::pair<torch::Tensor, const torch::Tensor*>> copies;  // into, from
+  std::unordered_map<std::string, torch::Tensor> targets;
+  std::map<Identity, const std::string*> sources;  // name in the file of what fills a tensor of the model
+  std::vector<std::string> unfit;
+  for (const auto& [name, target] : state) {
+    targets.emplace(name, target);
+    const auto* source = checkpoint.tensors.find(name);
+    if (source == nullptr) {
+      continue;
+    }
+    if (!fits(*source, target)) {
+      unfit.push_back(name + " (" + described(*source) + " into " + described(target) + ")");
+      continue;
+    }
+    const auto [position, is_new] = sources.emplace(identity(target), &name);
+    TORCH_CHECK_VALUE(is_new || at::equal(checkpoint.tensors[*position->second], *source), "[load_safetensors] ", file,
+                      ": ", *position->second, " and ", name,
+                      " are one tensor of the model and must be equal in the file");
+    copies.emplace_back(target, source);
+  }
+  TORCH_CHECK_VALUE(unfit.empty(), "[load_safetensors] ", file,
+                    ": shapes and types must be those of the model, but are not for: ", listed(unfit));
+  for (const auto& [name, target] : state) {
+    if (!checkpoint.tensors.contains(name) && sources.count(identity(target)) == 0) {
+      result.missing.push_back(name);
+    }
+  }
+  for (const auto& item : checkpoint.tensors) {
+    if (targets.count(item.key()) == 0) {
+      result.unexpected.push_back(item.key());
+    }
+  }
+  TORCH_CHECK_VALUE(!strict || (result.missing.empty() && result.unexpected.empty()), "[load_safetensors] ", file,
+                    ": names must be those of the model, but missing are: ", listed(result.missing),
+                    "; unexpected are: ", listed(result.unexpected));
+
+  const torch::NoGradGuard no_grad;
+  for (auto& [target, source] : copies) {
+    target.copy_(*source);
+  }
+  model.apply([](torch::nn::Module& module) {
+    if (auto* quantizer = dynamic_cast<quantization::FakeQuantizerImpl*>(&module)) {
+      quantizer->refresh();
+    }
+  });
+  return result;
+}
+
+}  // namespace rarefy
