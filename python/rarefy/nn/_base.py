@@ -168,7 +168,9 @@ class WeightedLayer(QuantizableLayer):
     def _why_never_integer(self, config: QConfig) -> str | None:
         if not self._integer_devices:
             return f"{type(self).__name__} has no integer kernel"
-        return config.why_not_integer() or (None if _EXACT_PRODUCTS else "the processor sums products of bytes in 16 bits")
+        return config.why_not_integer() or (
+            None if _EXACT_PRODUCTS else "the processor sums products of bytes in 16 bits"
+        )
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """The float weight and bias that are quantized."""
@@ -210,7 +212,9 @@ class WeightedLayer(QuantizableLayer):
             return False
         reason = self._why_not_integer(x)
         if reason is not None and self.execution == "integer":
-            raise ValueError(f"[{type(self).__name__}] execution='integer' must be possible for its input, but {reason}")
+            raise ValueError(
+                f"[{type(self).__name__}] execution='integer' must be possible for its input, but {reason}"
+            )
         return reason is None
 
     def _grids(self, x: Tensor, weight: Tensor, factor: Tensor | None = None) -> tuple[object, ...]:
@@ -220,7 +224,13 @@ class WeightedLayer(QuantizableLayer):
         return *q.grid(x), q.qmin, q.qmax, *w.grid(weight, factor), w.qmin, w.qmax
 
     def _compute_integer(
-        self, x: Tensor, weight: Tensor, factor: Tensor | None, bias: Tensor | None, grids: tuple[object, ...], relu: bool
+        self,
+        x: Tensor,
+        weight: Tensor,
+        factor: Tensor | None,
+        bias: Tensor | None,
+        grids: tuple[object, ...],
+        relu: bool,
     ) -> Tensor:
         """The layer's arithmetic in integers, with the weight quantized as ``weight * factor`` and the result divided by
         ``factor`` again where there is one: what a subclass gives."""
