@@ -1,3 +1,4 @@
+#include <rarefy/ops/integer.h>
 #include <rarefy/quantization/qconfig.h>
 #include <rarefy/quantization/schedule.h>
 #include <rarefy/quantization/scheme.h>
@@ -56,6 +57,8 @@ void init_quantization(py::module_& parent) {
       .def("__repr__", [](const Latest&) { return "Latest()"; })
       .def(py::pickle([](const Latest&) { return py::tuple(); }, [](const py::tuple&) { return Latest{}; }));
 
+  m.def("has_exact_integer_products", &ops::has_exact_integer_products,
+        "Whether the processor sums products of bytes in 32 bits, without saturating (AVX512-VNNI, AVX-VNNI).");
   m.def(
       "averaging_constant", [](const Observer& observer) { return averaging_constant(observer); }, py::arg("observer"),
       "The averaging constant that torch.ops.rarefy.observe takes for an observer.");

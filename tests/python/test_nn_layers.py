@@ -94,7 +94,7 @@ def test_embedding_ranges_follow_the_rows_until_frozen():
     ],
 )
 def test_embedding_is_refused_with_its_reason(options, reason):
-    prepared = prepare_qat(nn.Sequential(nn.Embedding(4, 3, **options), nn.Linear(3, 2)), QConfig.int8())
+    prepared = prepare_qat(nn.Sequential(nn.Embedding(4, 3, **options), nn.Linear(3, 2)), QConfig.int8(), strict=False)
     assert type(prepared[0]) is nn.Embedding
     assert report(prepared).skipped[0].note == reason
 

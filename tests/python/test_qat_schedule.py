@@ -42,6 +42,31 @@ def test_each_step_has_the_switches_of_its_number():
         assert torch.allclose(y, plain.T, atol=1e-6) == (not expected(step)[1])
 
 
+def test_batch_normalization_freezes_at_its_step():
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 5, 5)
+    model = prepare_qat(nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()), QConfig.int8(), x)
+    schedule = QATSchedule(freeze_batch_norm_at=2)
+    for step in range(4):
+        schedule.step(model)
+        before = model[1].running_mean.clone()
+        model.train()
+        model(x + step)
+        assert torch.equal(before, model[1].running_mean) == (step >= 2)
+    schedule.load_state_dict({"steps": 1})
+    schedule.apply(model)
+    before = model[1].running_mean.clone()
+    model(x)
+    assert not torch.equal(before, model[1].running_mean)
+
+
+def test_freezing_wants_a_batch_normalization():
+    schedule = QATSchedule(freeze_batch_norm_at=2)
+    with pytest.raises(ValueError, match=r"\[freeze_batch_norm\] the model must have a batch normalization"):
+        schedule.step(make_model())
+    assert schedule.steps == 0
+
+
 @pytest.mark.parametrize("at", range(6))
 def test_a_resumed_schedule_continues_with_the_same_switches(at: int):
     options = {"observe_from": 1, "quantize_from": 2, "freeze_observers_at": 4}

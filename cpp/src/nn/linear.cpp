@@ -13,6 +13,13 @@ LinearImpl::LinearImpl(const LinearOptions& options_) : options(options_) {
   reset_parameters();
 }
 
+LinearImpl::LinearImpl(const LinearOptions& options_, const torch::Tensor& given_weight,
+                       const torch::Tensor& given_bias)
+    : options(options_) {
+  reset();
+  adopt(given_weight, given_bias);
+}
+
 void LinearImpl::register_floating() {
   weight = register_parameter("weight", torch::empty({options.out_features(), options.in_features()}));
   bias = options.bias() ? register_parameter("bias", torch::empty({options.out_features()})) : torch::Tensor();
@@ -31,23 +38,17 @@ void LinearImpl::pretty_print(std::ostream& stream) const {
          << ", bias=" << std::boolalpha << options.bias() << ")";
 }
 
+torch::Tensor LinearImpl::compute(const torch::Tensor& x, const torch::Tensor& w, const torch::Tensor& b) {
+  return at::linear(x, w, b);
+}
+
 torch::Tensor LinearImpl::pack(const torch::Tensor&) { return ops::pack_linear_weight(weight); }
 
-torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
-  if (mode_ == Mode::floating) {
-    return at::linear(x, weight, bias);
-  }
-  if (mode_ == Mode::converted) {
-    if (!executes_integers()) {
-      return at::linear(x, dequantized_weight(), bias);
-    }
-    const auto* input = quant->find("input");
-    const auto& packed_weight = packed(x);
-    return ops::quantized_linear(x, packed_weight, weight_scale_, bias.defined() ? std::optional(bias) : std::nullopt,
-                                 input->scale, input->zero_point, input->options.scheme.qmin(),
-                                 input->options.scheme.qmax(), false);
-  }
-  return at::linear(quant->apply("input", x), quant->apply("weight", weight), bias);
+torch::Tensor LinearImpl::execute(const torch::Tensor& x) {
+  const auto* input = quant->find("input");
+  const auto& packed_weight = packed(x);
+  return ops::quantized_linear(x, packed_weight, weight_scale_, optional_bias(), input->scale, input->zero_point,
+                               input->options.scheme.qmin(), input->options.scheme.qmax(), relu());
 }
 
 }  // namespace rarefy::nn

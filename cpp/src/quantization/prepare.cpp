@@ -1,11 +1,13 @@
 #include <fmt/ranges.h>
 #include <rarefy/nn/quantizable.h>
 #include <rarefy/quantization/prepare.h>
-#include <torch/nn/modules/conv.h>
-#include <torch/nn/modules/linear.h>
 #include <torch/types.h>
 
 #include <algorithm>
+#include <map>
+#include <set>
+
+#include "quantization/replace.h"
 
 namespace rarefy::quantization {
 namespace {
@@ -18,8 +20,10 @@ struct Layer {
 
 std::vector<Layer> layers_of(const torch::nn::Module& model) {
   std::vector<Layer> layers;
+  std::set<const nn::Quantizable*> seen;  // a layer that the model holds twice is one layer
   for (const auto& item : model.named_modules("", /*include_self=*/false)) {
-    if (auto* layer = dynamic_cast<nn::Quantizable*>(item.value().get())) {
+    if (auto* layer = dynamic_cast<nn::Quantizable*>(item.value().get());
+        layer != nullptr && seen.insert(layer).second) {
       layers.push_back({item.key(), item.value(), layer});
     }
   }
@@ -48,29 +52,13 @@ std::vector<std::pair<std::string, FakeQuantizerImpl*>> quantizers_of(const Laye
 
 std::string join(const std::vector<std::string>& names) { return fmt::format("{}", fmt::join(names, ", ")); }
 
-/// Layers of torch::nn that have a counterpart in rarefy::nn, and cannot be switched.
-std::vector<std::pair<std::string, std::string>> fixed_layers_of(const torch::nn::Module& model) {
-  std::vector<std::pair<std::string, std::string>> layers;
-  for (const auto& item : model.named_modules("", /*include_self=*/false)) {
-    const auto* module = item.value().get();
-    const char* kind = dynamic_cast<const torch::nn::LinearImpl*>(module) != nullptr   ? "Linear"
-                       : dynamic_cast<const torch::nn::Conv2dImpl*>(module) != nullptr ? "Conv2d"
-                                                                                       : nullptr;
-    if (kind != nullptr && dynamic_cast<const nn::Quantizable*>(module) == nullptr) {
-      layers.emplace_back(item.key(), kind);
-    }
-  }
-  return layers;
-}
-
 bool is_overridden(const QConfig& config, const std::string& name) {
   return std::any_of(config.overrides.begin(), config.overrides.end(),
                      [&](const auto& item) { return matches(item.first, name); });
 }
 
-void check_strict(const char* function, const torch::nn::Module& model, const QConfig& config,
-                  const std::vector<Layer>& layers) {
-  const auto fixed = fixed_layers_of(model);
+void check_strict(const char* function, const QConfig& config, const std::vector<Layer>& layers,
+                  const std::vector<FloatLayer>& floating) {
   std::vector<std::string> names;
   for (const auto& layer : layers) {
     names.push_back(layer.name);
@@ -79,14 +67,14 @@ void check_strict(const char* function, const torch::nn::Module& model, const QC
     const auto& key = pattern;
     const bool used =
         std::any_of(names.begin(), names.end(), [&](const auto& name) { return matches(key, name); }) ||
-        std::any_of(fixed.begin(), fixed.end(), [&](const auto& item) { return matches(key, item.first); });
+        std::any_of(floating.begin(), floating.end(), [&](const auto& item) { return matches(key, item.name); });
     TORCH_CHECK_VALUE(used, "[", function, "] override '", pattern,
                       "' must match a rarefy::nn layer, but matches none of: ", join(names));
   }
   std::vector<std::string> left;
-  for (const auto& [name, kind] : fixed) {
-    if (!is_overridden(config, name)) {
-      left.push_back(fmt::format("{} (torch::nn::{} cannot be switched; rarefy::nn::{} can)", name, kind, kind));
+  for (const auto& layer : floating) {
+    if (!layer.reason.empty() && !is_overridden(config, layer.name)) {
+      left.push_back(fmt::format("{} ({})", layer.name, layer.reason));
     }
   }
   TORCH_CHECK_VALUE(
@@ -96,18 +84,47 @@ void check_strict(const char* function, const torch::nn::Module& model, const QC
       join(left));
 }
 
-/// The layers that first_last_fp32 keeps, by name.
-std::vector<std::string> first_and_last(const QConfig& config, const std::vector<Layer>& layers) {
-  std::vector<std::string> weighted;
+/// One layer that the configuration may be about: of rarefy::nn, or of torch::nn with a twin to make.
+struct Candidate {
+  std::string name;
+  std::shared_ptr<nn::Quantizable> layer;  // of torch::nn: null until the twin is made
+  const FloatLayer* floating = nullptr;
+  bool has_weight() const { return floating != nullptr || layer->has_weight(); }
+};
+
+/// In the order of named_modules, in which the first and the last layer are told.
+std::vector<Candidate> candidates_of(const torch::nn::Module& model, const std::vector<Layer>& layers,
+                                     const std::vector<FloatLayer>& floating) {
+  std::map<std::string, Candidate> by_name;
   for (const auto& layer : layers) {
-    if (config.first_last_fp32 && layer.layer->has_weight()) {
-      weighted.push_back(layer.name);
+    by_name[layer.name] = {layer.name, std::shared_ptr<nn::Quantizable>(layer.module, layer.layer)};
+  }
+  for (const auto& layer : floating) {
+    if (layer.reason.empty()) {
+      by_name[layer.name] = {layer.name, nullptr, &layer};
+    }
+  }
+  std::vector<Candidate> candidates;
+  for (const auto& item : model.named_modules("", /*include_self=*/false)) {
+    if (const auto found = by_name.find(item.key()); found != by_name.end()) {
+      candidates.push_back(found->second);
+    }
+  }
+  return candidates;
+}
+
+/// The layers that first_last_fp32 keeps, by name.
+std::vector<std::string> first_and_last(const QConfig& config, const std::vector<Candidate>& candidates) {
+  std::vector<std::string> weighted;
+  for (const auto& candidate : candidates) {
+    if (config.first_last_fp32 && candidate.has_weight()) {
+      weighted.push_back(candidate.name);
     }
   }
   return weighted.empty() ? weighted : std::vector<std::string>{weighted.front(), weighted.back()};
 }
 
-/// Checks everything before the first layer switches.
+/// Checks everything, and makes and prepares the twins, before the first layer of the model changes.
 void prepare_layers(const char* function, torch::nn::Module& model, const QConfig& config,
                     const Observer& default_observer, bool quantize, bool strict) {
   config.validate();
@@ -117,50 +134,67 @@ void prepare_layers(const char* function, torch::nn::Module& model, const QConfi
     }
   }
   const auto layers = layers_of(model);
+  const auto floating = float_layers(model);
   if (strict) {
-    check_strict(function, model, config, layers);
+    check_strict(function, config, layers, floating);
   }
-  const auto ends = first_and_last(config, layers);
-  std::vector<std::pair<const Layer*, LayerConfig>> todo;
-  std::vector<std::pair<const Layer*, const char*>> skipped;
-  for (const auto& layer : layers) {
-    const bool overridden = is_overridden(config, layer.name);
-    if (!overridden && std::find(ends.begin(), ends.end(), layer.name) != ends.end()) {
-      skipped.emplace_back(&layer, layer.name == ends.front() ? "kept in FP32 as the first layer (first_last_fp32)"
-                                                              : "kept in FP32 as the last layer (first_last_fp32)");
+  auto candidates = candidates_of(model, layers, floating);
+  const auto ends = first_and_last(config, candidates);
+  std::vector<std::pair<Candidate*, LayerConfig>> todo;
+  std::vector<std::pair<Candidate*, const char*>> skipped;
+  for (auto& candidate : candidates) {
+    const bool overridden = is_overridden(config, candidate.name);
+    if (!overridden && std::find(ends.begin(), ends.end(), candidate.name) != ends.end()) {
+      skipped.emplace_back(&candidate, candidate.name == ends.front()
+                                           ? "kept in FP32 as the first layer (first_last_fp32)"
+                                           : "kept in FP32 as the last layer (first_last_fp32)");
       continue;
     }
-    const auto resolved = config.resolve(layer.name);
+    const auto resolved = config.resolve(candidate.name);
     if (!resolved.has_value() || !resolved->weight.has_value()) {
-      skipped.emplace_back(&layer, overridden ? "kept in FP32 by an override" : "");
+      skipped.emplace_back(&candidate, overridden ? "kept in FP32 by an override" : "");
       continue;
     }
-    TORCH_CHECK_VALUE(layer.layer->mode() == nn::Quantizable::Mode::floating, "[", function, "] layer ", layer.name,
-                      " must be floating point, but is already prepared");
+    TORCH_CHECK_VALUE(candidate.layer == nullptr || candidate.layer->mode() == nn::Quantizable::Mode::floating, "[",
+                      function, "] layer ", candidate.name, " must be floating point, but is already prepared");
     const auto reason = resolved->why_not_integer();
-    TORCH_CHECK_VALUE(!layer.layer->has_weight() || resolved->execution != Execution::integer || !reason.has_value(),
-                      "[", function, "] layer ", layer.name, " cannot execute in integers: ", reason.value_or(""));
-    todo.emplace_back(&layer, *resolved);
+    TORCH_CHECK_VALUE(!candidate.has_weight() || resolved->execution != Execution::integer || !reason.has_value(), "[",
+                      function, "] layer ", candidate.name, " cannot execute in integers: ", reason.value_or(""));
+    todo.emplace_back(&candidate, *resolved);
   }
   TORCH_CHECK_VALUE(!todo.empty(), "[", function,
-                    "] the model must have a rarefy::nn layer that the configuration quantizes, got ", layers.size(),
-                    " rarefy::nn layers and none to quantize");
-  for (auto& [layer, layer_config] : todo) {
-    layer->layer->prepare(layer_config, default_observer);
-    if (layer->layer->quant_state() == nullptr) {
-      layer->layer->note = "the configuration quantizes weights only";
+                    "] the model must have a rarefy::nn layer that the configuration quantizes, got ",
+                    candidates.size(), " rarefy::nn layers and none to quantize");
+  for (auto& [candidate, layer_config] : todo) {
+    if (candidate->floating != nullptr) {
+      candidate->layer = candidate->floating->make();
+      candidate->layer->prepare(layer_config, default_observer);
+    }
+  }
+  for (auto& [candidate, layer_config] : todo) {
+    if (candidate->floating != nullptr) {
+      candidate->floating->insert();
+    } else {
+      candidate->layer->prepare(layer_config, default_observer);
+    }
+    auto* state = candidate->layer->quant_state();
+    if (state == nullptr) {
+      candidate->layer->note = "the configuration quantizes weights only";
       continue;
     }
-    for (const auto& [name, quantizer] : quantizers_of(*layer)) {
-      quantizer->name = name;
+    for (const auto& child : state->named_children()) {
+      auto* quantizer = child.value()->as<FakeQuantizerImpl>();
+      quantizer->name = candidate->name + ".quant." + child.key();
       if (!quantize) {
         quantizer->quantize = std::holds_alternative<Latest>(quantizer->options.observer);
         quantizer->observe = quantizer->quantize;
       }
     }
   }
-  for (const auto& [layer, reason] : skipped) {
-    layer->layer->note = reason;
+  for (const auto& [candidate, reason] : skipped) {
+    if (candidate->layer != nullptr) {
+      candidate->layer->note = reason;
+    }
   }
 }
 
@@ -272,6 +306,7 @@ void convert(torch::nn::Module& model) {
   for (const auto& layer : layers) {
     layer.layer->convert();
   }
+  remove_spent_batch_norms(model);
 }
 
 void set_state(torch::nn::Module& model, std::optional<bool> observe, std::optional<bool> quantize) {
@@ -285,6 +320,11 @@ void set_state(torch::nn::Module& model, std::optional<bool> observe, std::optio
 
 std::string report(const torch::nn::Module& model) {
   std::string text;
+  // Only read: a report changes no module.
+  for (const auto& layer : float_layers(const_cast<torch::nn::Module&>(model))) {
+    text += fmt::format("{:<32} {:<10} fp32  {}\n", layer.name, layer.kind,
+                        layer.reason.empty() ? "not prepared" : layer.reason);
+  }
   for (const auto& layer : layers_of(model)) {
     const auto mode = layer.layer->mode();
     text += fmt::format("{:<32} {:<10} {}", layer.name, layer.layer->kind(),

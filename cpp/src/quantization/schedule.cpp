@@ -1,9 +1,36 @@
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
+#include <rarefy/nn/conv_bn.h>
+#include <rarefy/quantization/batch_norm.h>
 #include <rarefy/quantization/prepare.h>
 #include <rarefy/quantization/schedule.h>
+#include <torch/nn/modules/batchnorm.h>
+
+#include <algorithm>
 
 namespace rarefy::quantization {
+namespace {
+
+bool folds_batch_norm(const torch::nn::Module& model) {
+  const auto modules = model.modules();
+  return std::any_of(modules.begin(), modules.end(), [](const auto& module) {
+    return dynamic_cast<const nn::FoldedBatchNorm1dImpl*>(module.get()) != nullptr ||
+           dynamic_cast<const nn::FoldedBatchNorm2dImpl*>(module.get()) != nullptr ||
+           dynamic_cast<const nn::FoldedBatchNorm3dImpl*>(module.get()) != nullptr;
+  });
+}
+
+void set_flags(torch::nn::Module& model, const QATFlags& flags, bool with_batch_norm) {
+  TORCH_CHECK_VALUE(!with_batch_norm || folds_batch_norm(model),
+                    "[QATSchedule] freeze_batch_norm_at needs a model with a layer that folds a batch normalization "
+                    "(rarefy::nn::ConvBn2d), got none");
+  set_state(model, flags.observe, flags.quantize);
+  if (with_batch_norm) {
+    freeze_batch_norm(model, flags.freeze_batch_norm);
+  }
+}
+
+}  // namespace
 
 void QATScheduleOptions::validate() const {
   TORCH_CHECK_VALUE(observe_from >= 0, "[QATSchedule] observe_from must not be negative, got ", observe_from);
@@ -31,14 +58,12 @@ std::string QATScheduleOptions::to_string() const {
 QATSchedule::QATSchedule(QATScheduleOptions options) : options_(options) { options_.validate(); }
 
 void QATSchedule::step(torch::nn::Module& model) {
-  const auto flags = options_.flags_at(steps_);
-  set_state(model, flags.observe, flags.quantize);
+  set_flags(model, options_.flags_at(steps_), options_.freeze_batch_norm_at.has_value());
   ++steps_;
 }
 
 void QATSchedule::apply(torch::nn::Module& model) const {
-  const auto flags = options_.flags_at(steps_ == 0 ? 0 : steps_ - 1);
-  set_state(model, flags.observe, flags.quantize);
+  set_flags(model, options_.flags_at(steps_ == 0 ? 0 : steps_ - 1), options_.freeze_batch_norm_at.has_value());
 }
 
 void QATSchedule::save(torch::serialize::OutputArchive& archive) const { archive.write("steps", c10::IValue(steps_)); }

@@ -16,6 +16,7 @@ __all__: list[str] = [
     "QATScheduleOptions",
     "Scheme",
     "averaging_constant",
+    "has_exact_integer_products",
     "validate_layer_config",
     "why_not_integer",
 ]
@@ -169,6 +170,11 @@ class QATScheduleOptions:
 def averaging_constant(observer: MinMax | MovingAverage | Latest) -> float | None:
     """
     The averaging constant that torch.ops.rarefy.observe takes for an observer.
+    """
+
+def has_exact_integer_products() -> bool:
+    """
+    Whether the processor sums products of bytes in 32 bits, without saturating (AVX512-VNNI, AVX-VNNI).
     """
 
 def validate_layer_config(

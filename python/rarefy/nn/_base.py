@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rarefy._core.quantization import Latest, PerChannel, Scheme
+from rarefy._core.quantization import Latest, PerChannel, Scheme, has_exact_integer_products
 from rarefy.nn.relu import mark_rectified, rectify
 from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.qconfig import QConfig
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_EXACT_PRODUCTS = has_exact_integer_products()
 
 
 class QuantState(nn.Module):
@@ -98,8 +100,8 @@ class QuantizableLayer(nn.Module):
         """Whether the layer has quantizers."""
         return bool(self.quant._modules)
 
-    def _finish(self, y: Tensor) -> Tensor:
-        if self.relu:
+    def _finish(self, y: Tensor, rectified: bool = False) -> Tensor:
+        if self.relu and not rectified:
             y = rectify(y)
         if self.quant.output is not None:
             y = self.quant.output(y)
@@ -131,8 +133,12 @@ class WeightedLayer(QuantizableLayer):
     #: The axis of the weight that has one entry per output channel.
     channel_axis: ClassVar[int] = 0
 
+    #: Where LibTorch has integer kernels for the layer.
+    _integer_devices: ClassVar[tuple[str, ...]] = ()
+
     weight: nn.Parameter
     bias: nn.Parameter | None
+    _float_reason: str | None  # why the layer never executes in integers
 
     def _make_quantizers(self, config: QConfig) -> dict[str, FakeQuantizer]:
         quantizers = {}
@@ -157,6 +163,12 @@ class WeightedLayer(QuantizableLayer):
     def _attach(self, config: QConfig, relu: bool, quantize_output: bool) -> None:
         super()._attach(config, relu, quantize_output)
         self.quant.to(self.weight.device)
+        self._float_reason = self._why_never_integer(config)
+
+    def _why_never_integer(self, config: QConfig) -> str | None:
+        if not self._integer_devices:
+            return f"{type(self).__name__} has no integer kernel"
+        return config.why_not_integer() or (None if _EXACT_PRODUCTS else "the processor sums products of bytes in 16 bits")
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """The float weight and bias that are quantized."""
@@ -182,7 +194,43 @@ class WeightedLayer(QuantizableLayer):
         quantizer = self.quant.input
         return x if quantizer is None else quantizer(x)
 
+    def _why_not_integer(self, x: Tensor) -> str | None:
+        """Why this input has to be computed with in floating point, or None. Reads host values only."""
+        if self._float_reason is not None:
+            return self._float_reason
+        if x.dtype is torch.float64:
+            return "float64 has no integer kernels"
+        return None if x.device.type in self._integer_devices else f"there are no integer kernels on {x.device.type}"
+
+    def _runs_in_integers(self, x: Tensor) -> bool:
+        weight, input_ = self.quant.weight, self.quant.input
+        if self.execution == "simulated" or weight is None or not weight.quantize:
+            return False
+        if input_ is None or not input_.quantize:
+            return False
+        reason = self._why_not_integer(x)
+        if reason is not None and self.execution == "integer":
+            raise ValueError(f"[{type(self).__name__}] execution='integer' must be possible for its input, but {reason}")
+        return reason is None
+
+    def _grids(self, x: Tensor, weight: Tensor, factor: Tensor | None = None) -> tuple[object, ...]:
+        """The arguments of the integer operators that say how input and weight are rounded."""
+        q, w = self.quant.input, self.quant.weight
+        assert q is not None and w is not None
+        return *q.grid(x), q.qmin, q.qmax, *w.grid(weight, factor), w.qmin, w.qmax
+
+    def _compute_integer(
+        self, x: Tensor, weight: Tensor, factor: Tensor | None, bias: Tensor | None, grids: tuple[object, ...], relu: bool
+    ) -> Tensor:
+        """The layer's arithmetic in integers, with the weight quantized as ``weight * factor`` and the result divided by
+        ``factor`` again where there is one: what a subclass gives."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
         """The layer on the grids of its input and weight."""
         assert self.quant.weight is not None
+        if self._runs_in_integers(x):
+            grids = self._grids(x, self.weight)
+            y = self._compute_integer(x, self.weight, None, self.bias, grids, self.relu)
+            return self._finish(y, rectified=self.relu)
         return self._finish(self._compute(self._quantized_input(x), self.quant.weight(self.weight), self.bias))

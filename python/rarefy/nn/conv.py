@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.nn._base import WeightedLayer
+from rarefy.quantization.qconfig import QConfig
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -55,12 +57,29 @@ def geometry_of(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Geometry:
 class ConvLayer(WeightedLayer):
     """What the convolutions of all dimensions share."""
 
+    _integer_devices = ("cpu",)
+
     def geometry(self) -> Geometry:
         """How the layer moves over its input, in numbers."""
         return geometry_of(self)  # type: ignore[arg-type]
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.geometry().convolve(x, weight, bias)
+
+    def _why_never_integer(self, config: QConfig) -> str | None:
+        if self.weight.dim() == 5 and self.groups > 1:
+            return "there is no integer kernel for groups in three dimensions"
+        return super()._why_never_integer(config)
+
+    def _compute_integer(
+        self, x: Tensor, weight: Tensor, factor: Tensor | None, bias: Tensor | None, grids: tuple[object, ...], relu: bool
+    ) -> Tensor:
+        if x.dim() == weight.dim() - 1:  # one sample, as torch's convolutions take it
+            return self._compute_integer(x.unsqueeze(0), weight, factor, bias, grids, relu).squeeze(0)
+        g, bf16 = self.geometry(), self.gradient_dtype is torch.bfloat16
+        return torch.ops.rarefy.integer_conv(
+            g.padded(x), weight, factor, bias, *grids, g.stride, g.padding, g.dilation, g.groups, relu, bf16, None
+        )
 
 
 class Conv1d(ConvLayer, nn.Conv1d):

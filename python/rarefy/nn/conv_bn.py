@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.nn._base import QuantState
@@ -21,6 +22,13 @@ class FoldedBatchNorm(nn.Module):
     It stays where the model has it, so that parameter names do not change.
     """
 
+    frozen: bool = False  #: normalize with the running statistics and leave them alone, in training too
+
+    @property
+    def moves(self) -> bool:
+        """Whether the batch's statistics are used, and the running ones follow them."""
+        return self.training and not self.frozen
+
     @classmethod
     def from_float(cls, module: nn.Module) -> Self:
         """The same parameters and buffers, as the identity."""
@@ -33,7 +41,9 @@ class FoldedBatchNorm(nn.Module):
         return x
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Batch normalization proper: with the batch's statistics in training, the running ones otherwise."""
+        """Batch normalization proper: with the batch's statistics when it moves, the running ones otherwise."""
+        if self.training and self.frozen:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(x)
 
 
@@ -129,8 +139,10 @@ class ConvBnLayer(ConvLayer):
         """Convolution and batch normalization on the grids of input and folded weight."""
         if self.quant.weight is None:
             return self.bn.normalize(self._compute(x, self.weight, self.bias))
+        if self._runs_in_integers(x):
+            return self._forward_integer(x)
         x = self._quantized_input(x)
-        if not self.bn.training:
+        if not self.bn.moves:
             weight, bias = self.folded()
             return self._finish(self._compute(x, self.quant.weight(weight), bias))
         factor = self._factor()
@@ -139,6 +151,15 @@ class ConvBnLayer(ConvLayer):
         y = self._compute(x, weight, None) / factor.view(per_channel)
         if self.bias is not None:
             y = y + self.bias.view(per_channel)
+        return self._finish(self.bn.normalize(y))
+
+    def _forward_integer(self, x: Tensor) -> Tensor:
+        if not self.bn.training:
+            weight, bias = self.folded()
+            y = self._compute_integer(x, weight, None, bias, self._grids(x, weight), self.relu)
+            return self._finish(y, rectified=self.relu)
+        factor = self._factor()
+        y = self._compute_integer(x, self.weight, factor, self.bias, self._grids(x, self.weight, factor), relu=False)
         return self._finish(self.bn.normalize(y))
 
 

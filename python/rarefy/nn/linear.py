@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,6 +16,13 @@ class Linear(WeightedLayer, nn.Linear):
     """
 
     quantizes_output = False
+    _integer_devices = ("cpu", "cuda")
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
+
+    def _compute_integer(
+        self, x: Tensor, weight: Tensor, factor: Tensor | None, bias: Tensor | None, grids: tuple[object, ...], relu: bool
+    ) -> Tensor:
+        bf16 = self.gradient_dtype is torch.bfloat16
+        return torch.ops.rarefy.integer_linear(x, weight, bias, *grids, False, relu, bf16, None)

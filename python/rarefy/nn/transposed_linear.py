@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,12 +18,19 @@ class TransposedLinear(WeightedLayer):
 
     quantizes_output = False
     channel_axis = 1
+    _integer_devices = ("cpu", "cuda")
 
     nx: int
     nf: int
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight.t(), bias)
+
+    def _compute_integer(
+        self, x: Tensor, weight: Tensor, factor: Tensor | None, bias: Tensor | None, grids: tuple[object, ...], relu: bool
+    ) -> Tensor:
+        bf16 = self.gradient_dtype is torch.bfloat16
+        return torch.ops.rarefy.integer_linear(x, weight, bias, *grids, True, relu, bf16, None)
 
     def extra_repr(self) -> str:
         """Sizes."""

@@ -1,6 +1,7 @@
 """Quantization: schemes, fake quantizers, quantization-aware training, calibration, integer execution."""
 
 from rarefy._core.quantization import Latest, MinMax, MovingAverage, PerChannel, PerTensor, Scheme
+from rarefy.quantization.batch_norm import freeze_batch_norm, reestimate_batch_norm
 from rarefy.quantization.checkpoint import checkpoint_context
 from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.prepare import calibrate, convert, prepare, prepare_qat, set_state
@@ -24,9 +25,11 @@ __all__ = [
     "calibrate",
     "checkpoint_context",
     "convert",
+    "freeze_batch_norm",
     "load_float_state_dict",
     "prepare",
     "prepare_qat",
+    "reestimate_batch_norm",
     "report",
     "set_state",
 ]

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from rarefy import nn as rnn
-from rarefy.quantization.prepare import _feed
+from rarefy.quantization.prepare import feed
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -112,7 +112,7 @@ def reestimate_batch_norm(
         for batch in tqdm(islice(loader, batches), desc="batch norm", disable=not progress):
             for bn in norms.values():
                 bn.num_batches_tracked.zero_()
-            _feed(model, batch, forward)
+            feed("reestimate_batch_norm", model, batch, forward)
             seen += 1
             for name, bn in norms.items():
                 if bn.num_batches_tracked.item() > 0:

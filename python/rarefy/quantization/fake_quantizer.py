@@ -84,6 +84,48 @@ class FakeQuantizer(nn.Module):
             return self._observe(x)
         if not self.quantize:
             return x
+        self._require_calibrated()
+        return torch.ops.rarefy.fake_quantize(x, self.scale, self.zero_point, self.axis, self.qmin, self.qmax)
+
+    def grid(self, x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The scale and zero point with which ``forward`` would round ``x``, after observing it where that is due.
+
+        Args:
+            x: as in ``forward``. Nothing is rounded here: integer execution does that itself.
+            factor: what is observed is ``x * factor``, one value per index of axis 0 (a batch normalization's factor).
+
+        Raises:
+            ValueError: as ``forward``.
+        """
+        if not (self.observe and (self.training or not self.quantize or self._is_weight)):
+            self._require_calibrated()
+            return self.scale, self.zero_point
+        if not self._is_weight and not torch.compiler.is_compiling() and checkpoint.is_recomputing():
+            tape = checkpoint.current_tape()
+            return (self.scale, self.zero_point) if tape is None else tape.replay(self)
+        arguments = (self.axis, self._constant, self.qmin, self.qmax, self._symmetric)
+        if factor is not None:
+            x, arguments = self._scaled_ends(x, factor), (None if self.axis is None else 1, *arguments[1:])
+        if self.sync is not None and not self._is_weight and self.sync.is_active():
+            self.sync.observe(x, self._state, self.axis, self._constant, (self.qmin, self.qmax), self._symmetric)
+        else:
+            torch.ops.rarefy.observe(x.detach(), *self._state, *arguments)
+            if self._is_weight:
+                self._refuse_not_finite(x)
+        self._note_observed()
+        return self.scale, self.zero_point
+
+    @torch.no_grad()
+    def _scaled_ends(self, x: Tensor, factor: Tensor) -> Tensor:
+        """The ends of each channel's range of ``x * factor``, [2, channels]. Rounding is monotonic: no product is needed
+        but theirs."""
+        low, high = (x.new_full((x.shape[0],), end, dtype=torch.float32) for end in (torch.inf, -torch.inf))
+        unused = torch.ones_like(low), torch.zeros_like(low, dtype=torch.int32)
+        limits = (self.qmin, self.qmax, self._symmetric)
+        torch.ops.rarefy.observe(x.detach(), low, high, *unused, torch.zeros_like(self.skipped), 0, None, *limits)
+        return torch.stack([low * factor.detach(), high * factor.detach()])
+
+    def _require_calibrated(self) -> None:
         if not self._known_calibrated:
             # Reads the range back once. A graph cannot: there, that something was observed must do.
             ready = self._has_observed if torch.compiler.is_compiling() else self.calibrated
@@ -93,14 +135,10 @@ class FakeQuantizer(nn.Module):
                     f"step or calibrate"
                 )
             self._known_calibrated = True
-        return torch.ops.rarefy.fake_quantize(x, self.scale, self.zero_point, self.axis, self.qmin, self.qmax)
 
     def _observe(self, x: Tensor) -> Tensor:
-        tape = None
-        if not self._is_weight and not torch.compiler.is_compiling():
-            tape = checkpoint.current_tape()
-            if checkpoint.is_recomputing():
-                return self._recompute(x, tape)
+        if not self._is_weight and not torch.compiler.is_compiling() and checkpoint.is_recomputing():
+            return self._recompute(x, checkpoint.current_tape())
         if self.sync is not None and not self._is_weight and self.sync.is_active():
             self.sync.observe(x, self._state, self.axis, self._constant, (self.qmin, self.qmax), self._symmetric)
             if self.quantize:
@@ -115,13 +153,18 @@ class FakeQuantizer(nn.Module):
             if self._is_weight:
                 self._refuse_not_finite(x)
             x = y
+        self._note_observed()
+        return x
+
+    def _note_observed(self) -> None:
         if not self._has_observed:
             self._has_observed = True
         if not self._told:
             self._tell_skipped()
-        if tape is not None:
-            tape.record(self)
-        return x
+        if not self._is_weight and not torch.compiler.is_compiling():
+            tape = checkpoint.current_tape()
+            if tape is not None:
+                tape.record(self)
 
     def _recompute(self, x: Tensor, tape: checkpoint.Tape | None) -> Tensor:
         """What the forward pass gave: the batch was observed there."""

@@ -318,7 +318,7 @@ def calibrate(
                 quantizer.observe, quantizer.quantize = True, False
                 quantizer.sync, quantizer._told = None, True  # once, at the end
             for batch in tqdm(loader, desc="calibrate", disable=not progress):
-                _feed(model, batch, forward)
+                feed("calibrate", model, batch, forward)
                 batches += 1
         for quantizer, _, _, sync, _ in before:
             quantizer.sync = sync
@@ -354,7 +354,8 @@ def calibrate(
     return model
 
 
-def _feed(model: nn.Module, batch: object, forward: Callable[[nn.Module, object], object] | None) -> None:
+def feed(function: str, model: nn.Module, batch: object, forward: Callable[[nn.Module, object], object] | None) -> None:
+    """One batch through a model; ``function`` is whose error it is when the batch is of no known kind."""
     if forward is not None:
         forward(model, batch)
     elif isinstance(batch, Tensor):
@@ -365,7 +366,7 @@ def _feed(model: nn.Module, batch: object, forward: Callable[[nn.Module, object]
         model(batch[0])
     else:
         raise TypeError(
-            f"[calibrate] a batch must be a tensor, a tuple or list that begins with one, or a dict of keyword arguments, "
+            f"[{function}] a batch must be a tensor, a tuple or list that begins with one, or a dict of keyword arguments, "
             f"got {type(batch).__name__}; pass forward= for other kinds"
         )
 

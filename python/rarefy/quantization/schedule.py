@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from rarefy._core.quantization import QATScheduleOptions
+from rarefy.quantization.batch_norm import freeze_batch_norm
 from rarefy.quantization.prepare import set_state
 
 
@@ -20,7 +21,8 @@ class QATSchedule:
         observe_from: training step, counted from 0, from which on ranges follow the data.
         quantize_from: step from which on values are rounded; floating point before it. Not before ``observe_from``.
         freeze_observers_at: step from which on scales and zero points stay as they are. After ``observe_from``.
-        freeze_batch_norm_at: step from which on batch normalization uses its running statistics and keeps them.
+        freeze_batch_norm_at: step from which on folded batch normalizations use their running statistics and keep them
+            (``freeze_batch_norm``).
 
     Raises:
         ValueError: a step that is negative or out of order.
@@ -40,7 +42,7 @@ class QATSchedule:
         """Call it once at the beginning of each training step: sets the model's switches for it, then counts it.
 
         Raises:
-            ValueError: the model is not prepared. Nothing has changed then.
+            ValueError: the model is not prepared, or has no folded batch normalization to freeze. The step is not counted.
         """
         self._set(model, self.steps)
         self.steps += 1
@@ -50,8 +52,10 @@ class QATSchedule:
         self._set(model, max(self.steps - 1, 0))
 
     def _set(self, model: nn.Module, step: int) -> None:
-        observe, quantize, _ = self.options.flags_at(step)
+        observe, quantize, freeze = self.options.flags_at(step)
         set_state(model, observe=observe, quantize=quantize)
+        if self.options.freeze_batch_norm_at is not None:
+            freeze_batch_norm(model, freeze)
 
     def state_dict(self) -> dict[str, int]:
         """The count of steps. The options are the constructor's."""

@@ -4,22 +4,52 @@
 
 namespace rarefy::nn {
 
-/// a + b, the residual addition. Prepared, both inputs are quantized, each with its own parameters
-/// (`quant.input0`, `quant.input1`), as integer runtimes do.
-class RAREFY_API AddImpl : public torch::nn::Cloneable<AddImpl>, public Quantizable {
+/// An operation without weights on quantized inputs: what Add, Mul and Cat share.
+template <typename Derived>
+class OperationModule : public torch::nn::Cloneable<Derived>, public Quantizable {
  public:
-  AddImpl() = default;
-  void reset() override;
-  void pretty_print(std::ostream& stream) const override;
-  std::string kind() const override { return "Add"; }
-  void prepare(const quantization::LayerConfig& config, const quantization::Observer& default_observer) override;
+  void reset() override {
+    if (!specs_.empty()) {
+      quant = this->register_module("quant", QuantState(specs_));
+    }
+  }
+
+  void prepare(const quantization::LayerConfig& config, const quantization::Observer& default_observer) override {
+    TORCH_CHECK_VALUE(mode_ == Mode::floating, "[prepare] ", kind(),
+                      " must be floating point, but is already prepared");
+    if (!config.activation.has_value()) {
+      return;
+    }
+    for (const auto& name : inputs()) {
+      specs_.push_back({name, {*config.activation, config.observer.value_or(default_observer), 1}});
+    }
+    quant = this->register_module("quant", QuantState(specs_));
+    quant->train(this->is_training());
+    mode_ = Mode::prepared;
+  }
+
+  /// The operation stays simulated.
   void convert() override { mode_ = Mode::converted; }
 
-  /// a and b of one shape, or broadcastable.
-  torch::Tensor forward(const torch::Tensor& a, const torch::Tensor& b);
+ protected:
+  /// The names of the quantizers.
+  virtual std::vector<std::string> inputs() const { return {"input0", "input1"}; }
+  torch::Tensor quantized(const std::string& name, const torch::Tensor& x) const {
+    return mode_ == Mode::floating ? x : quant->apply(name, x);
+  }
 
  private:
   QuantStateImpl::Specs specs_;
+};
+
+/// a + b, the residual addition. Prepared, both inputs are quantized, each with its own parameters
+/// (`quant.input0`, `quant.input1`), as integer runtimes do.
+class RAREFY_API AddImpl : public OperationModule<AddImpl> {
+ public:
+  void pretty_print(std::ostream& stream) const override;
+  std::string kind() const override { return "Add"; }
+  /// a and b of one shape, or broadcastable.
+  torch::Tensor forward(const torch::Tensor& a, const torch::Tensor& b);
 };
 TORCH_MODULE(Add);
 

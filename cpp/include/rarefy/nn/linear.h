@@ -13,16 +13,20 @@ class RAREFY_API LinearImpl : public WeightedModule<LinearImpl> {
  public:
   LinearImpl(int64_t in_features, int64_t out_features) : LinearImpl(LinearOptions(in_features, out_features)) {}
   explicit LinearImpl(const LinearOptions& options);
+  /// Over parameters that exist: weight [out, in], bias [out] or undefined.
+  LinearImpl(const LinearOptions& options, const torch::Tensor& given_weight, const torch::Tensor& given_bias);
 
   void reset_parameters();
   void pretty_print(std::ostream& stream) const override;
   std::string kind() const override { return "Linear"; }
-  torch::Tensor forward(const torch::Tensor& x);
+  torch::Tensor forward(const torch::Tensor& x) { return run(x); }
 
   LinearOptions options;
 
  protected:
   void register_floating() override;
+  torch::Tensor compute(const torch::Tensor& x, const torch::Tensor& w, const torch::Tensor& b) override;
+  torch::Tensor execute(const torch::Tensor& x) override;
   torch::Tensor pack(const torch::Tensor& x) override;
 };
 TORCH_MODULE(Linear);

@@ -1,11 +1,12 @@
 #pragma once
 
 #include <rarefy/nn/quantizable.h>
+#include <rarefy/ops/relu.h>
 
 namespace rarefy::nn {
 
-/// What Linear, Conv2d and ConvBn2d share: a weight and a bias that are parameters while floating or prepared, and
-/// buffers (int8 and float32) once converted. Derived gives the arithmetic.
+/// What the layers with a weight share: a weight and a bias that are parameters while floating or prepared, and buffers
+/// (int8 and float32) once converted. Derived gives the arithmetic.
 template <typename Derived>
 class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable {
  public:
@@ -28,12 +29,13 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     if (!config.weight.has_value()) {
       return;
     }
-    if (config.activation.has_value()) {
+    if (config.activation.has_value() && quantizes_input()) {
       specs_.push_back({"input", {*config.activation, config.observer.value_or(default_observer), 1}});
     }
     specs_.push_back({"weight", {*config.weight, quantization::Latest{}, weight.size(0)}});
     quant = this->register_module("quant", QuantState(specs_));
     quant->train(this->is_training());
+    quant->to(weight.device());
     execution = config.execution;
     gradient_dtype = config.gradient_dtype;
     mode_ = Mode::prepared;
@@ -65,6 +67,11 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     mode_ = Mode::converted;
   }
 
+  /// Whether max(y, 0) is part of the layer, in every mode; off at first. Integer execution then has it for free, and
+  /// training saves one bit per element for it.
+  bool relu() const { return relu_; }
+  void set_relu(bool relu) { relu_ = relu; }
+
   /// Parameter (floating point) until converted; then a buffer of int8.
   torch::Tensor weight;
   /// Parameter until converted; then a buffer of float32. Undefined without bias.
@@ -72,12 +79,41 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
 
  protected:
   virtual void register_floating() = 0;
+  virtual bool quantizes_input() const { return true; }
+  /// The layer's arithmetic, in floating point, on values that may lie on a grid.
+  virtual torch::Tensor compute(const torch::Tensor& x, const torch::Tensor& w, const torch::Tensor& b) = 0;
+  /// The converted layer in integers, ReLU included.
+  virtual torch::Tensor execute(const torch::Tensor& x) = 0;
+  /// The layer in floating point and prepared, without ReLU.
+  virtual torch::Tensor run_floating(const torch::Tensor& x) { return compute(x, weight, bias); }
+  virtual torch::Tensor run_prepared(const torch::Tensor& x) {
+    return compute(quant->apply("input", x), quant->apply("weight", weight), bias);
+  }
   /// The float weight and bias that are quantized.
   virtual std::pair<torch::Tensor, torch::Tensor> folded() { return {weight, bias}; }
   /// The weight packed for inputs like x.
   virtual torch::Tensor pack(const torch::Tensor& x) = 0;
   /// Called by convert() while the layer still counts as prepared.
   virtual void after_convert() {}
+
+  /// The layer in the mode that it is in.
+  torch::Tensor run(const torch::Tensor& x) {
+    if (mode_ == Mode::converted && executes_integers()) {
+      return execute(x);
+    }
+    const auto y = mode_ == Mode::floating   ? run_floating(x)
+                   : mode_ == Mode::prepared ? run_prepared(x)
+                                             : compute(x, dequantized_weight(), bias);
+    return relu_ ? ops::relu(y) : y;
+  }
+
+  /// Takes over the parameters of another layer: the tensors themselves.
+  void adopt(const torch::Tensor& given_weight, const torch::Tensor& given_bias) {
+    weight = this->parameters_["weight"] = given_weight;
+    if (given_bias.defined()) {
+      bias = this->parameters_["bias"] = given_bias;
+    }
+  }
 
   bool executes_integers() const { return quant->find("input") != nullptr; }
 
@@ -100,6 +136,8 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     return weight.to(torch::kFloat32) * quant->find("weight")->scale.expand({weight.size(0)}).view(shape);
   }
 
+  std::optional<torch::Tensor> optional_bias() const { return bias.defined() ? std::optional(bias) : std::nullopt; }
+
   QuantStateImpl::Specs specs_;
   torch::Tensor weight_scale_;
 
@@ -112,6 +150,7 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     packed_.reset();
   }
 
+  bool relu_ = false;
   torch::Tensor packed_;
   uint32_t packed_version_ = 0;
 };

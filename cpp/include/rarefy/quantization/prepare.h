@@ -10,14 +10,20 @@
 // The verbs. They act on the rarefy::nn layers of the model that they are given, and switch them in place.
 namespace rarefy::quantization {
 
-/// Switches on quantization-aware training: every rarefy::nn layer that `config` quantizes computes with fake-quantized
-/// input and weight from now on. Parameters, their names and an optimizer that holds them stay valid.
+/// Switches on quantization-aware training: every layer that `config` quantizes computes with fake-quantized input and
+/// weight from now on. Parameters, their names and an optimizer that holds them stay valid.
 ///
-/// strict: an override that matches no layer is an error, and so is a torch::nn::Linear or convolution that no override
-/// excludes: it cannot be switched. Without it both are left alone.
+/// Layers of rarefy::nn switch where they are. A torch::nn::Linear, Conv1d, Conv2d, Conv3d or Embedding that only
+/// Sequentials, ModuleLists and ModuleDicts hold is replaced by its rarefy::nn twin over the same parameters (a ModuleHolder
+/// kept elsewhere still holds the old one). In a Sequential, a BatchNorm right after a convolution is folded into it: a
+/// FoldedBatchNorm with the same parameters takes its place, so that all names stay; and a ReLU right after a layer (or its
+/// BatchNorm) becomes part of it, with an Identity in its place.
+///
+/// strict: an override that matches no layer is an error, and so is a layer of torch::nn that can be neither switched nor
+/// replaced (a typed member, a subclass) and that no override excludes. Without it both are left alone.
 ///
 /// Throws c10::ValueError, with the model unchanged, when `config` is invalid, something is amiss with `strict`, a layer cannot
-/// execute as the configuration demands, the model has no rarefy::nn layer left to quantize, or a layer is prepared already.
+/// execute as the configuration demands, the model has no layer left to quantize, or a layer is prepared already.
 RAREFY_API void prepare_qat(torch::nn::Module& model, const QConfig& config, bool strict = true);
 
 /// The same for quantization after training: the layers observe when calibrate() runs them.
@@ -38,7 +44,7 @@ RAREFY_API void convert(torch::nn::Module& model);
 /// What each fake quantizer does from now on. Unset: unchanged.
 RAREFY_API void set_state(torch::nn::Module& model, std::optional<bool> observe, std::optional<bool> quantize);
 
-/// One line per rarefy::nn layer: name, kind, mode, schemes, batches left out, why it is in FP32.
+/// One line per layer: name, kind, mode, schemes, batches left out, why it is in FP32.
 RAREFY_API std::string report(const torch::nn::Module& model);
 
 }  // namespace rarefy::quantization

@@ -21,10 +21,12 @@ struct QATFlags {
 /// When quantization-aware training begins to observe, begins to quantize, and freezes what it has learned. Steps are
 /// training steps, counted from 0.
 struct RAREFY_API QATScheduleOptions {
-  int64_t observe_from = 0;                     // >= 0; ranges follow the data from this step on
-  int64_t quantize_from = 0;                    // >= observe_from; floating point before it
-  std::optional<int64_t> freeze_observers_at = std::nullopt;   // > observe_from; scales and zero points stay from this step on
-  std::optional<int64_t> freeze_batch_norm_at = std::nullopt;  // >= 0; running statistics are used and kept from this step on
+  int64_t observe_from = 0;   // >= 0; ranges follow the data from this step on
+  int64_t quantize_from = 0;  // >= observe_from; floating point before it
+  std::optional<int64_t> freeze_observers_at =
+      std::nullopt;  // > observe_from; scales and zero points stay from this step on
+  std::optional<int64_t> freeze_batch_norm_at =
+      std::nullopt;  // >= 0; running statistics are used and kept from this step on
 
   /// Throws c10::ValueError when a field is out of range.
   void validate() const;
@@ -43,8 +45,9 @@ class RAREFY_API QATSchedule {
   /// Throws c10::ValueError for invalid options.
   explicit QATSchedule(QATScheduleOptions options);
 
-  /// Call it once at the beginning of each training step: sets the model's switches for the step, then counts it.
-  /// Throws c10::ValueError when the model is not prepared; then nothing has changed.
+  /// Call it once at the beginning of each training step, in training mode: sets the model's switches for the step, then
+  /// counts it. Frozen batch normalizations are put into evaluation mode, which model.train() ends until the next step().
+  /// Throws c10::ValueError when the model is not prepared, or has no batch normalization to freeze; the step is not counted.
   void step(torch::nn::Module& model);
   /// Sets the switches of the step that was counted last (of step 0 before the first), for a model that was loaded.
   void apply(torch::nn::Module& model) const;

@@ -1,5 +1,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/add.h>
+#include <ATen/ops/relu.h>
 #include <ATen/ops/zeros.h>
 #include <rarefy/ops/fake_quantize.h>
 #include <rarefy/ops/quantized_linear.h>
@@ -167,9 +168,13 @@ at::Tensor quantized_conv2d_cpu(const at::Tensor& x, const at::Tensor& packed, c
                  torch::List<int64_t>, torch::List<int64_t>, torch::List<int64_t>, int64_t, double, int64_t,
                  std::optional<c10::ScalarType>, std::string_view, Scalars, std::optional<std::string_view>);
   static const auto conv = onednn<Signature>("onednn::qconv_pointwise");
-  const auto out =
-      conv.call(q.values, q.scale, q.zero_point, packed, weight_scale, zeros, bias, movement.stride, movement.padding,
-                movement.dilation, groups, 1.0, 0, at::kFloat, relu ? "relu" : "none", Scalars(), std::nullopt);
+  const bool fused = relu && dims < 3;  // oneDNN's operator takes no ReLU in three dimensions
+  auto out = conv.call(q.values, q.scale, q.zero_point, packed, weight_scale, zeros, bias, movement.stride,
+                       movement.padding, movement.dilation, groups, 1.0, 0, at::kFloat, fused ? "relu" : "none",
+                       Scalars(), std::nullopt);
+  if (relu && !fused) {
+    at::relu_(out);
+  }
   return dims == 1 ? out.squeeze(2) : out;
 }
 

@@ -3,29 +3,14 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <rarefy/ops/distillation_loss.h>
 #include <torch/library.h>
 
+#include "ops/cuda/launch.h"
 #include "ops/distillation_loss_checks.h"
 
 namespace rarefy::ops {
 namespace {
-
-void* stream_of(const at::Tensor& x) {
-  return reinterpret_cast<void*>(c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle());
-}
-
-void check_launch(const char* function, int error) {
-  TORCH_CHECK(error == 0, "[", function, "] CUDA kernel failed to launch: ", cuda::error_string(error));
-}
-
-cuda::FloatType float_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble     ? cuda::FloatType::f64
-         : x.scalar_type() == at::kBFloat16 ? cuda::FloatType::bf16
-         : x.scalar_type() == at::kHalf     ? cuda::FloatType::f16
-                                            : cuda::FloatType::f32;
-}
 
 struct Results {
   at::Tensor loss;

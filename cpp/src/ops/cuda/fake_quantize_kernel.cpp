@@ -4,32 +4,20 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <rarefy/ops/fake_quantize.h>
 #include <torch/library.h>
 
+#include "ops/cuda/launch.h"
 #include "ops/fake_quantize_checks.h"
 
 namespace rarefy::ops {
 namespace {
 
-void* stream_of(const at::Tensor& x) {
-  return reinterpret_cast<void*>(c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle());
-}
-
-void check_launch(const char* function, int error) {
-  TORCH_CHECK(error == 0, "[", function, "] CUDA kernel failed to launch: ", cuda::error_string(error));
-}
-
 at::Tensor dense(const at::Tensor& x) { return x.is_non_overlapping_and_dense() ? x : x.clone(); }
 
 cuda::Layout layout_of(const at::Tensor& x, int64_t axis) {
-  const auto type = x.scalar_type() == at::kDouble     ? cuda::FloatType::f64
-                    : x.scalar_type() == at::kBFloat16 ? cuda::FloatType::bf16
-                    : x.scalar_type() == at::kHalf     ? cuda::FloatType::f16
-                                                       : cuda::FloatType::f32;
   const bool one_channel = axis < 0 || x.size(axis) == 1;
-  return {type, x.numel(), one_channel ? 1 : x.size(axis),
+  return {float_type(x), x.numel(), one_channel ? 1 : x.size(axis),
           one_channel ? std::max<int64_t>(x.numel(), 1) : x.stride(axis)};
 }
 

@@ -1,0 +1,278 @@
+#include "quantization/replace.h"
+
+#include <rarefy/nn/conv.h>
+#include <rarefy/nn/conv_bn.h>
+#include <rarefy/nn/embedding.h>
+#include <rarefy/nn/linear.h>
+#include <torch/nn/modules/activation.h>
+#include <torch/nn/modules/batchnorm.h>
+#include <torch/nn/modules/container/moduledict.h>
+#include <torch/nn/modules/container/modulelist.h>
+#include <torch/nn/modules/container/sequential.h>
+#include <torch/nn/modules/conv.h>
+#include <torch/nn/modules/embedding.h>
+#include <torch/nn/modules/linear.h>
+
+#include <map>
+#include <typeinfo>
+
+namespace rarefy::quantization {
+namespace {
+
+using torch::nn::AnyModule;
+using torch::nn::Module;
+
+/// One place where a parent holds a child.
+struct Slot {
+  Module* parent;
+  size_t index;
+  std::string key;
+  std::string name;  // of the child, dotted
+};
+
+using Slots = std::map<const Module*, std::vector<Slot>>;
+
+void collect(Module& module, const std::string& prefix, Slots& slots) {
+  size_t index = 0;
+  for (const auto& child : module.named_children()) {
+    const auto name = prefix.empty() ? child.key() : prefix + "." + child.key();
+    slots[child.value().get()].push_back({&module, index++, child.key(), name});
+    collect(*child.value(), name, slots);
+  }
+}
+
+bool replaceable(const Module& parent) {
+  return typeid(parent) == typeid(torch::nn::SequentialImpl) || typeid(parent) == typeid(torch::nn::ModuleListImpl) ||
+         typeid(parent) == typeid(torch::nn::ModuleDictImpl);
+}
+
+/// The container keeps its own list beside the registered children; both change.
+void put(const Slot& slot, const AnyModule& module) {
+  const auto offset = static_cast<std::ptrdiff_t>(slot.index);
+  if (auto* sequential = dynamic_cast<torch::nn::SequentialImpl*>(slot.parent)) {
+    *(sequential->begin() + offset) = module;
+  } else if (auto* list = dynamic_cast<torch::nn::ModuleListImpl*>(slot.parent)) {
+    *(list->begin() + offset) = module.ptr();
+  } else if (auto* dict = dynamic_cast<torch::nn::ModuleDictImpl*>(slot.parent)) {
+    (dict->begin() + offset)->value() = module.ptr();
+  }
+  slot.parent->replace_module(slot.key, module.ptr());
+}
+
+/// The module that a Sequential runs after the one in `slot`, if it runs there only.
+std::shared_ptr<Module> next_in_sequential(const Slot& slot, const Slots& slots) {
+  auto* sequential = dynamic_cast<torch::nn::SequentialImpl*>(slot.parent);
+  if (sequential == nullptr || slot.index + 1 >= sequential->size()) {
+    return nullptr;
+  }
+  auto next = sequential->ptr(slot.index + 1);
+  return slots.at(next.get()).size() == 1 ? next : nullptr;
+}
+
+template <typename Type>
+std::shared_ptr<Type> exactly(const std::shared_ptr<Module>& module) {
+  return module != nullptr && typeid(*module) == typeid(Type) ? std::dynamic_pointer_cast<Type>(module) : nullptr;
+}
+
+/// What becomes of one layer.
+struct Plan {
+  AnyModule twin;
+  std::shared_ptr<nn::Quantizable> layer;
+  AnyModule folded;  // in the place of the batch normalization
+};
+
+template <typename Twin>
+void set(Plan& plan, const std::shared_ptr<Twin>& twin, const Module& old) {
+  twin->train(old.is_training());
+  plan.twin = AnyModule(twin);
+  plan.layer = twin;
+}
+
+template <size_t D>
+struct FloatTypes;
+template <>
+struct FloatTypes<1> {
+  using Conv = torch::nn::Conv1dImpl;
+  using BatchNorm = torch::nn::BatchNorm1dImpl;
+};
+template <>
+struct FloatTypes<2> {
+  using Conv = torch::nn::Conv2dImpl;
+  using BatchNorm = torch::nn::BatchNorm2dImpl;
+};
+template <>
+struct FloatTypes<3> {
+  using Conv = torch::nn::Conv3dImpl;
+  using BatchNorm = torch::nn::BatchNorm3dImpl;
+};
+
+template <size_t D>
+nn::ConvOptions<D> conv_options(const typename FloatTypes<D>::Conv& module) {
+  const auto& o = module.options;
+  return nn::ConvOptions<D>(o.in_channels(), o.out_channels(), o.kernel_size())
+      .stride(o.stride())
+      .padding(o.padding())
+      .dilation(o.dilation())
+      .groups(o.groups())
+      .bias(o.bias())
+      .padding_mode(o.padding_mode());
+}
+
+class Finder {
+ public:
+  explicit Finder(Module& model) { collect(model, "", slots_); }
+
+  std::vector<FloatLayer> find(Module& model) {
+    std::vector<FloatLayer> found;
+    std::map<const Module*, bool> seen;
+    for (const auto& item : model.named_modules("", /*include_self=*/false)) {
+      if (std::exchange(seen[item.value().get()], true)) {
+        continue;
+      }
+      FloatLayer layer;
+      layer.name = item.key();
+      if (describe<torch::nn::LinearImpl>(item.value(), "Linear", layer) ||
+          describe<torch::nn::EmbeddingImpl>(item.value(), "Embedding", layer) || conv<1>(item.value(), layer) ||
+          conv<2>(item.value(), layer) || conv<3>(item.value(), layer)) {
+        found.push_back(std::move(layer));
+      }
+    }
+    return found;
+  }
+
+ private:
+  const std::vector<Slot>& slots_of(const std::shared_ptr<Module>& module) const { return slots_.at(module.get()); }
+
+  /// Fills in what kinds share; false for other kinds.
+  template <typename Float>
+  bool describe(const std::shared_ptr<Module>& module, const char* kind, FloatLayer& layer) {
+    const auto typed = std::dynamic_pointer_cast<Float>(module);
+    if (typed == nullptr) {
+      return false;
+    }
+    layer.kind = kind;
+    if (typeid(*module) != typeid(Float)) {
+      layer.reason = std::string("a subclass of torch::nn::") + kind;
+      return true;
+    }
+    for (const auto& slot : slots_of(module)) {
+      if (!replaceable(*slot.parent)) {
+        layer.reason = std::string("a typed member cannot be replaced: make it a rarefy::nn::") + kind;
+        return true;
+      }
+    }
+    const auto plan = std::make_shared<Plan>();
+    std::shared_ptr<torch::nn::ReLUImpl> relu;
+    if constexpr (std::is_same_v<Float, torch::nn::LinearImpl>) {
+      relu = only_after<torch::nn::ReLUImpl>(module);
+      layer.make = [plan, typed, fused = relu != nullptr] {
+        const auto options =
+            nn::LinearOptions(typed->options.in_features(), typed->options.out_features()).bias(typed->options.bias());
+        auto twin = std::make_shared<nn::LinearImpl>(options, typed->weight, typed->bias);
+        twin->set_relu(fused);
+        set(*plan, twin, *typed);
+        return plan->layer;
+      };
+    } else if constexpr (std::is_same_v<Float, torch::nn::EmbeddingImpl>) {
+      layer.reason = nn::EmbeddingImpl::unsupported(typed->options).value_or("");
+      layer.make = [plan, typed] {
+        set(*plan, std::make_shared<nn::EmbeddingImpl>(typed->options, typed->weight), *typed);
+        return plan->layer;
+      };
+    }
+    finish(module, layer, plan, nullptr, relu);
+    return true;
+  }
+
+  template <size_t D>
+  bool conv(const std::shared_ptr<Module>& module, FloatLayer& layer) {
+    using Float = typename FloatTypes<D>::Conv;
+    using BatchNorm = typename FloatTypes<D>::BatchNorm;
+    const std::string kind = "Conv" + std::to_string(D) + "d";
+    if (!describe<Float>(module, kind.c_str(), layer)) {
+      return false;
+    }
+    if (!layer.reason.empty()) {
+      return true;
+    }
+    const auto typed = std::dynamic_pointer_cast<Float>(module);
+    auto bn = only_after<BatchNorm>(module);
+    if (bn != nullptr &&
+        !(bn->options.affine() && bn->options.track_running_stats() && bn->options.momentum().has_value() &&
+          bn->options.num_features() == typed->options.out_channels())) {
+      bn = nullptr;
+    }
+    const auto relu = only_after<torch::nn::ReLUImpl>(bn != nullptr ? std::shared_ptr<Module>(bn) : module);
+    const auto plan = std::make_shared<Plan>();
+    layer.make = [plan, typed, bn, fused = relu != nullptr]() -> std::shared_ptr<nn::Quantizable> {
+      if (bn == nullptr) {
+        auto twin = std::make_shared<nn::ConvImpl<D>>(conv_options<D>(*typed), typed->weight, typed->bias);
+        twin->set_relu(fused);
+        set(*plan, twin, *typed);
+        return plan->layer;
+      }
+      auto folded = std::make_shared<nn::FoldedBatchNormImpl<D>>(bn->options);
+      folded->adopt(*bn);
+      plan->folded = AnyModule(folded);
+      auto twin = std::make_shared<nn::ConvBnImpl<D>>(conv_options<D>(*typed), typed->weight, typed->bias, folded);
+      twin->set_relu(fused);
+      set(*plan, twin, *typed);
+      return plan->layer;
+    };
+    finish(module, layer, plan, bn, relu);
+    return true;
+  }
+
+  /// The module of this type that alone follows `module` in a Sequential, where `module` stands there only.
+  template <typename Type>
+  std::shared_ptr<Type> only_after(const std::shared_ptr<Module>& module) {
+    const auto& slots = slots_of(module);
+    return slots.size() == 1 ? exactly<Type>(next_in_sequential(slots[0], slots_)) : nullptr;
+  }
+
+  void finish(const std::shared_ptr<Module>& module, FloatLayer& layer, const std::shared_ptr<Plan>& plan,
+              const std::shared_ptr<Module>& bn, const std::shared_ptr<Module>& relu) {
+    layer.relu = relu != nullptr;
+    const auto own = slots_of(module);
+    const auto norm = bn == nullptr ? std::vector<Slot>() : slots_of(bn);
+    const auto activation = relu == nullptr ? std::vector<Slot>() : slots_of(relu);
+    layer.bn = norm.empty() ? "" : norm[0].name;
+    layer.insert = [plan, own, norm, activation] {
+      for (const auto& slot : own) {
+        put(slot, plan->twin);
+      }
+      for (const auto& slot : norm) {
+        put(slot, plan->folded);
+      }
+      for (const auto& slot : activation) {
+        put(slot, AnyModule(std::make_shared<torch::nn::IdentityImpl>()));
+      }
+    };
+  }
+
+  Slots slots_;
+};
+
+}  // namespace
+
+void remove_spent_batch_norms(Module& model) {
+  Slots slots;
+  collect(model, "", slots);
+  const auto spent = [](const Module* module) {
+    const auto is = [module](auto* typed) { return typed != nullptr && typed->spent; };
+    return is(dynamic_cast<const nn::FoldedBatchNorm1dImpl*>(module)) ||
+           is(dynamic_cast<const nn::FoldedBatchNorm2dImpl*>(module)) ||
+           is(dynamic_cast<const nn::FoldedBatchNorm3dImpl*>(module));
+  };
+  for (const auto& [module, places] : slots) {
+    if (spent(module)) {
+      for (const auto& slot : places) {
+        put(slot, AnyModule(std::make_shared<torch::nn::IdentityImpl>()));
+      }
+    }
+  }
+}
+
+std::vector<FloatLayer> float_layers(Module& model) { return Finder(model).find(model); }
+
+}  // namespace rarefy::quantization

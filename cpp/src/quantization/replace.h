@@ -1,0 +1,34 @@
+// Layers of torch::nn in containers whose children can be replaced, and their twins of rarefy::nn.
+#pragma once
+
+#include <rarefy/nn/quantizable.h>
+#include <torch/nn/modules/container/any.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace rarefy::quantization {
+
+/// A layer of torch::nn that could have a twin.
+struct FloatLayer {
+  std::string name;
+  std::string kind;    // "Linear", ...
+  std::string reason;  // why it has no twin; empty when it can have one
+  std::string bn;      // name of the batch normalization that folds into it; empty without
+  bool relu = false;   // the ReLU after it becomes part of it
+
+  /// Makes the twin, over the same parameters. Changes nothing in the model.
+  std::function<std::shared_ptr<nn::Quantizable>()> make;
+  /// Puts the twin that `make` gave into the model.
+  std::function<void()> insert;
+};
+
+/// The layers of torch::nn::{Linear, Conv1d, Conv2d, Conv3d, Embedding} below `model`, in the order of named_modules.
+std::vector<FloatLayer> float_layers(torch::nn::Module& model);
+
+/// Puts an Identity in the place of every batch normalization that has become part of an integer weight.
+void remove_spent_batch_norms(torch::nn::Module& model);
+
+}  // namespace rarefy::quantization
