@@ -43,7 +43,9 @@ class Descriptor {
 class PendingFile {
  public:
   explicit PendingFile(const std::filesystem::path& path)
-      : path_(path), temporary_(name_beside(path)), file_(::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)) {
+      : path_(path),
+        temporary_(name_beside(path)),
+        file_(::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)) {
     require(file_.get() >= 0, "open");
   }
   PendingFile(const PendingFile&) = delete;
@@ -148,7 +150,7 @@ Checkpoint load_safetensors(const std::filesystem::path& path) {
   const auto name = path.string();
   const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   TORCH_CHECK(file.get() >= 0, "[load_safetensors] cannot open ", name, ": ", last_error());
-  struct stat status {};
+  struct stat status{};
   TORCH_CHECK(::fstat(file.get(), &status) == 0, "[load_safetensors] cannot read ", name, ": ", last_error());
   TORCH_CHECK_VALUE(S_ISREG(status.st_mode), "[load_safetensors] ", name, " must be a regular file");
   const auto size = static_cast<uint64_t>(status.st_size);

@@ -51,7 +51,12 @@ bool is_utf8(std::string_view text) {
   size_t i = 0;
   while (i < text.size()) {
     const auto first = static_cast<unsigned char>(text[i]);
-    const size_t more = first < 0x80 ? 0 : first < 0xc2 ? 4 : first < 0xe0 ? 1 : first < 0xf0 ? 2 : first < 0xf5 ? 3 : 4;
+    const size_t more = first < 0x80   ? 0
+                        : first < 0xc2 ? 4
+                        : first < 0xe0 ? 1
+                        : first < 0xf0 ? 2
+                        : first < 0xf5 ? 3
+                                       : 4;
     if (more == 4 || text.size() - i <= more) {
       return false;
     }
@@ -244,8 +249,8 @@ class Parser {
     std::optional<std::string> dtype;
     std::optional<std::vector<uint64_t>> shape, offsets;
     object([&](const std::string& field) {
-      const bool repeated = (field == "dtype" && dtype) || (field == "shape" && shape) ||
-                            (field == "data_offsets" && offsets);
+      const bool repeated =
+          (field == "dtype" && dtype) || (field == "shape" && shape) || (field == "data_offsets" && offsets);
       require(!repeated, "must not repeat '", field, "' of tensor '", name, "'");
       if (field == "dtype") {
         dtype = string();
@@ -323,8 +328,8 @@ Header parse(std::string_view json, uint64_t data_size, const std::string& file)
                       "' must begin where the one before it ends, at ", expected, " of the data, got ", entry.begin);
     expected = entry.end;
   }
-  TORCH_CHECK_VALUE(expected == data_size, "[load_safetensors] ", file, ": the tensors must cover the data, but end at ",
-                    expected, " of ", data_size, " bytes");
+  TORCH_CHECK_VALUE(expected == data_size, "[load_safetensors] ", file,
+                    ": the tensors must cover the data, but end at ", expected, " of ", data_size, " bytes");
   return header;
 }
 

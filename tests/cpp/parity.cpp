@@ -7,6 +7,7 @@
 // rarefy_parity --read FILE...: one line per safetensors file, its tensors' sum of bytes or why it is refused.
 #include "parity.h"
 
+#include <algorithm>
 #include <fstream>
 #include <iostream>
 #include <iterator>
@@ -43,7 +44,9 @@ int read_all(int argc, char** argv) {
       }
       std::cout << "read " << sum << "\n";
     } catch (const c10::ValueError& error) {
-      std::cout << error.what_without_backtrace() << "\n";
+      std::string text = error.what_without_backtrace();
+      std::replace(text.begin(), text.end(), '\n', ' ');  // a name in a file may hold one
+      std::cout << text << "\n";
     }
   }
   return 0;

@@ -65,7 +65,7 @@ def test_python_to_cpp_and_back(parity_program, tmp_path):  # noqa: F811
         torch.testing.assert_close(evaluated, model(x), rtol=1e-5, atol=1e-5)
 
     returned = load_file(tmp_path / "cpp.safetensors")
-    assert list(returned) == list(load_file(tmp_path / "python.safetensors"))
+    assert set(returned) == set(load_file(tmp_path / "python.safetensors"))
     assert all(torch.equal(returned[name], value) for name, value in model.state_dict().items())
     fresh = prepare_qat(Parity(), QConfig.int8()).eval()
     load_model(fresh, tmp_path / "cpp.safetensors")
@@ -114,8 +114,24 @@ def corrupted(generator: random.Random, good: bytes) -> bytes:
     return struct.pack("<Q", len(changed)) + changed + data
 
 
+def is_loose(file: bytes) -> bool:
+    """Whether the header repeats a name or has a field of its own: the reference lets the last one win, and ignores it."""
+    loose = False
+
+    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
+        nonlocal loose
+        keys = [key for key, _ in items]
+        is_tensor = {"dtype", "shape", "data_offsets"} & set(keys)
+        loose = loose or len(set(keys)) < len(keys) or (is_tensor and len(keys) != 3)
+        return dict(items)
+
+    (length,) = struct.unpack("<Q", file[:8])
+    json.loads(file[8 : 8 + length], object_pairs_hook=pairs)
+    return bool(loose)
+
+
 def test_corrupted_files_are_refused_where_the_reference_refuses_them(parity_program, tmp_path):  # noqa: F811
-    """C++ and the package safetensors agree on 600 files with something wrong in the header."""
+    """C++ and the package safetensors agree on 600 files with something wrong, but for what C++ alone calls wrong."""
     torch.manual_seed(0)
     tensors = {"a": torch.randn(2, 3), "b": torch.arange(6, dtype=torch.int32), "é\n": torch.tensor([1, 0, 1]).bool()}
     save_file(tensors, tmp_path / "good", metadata={"made": "by a test"})
@@ -127,9 +143,7 @@ def test_corrupted_files_are_refused_where_the_reference_refuses_them(parity_pro
         file.write_bytes(corrupted(generator, good))
         files.append(file)
     done = subprocess.run([parity_program, "--read", *files], check=True, timeout=120, capture_output=True)
-    lines = done.stdout.decode(errors="replace").split("\n")[:-1]
-    # Text of a header may hold a line break, which then stands in the message too.
-    verdicts = [line for line in lines if re.match(r"read \d|\[load_safetensors\] ", line)]
+    verdicts = done.stdout.decode(errors="replace").split("\n")[:-1]
     assert len(verdicts) == len(files)
     accepted = 0
     for file, verdict in zip(files, verdicts, strict=True):
@@ -142,9 +156,6 @@ def test_corrupted_files_are_refused_where_the_reference_refuses_them(parity_pro
             accepted += 1
             expected = sum(int(t.contiguous().view(-1).view(torch.uint8).sum()) for t in theirs.values() if t.numel())
             assert verdict == f"read {expected}"
-        else:  # stricter than the reference: only by rules of our own
-            assert re.search(r"must be 0 or 1|got '.*'|must not repeat|must end after", verdict), (
-                verdict,
-                file.read_bytes(),
-            )
+        else:
+            assert is_loose(file.read_bytes()), verdict
     assert 0 < accepted < 200

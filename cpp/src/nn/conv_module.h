@@ -110,6 +110,28 @@ torch::Tensor ConvModule<D, Derived>::compute(const torch::Tensor& x, const torc
 }
 
 template <size_t D, typename Derived>
+std::optional<std::string> ConvModule<D, Derived>::why_never_integer(const quantization::LayerConfig& config) const {
+  if (D == 3 && options.groups() > 1) {
+    return "there is no integer kernel for groups in three dimensions";
+  }
+  return WeightedModule<Derived>::why_never_integer(config);
+}
+
+template <size_t D, typename Derived>
+torch::Tensor ConvModule<D, Derived>::compute_integer(const torch::Tensor& x, const torch::Tensor& w,
+                                                      const torch::Tensor& factor, const torch::Tensor& b,
+                                                      const ops::IntegerGrids& grids,
+                                                      const ops::IntegerOptions& options_) {
+  if (x.dim() == static_cast<int64_t>(D) + 1) {  // one sample without a batch dimension
+    return compute_integer(x.unsqueeze(0), w, factor, b, grids, options_).squeeze(0);
+  }
+  const auto g = geometry_of(options);
+  const auto optional = [](const torch::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
+  return ops::integer_conv(g.padded(x), w, optional(factor), optional(b), grids, g.stride, g.padding, g.dilation,
+                           g.groups, options_);
+}
+
+template <size_t D, typename Derived>
 torch::Tensor ConvModule<D, Derived>::pack(const torch::Tensor& x) {
   const auto* input = this->quant->find("input");
   const int64_t as_uint8 = input->options.scheme.signed_range() ? 128 : 0;

@@ -30,12 +30,59 @@ void FakeQuantizerImpl::pretty_print(std::ostream& stream) const {
          << (calibrated() ? ")" : ", not calibrated)");
 }
 
+bool FakeQuantizerImpl::observes_now() const {
+  return observe && (is_training() || !quantize || std::holds_alternative<Latest>(options.observer));
+}
+
+/// A forward inside of a backward pass recomputes what was computed before: with the parameters of that time.
+bool FakeQuantizerImpl::is_recomputing() const {
+  return !std::holds_alternative<Latest>(options.observer) && torch::autograd::get_current_graph_task_id() != -1;
+}
+
+void FakeQuantizerImpl::require_calibrated() {
+  known_calibrated_ = known_calibrated_ || calibrated();
+  TORCH_CHECK_VALUE(known_calibrated_, "[FakeQuantizer] ", name.empty() ? "" : name + " ",
+                    "must observe data before it quantizes: run a training step or calibrate");
+}
+
+/// The ends of each channel's range of x * factor, [2, channels]: rounding is monotonic, so the products of the ends do.
+torch::Tensor FakeQuantizerImpl::scaled_ends(const torch::Tensor& x, const torch::Tensor& factor) const {
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  const auto& scheme = options.scheme;
+  auto low = torch::full({x.size(0)}, infinity, min_val.options()), high = torch::full_like(low, -infinity);
+  auto unused = torch::ones_like(low), unused_too = torch::zeros_like(low, torch::kInt32);
+  auto count = torch::zeros_like(skipped);
+  ops::observe(x, low, high, unused, unused_too, count, 0, std::nullopt, scheme.qmin(), scheme.qmax(),
+               scheme.symmetric);
+  return torch::stack({low * factor.detach(), high * factor.detach()});
+}
+
+void FakeQuantizerImpl::update(const torch::Tensor& x, const torch::Tensor& factor) {
+  if (!observes_now()) {
+    require_calibrated();
+    return;
+  }
+  if (is_recomputing()) {
+    return;
+  }
+  const torch::NoGradGuard no_grad;
+  const auto& scheme = options.scheme;
+  if (all_reduce_max && !std::holds_alternative<Latest>(options.observer)) {
+    observe_over_processes(x);
+  } else {
+    const auto seen = factor.defined() ? scaled_ends(x, factor) : x.detach();
+    const auto axis = factor.defined() && scheme.axis().has_value() ? std::optional<int64_t>(1) : scheme.axis();
+    ops::observe(seen, min_val, max_val, scale, zero_point, skipped, axis, averaging_constant(options.observer),
+                 scheme.qmin(), scheme.qmax(), scheme.symmetric);
+  }
+  tell_skipped(x);
+}
+
 torch::Tensor FakeQuantizerImpl::forward(const torch::Tensor& x) {
   const auto& scheme = options.scheme;
   const bool is_weight = std::holds_alternative<Latest>(options.observer);
-  const bool observe_here = observe && (is_training() || !quantize || is_weight);
-  // A forward inside of a backward pass recomputes what was computed before: with the parameters of that time.
-  if (observe_here && !is_weight && torch::autograd::get_current_graph_task_id() != -1) {
+  const bool observe_here = observes_now();
+  if (observe_here && is_recomputing()) {
     return quantize ? ops::fake_quantize(x, scale, zero_point, scheme.axis(), scheme.qmin(), scheme.qmax()) : x;
   }
   if (observe_here && !is_weight && all_reduce_max) {
@@ -60,9 +107,7 @@ torch::Tensor FakeQuantizerImpl::forward(const torch::Tensor& x) {
   if (!quantize) {
     return x;
   }
-  known_calibrated_ = known_calibrated_ || calibrated();
-  TORCH_CHECK_VALUE(known_calibrated_, "[FakeQuantizer] ", name.empty() ? "" : name + " ",
-                    "must observe data before it quantizes: run a training step or calibrate");
+  require_calibrated();
   return ops::fake_quantize(x, scale, zero_point, scheme.axis(), scheme.qmin(), scheme.qmax());
 }
 

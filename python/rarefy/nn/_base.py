@@ -139,7 +139,7 @@ class WeightedLayer(QuantizableLayer):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    _float_reason: str | None  # why the layer never executes in integers
+    float_reason: str | None  #: why the layer never executes in integers, or None
 
     def _make_quantizers(self, config: QConfig) -> dict[str, FakeQuantizer]:
         quantizers = {}
@@ -164,7 +164,7 @@ class WeightedLayer(QuantizableLayer):
     def _attach(self, config: QConfig, relu: bool, quantize_output: bool) -> None:
         super()._attach(config, relu, quantize_output)
         self.quant.to(self.weight.device)
-        self._float_reason = self._why_never_integer(config)
+        self.float_reason = self._why_never_integer(config)
 
     def _why_never_integer(self, config: QConfig) -> str | None:
         if not self._integer_devices:
@@ -172,7 +172,9 @@ class WeightedLayer(QuantizableLayer):
         products = self.weight.numel() // self.weight.shape[self.channel_axis]
         if products > _LONGEST_SUM:
             return f"int32 does not hold sums of {products} products"
-        return config.why_not_integer() or (None if _EXACT_PRODUCTS else "the processor sums products of bytes in 16 bits")
+        return config.why_not_integer() or (
+            None if _EXACT_PRODUCTS else "the processor sums products of bytes in 16 bits"
+        )
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """The float weight and bias that are quantized."""
@@ -200,8 +202,8 @@ class WeightedLayer(QuantizableLayer):
 
     def _why_not_integer(self, x: Tensor) -> str | None:
         """Why this input has to be computed with in floating point, or None. Reads host values only."""
-        if self._float_reason is not None:
-            return self._float_reason
+        if self.float_reason is not None:
+            return self.float_reason
         if x.dtype is torch.float64:
             return "float64 has no integer kernels"
         return None if x.device.type in self._integer_devices else f"there are no integer kernels on {x.device.type}"
@@ -214,7 +216,9 @@ class WeightedLayer(QuantizableLayer):
             return False
         reason = self._why_not_integer(x)
         if reason is not None and self.execution == "integer":
-            raise ValueError(f"[{type(self).__name__}] execution='integer' must be possible for its input, but {reason}")
+            raise ValueError(
+                f"[{type(self).__name__}] execution='integer' must be possible for its input, but {reason}"
+            )
         return reason is None
 
     def _grids(self, x: Tensor, weight: Tensor, factor: Tensor | None = None) -> tuple[object, ...]:
@@ -224,7 +228,13 @@ class WeightedLayer(QuantizableLayer):
         return *q.grid(x), q.qmin, q.qmax, *w.grid(weight, factor), w.qmin, w.qmax
 
     def _compute_integer(
-        self, x: Tensor, weight: Tensor, factor: Tensor | None, bias: Tensor | None, grids: tuple[object, ...], relu: bool
+        self,
+        x: Tensor,
+        weight: Tensor,
+        factor: Tensor | None,
+        bias: Tensor | None,
+        grids: tuple[object, ...],
+        relu: bool,
     ) -> Tensor:
         """The layer's arithmetic in integers, with the weight quantized as ``weight * factor`` and the result divided by
         ``factor`` again where there is one: what a subclass gives."""

@@ -72,7 +72,13 @@ class ConvLayer(WeightedLayer):
         return super()._why_never_integer(config)
 
     def _compute_integer(
-        self, x: Tensor, weight: Tensor, factor: Tensor | None, bias: Tensor | None, grids: tuple[object, ...], relu: bool
+        self,
+        x: Tensor,
+        weight: Tensor,
+        factor: Tensor | None,
+        bias: Tensor | None,
+        grids: tuple[object, ...],
+        relu: bool,
     ) -> Tensor:
         if x.dim() == weight.dim() - 1:  # one sample, as torch's convolutions take it
             return self._compute_integer(x.unsqueeze(0), weight, factor, bias, grids, relu).squeeze(0)

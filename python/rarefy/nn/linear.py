@@ -22,7 +22,13 @@ class Linear(WeightedLayer, nn.Linear):
         return F.linear(x, weight, bias)
 
     def _compute_integer(
-        self, x: Tensor, weight: Tensor, factor: Tensor | None, bias: Tensor | None, grids: tuple[object, ...], relu: bool
+        self,
+        x: Tensor,
+        weight: Tensor,
+        factor: Tensor | None,
+        bias: Tensor | None,
+        grids: tuple[object, ...],
+        relu: bool,
     ) -> Tensor:
         bf16 = self.gradient_dtype is torch.bfloat16
         return torch.ops.rarefy.integer_linear(x, weight, bias, *grids, False, relu, bf16, None)

@@ -112,6 +112,10 @@ class QuantizedConv(QuantizedLayer):
         self.dilation, self.groups = layer.dilation, layer.groups
         self.geometry = layer.geometry()
 
+    def _is_channels_last(self) -> bool:
+        weight = self.weight
+        return weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+
     def _pack(self, x: Tensor) -> Tensor:
         quantizer = self.quant.input
         assert quantizer is not None
@@ -129,6 +133,8 @@ class QuantizedConv(QuantizedLayer):
             y = self.geometry.convolve(x, self._dequantized_weight(), self.bias)
             return self._finish(torch.relu(y) if self.relu else y)
         x = self.geometry.padded(x)
+        if self._is_channels_last():
+            x = x.contiguous(memory_format=torch.channels_last)
         return self._finish(
             torch.ops.rarefy.quantized_conv2d(
                 x,

@@ -27,7 +27,13 @@ class TransposedLinear(WeightedLayer):
         return F.linear(x, weight.t(), bias)
 
     def _compute_integer(
-        self, x: Tensor, weight: Tensor, factor: Tensor | None, bias: Tensor | None, grids: tuple[object, ...], relu: bool
+        self,
+        x: Tensor,
+        weight: Tensor,
+        factor: Tensor | None,
+        bias: Tensor | None,
+        grids: tuple[object, ...],
+        relu: bool,
     ) -> Tensor:
         bf16 = self.gradient_dtype is torch.bfloat16
         return torch.ops.rarefy.integer_linear(x, weight, bias, *grids, True, relu, bf16, None)

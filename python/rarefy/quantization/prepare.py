@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from rarefy.nn.registry import Fold, Row, integer_type, is_layer, is_prepared, r
 from rarefy.quantization.distributed import RangeSync
 from rarefy.quantization.fake_quantizer import FakeQuantizer, Observer
 from rarefy.quantization.flow import Flow, record
+from rarefy.quantization.memory_format import ChannelsLast
 from rarefy.quantization.qconfig import QConfig
 from rarefy.quantization.report import QuantizationReport, report
 from rarefy.quantization.selection import check_execution, check_strict, first_and_last, unmatched_overrides
@@ -135,7 +137,7 @@ def _prepare(
     example_inputs: object | None,
     inplace: bool,
     default_observer: Observer,
-    replace_relu: bool,
+    training: bool,
     strict: bool,
     sync: RangeSync | None,
 ) -> nn.Module:
@@ -147,10 +149,31 @@ def _prepare(
         )
     if not inplace:
         model = copy.deepcopy(model)
+    layout = ChannelsLast(model)
+    try:
+        return _swap(function, model, config, example_inputs, default_observer, training, strict, sync, layout)
+    except BaseException:
+        layout.undo()
+        raise
+
+
+def _swap(
+    function: str,
+    model: nn.Module,
+    config: QConfig,
+    example_inputs: object | None,
+    default_observer: Observer,
+    training: bool,
+    strict: bool,
+    sync: RangeSync | None,
+    layout: ChannelsLast,
+) -> nn.Module:
     layers = _layers(model, config, function)
     flow = None
     if example_inputs is not None:
-        flow = record(model, example_inputs, _is_watched)
+        integer = training and config.activation is not None and config.execution != "simulated"
+        run = layout.record if integer else partial(record, model)
+        flow = run(example_inputs, _is_watched)
     steps, skipped, unmatched = _plan(layers, config, function, flow, strict)
     if flow is not None:
         _read_flow(model, steps, flow)
@@ -167,7 +190,7 @@ def _prepare(
             swaps.append((step.name, fold.layer.from_float(step.module, layer_config, bn=bn, **options)))
         else:
             swaps.append((step.name, step.row.layer.from_float(step.module, layer_config, **options)))
-    if replace_relu:
+    if training:
         swaps += [(name, rnn.ReLU.from_float(m)) for name, m in model.named_modules() if name and type(m) is nn.ReLU]
     # One new layer for each module, also where the model holds it under several names.
     replacement = {id(model.get_submodule(name)): layer for name, layer in swaps}
@@ -175,6 +198,7 @@ def _prepare(
         if id(module) in replacement:
             _replace(model, name, replacement[id(module)])
     model._rarefy_skipped, model._rarefy_unmatched = skipped, unmatched  # read by report()
+    model._rarefy_contiguous = layout.reason
     for name, quantizer in _quantizers(model):
         quantizer.name, quantizer.sync = name, sync
     return model
@@ -196,7 +220,9 @@ def prepare_qat(
     Every quantized layer quantizes its own input and weight, so that no tracing is needed. With ``example_inputs`` the
     model is run once, and what the run shows is used: a batch normalization that alone follows a convolution is folded
     into it, a ReLU that alone follows a layer is fused into it, and a result that flows only into operations that stay in
-    floating point (a pooling, say) is quantized where it is made, as integer runtimes want it.
+    floating point (a pooling, say) is quantized where it is made, as integer runtimes want it. Weights of 2-d convolutions
+    are laid out channels-last, and with them the activations, if the model runs so (one that calls ``view`` on them may
+    not): integer kernels read that without a copy.
 
     Args:
         model: any module with such layers. Parameter names and values stay.
@@ -224,7 +250,7 @@ def prepare_qat(
         example_inputs,
         inplace,
         MovingAverage(),
-        replace_relu=True,
+        training=True,
         strict=strict,
         sync=sync,
     )
@@ -246,7 +272,7 @@ def prepare(
     """
     sync = RangeSync(process_group) if sync_observers else None
     model = _prepare(
-        "prepare", model, config, example_inputs, inplace, MinMax(), replace_relu=False, strict=strict, sync=sync
+        "prepare", model, config, example_inputs, inplace, MinMax(), training=False, strict=strict, sync=sync
     )
     for _, quantizer in _activation_quantizers(model):
         quantizer.observe = quantizer.quantize = False

@@ -61,7 +61,7 @@ class QuantizationReport:
         return f"<table><caption>{html.escape(summary)}</caption><tr>{cells}</tr>{lines}</table>"
 
 
-def _prepared(name: str, module: nn.Module, state: str) -> LayerReport:
+def _prepared(name: str, module: nn.Module, state: str, contiguous: str = "") -> LayerReport:
     quant: rnn.QuantState = module.quant  # type: ignore[assignment]
     first = quant.input if quant.input is not None else quant.input0
     notes = []
@@ -71,6 +71,11 @@ def _prepared(name: str, module: nn.Module, state: str) -> LayerReport:
         notes.append("ReLU fused")
     if quant.output is not None:
         notes.append("output quantized")
+    if isinstance(module, rnn.WeightedLayer) and not isinstance(module, rnn.Embedding):
+        reason = "as configured" if module.execution == "simulated" else module.float_reason
+        notes.append("executes in integers" if reason is None else f"simulated: {reason}")
+    if contiguous and isinstance(module, rnn.ConvLayer) and module.weight.dim() == 4:
+        notes.append(f"not channels-last: {contiguous}")
     if any(not quantizer.calibrated for quantizer in quant.children() if quantizer is not quant.weight):
         notes.append("not calibrated")
     for child, quantizer in quant.named_children():
@@ -96,7 +101,7 @@ def report(model: nn.Module) -> QuantizationReport:
         if isinstance(module, rnn.QuantizedLayer):
             layers.append(_prepared(name, module, "integer"))
         elif is_prepared(module):
-            layers.append(_prepared(name, module, "prepared"))
+            layers.append(_prepared(name, module, "prepared", getattr(model, "_rarefy_contiguous", "")))
         elif is_layer(module):
             reason = skipped.get(name) or unsupported(module) or "not prepared"
             layers.append(LayerReport(name, type(module).__name__, "fp32", "", "", reason))

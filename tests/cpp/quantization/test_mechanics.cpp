@@ -192,17 +192,23 @@ TEST_CASE("first and last layer in FP32", "[quantization]") {
 }
 
 TEST_CASE("strict preparation names what it leaves alone", "[quantization]") {
-  torch::nn::Sequential model(rarefy::nn::Linear(4, 4), torch::nn::Linear(4, 4));
+  struct TypedImpl : torch::nn::Module {
+    rarefy::nn::Linear ours{nullptr};
+    torch::nn::Linear typed{nullptr};
+    TypedImpl()
+        : ours(register_module("ours", rarefy::nn::Linear(4, 4))),
+          typed(register_module("typed", torch::nn::Linear(4, 4))) {}
+  };
+  TypedImpl model;
   auto config = QConfig::int8();
-  REQUIRE_THAT(message_of([&] { prepare_qat(*model, config); }),
+  REQUIRE_THAT(message_of([&] { prepare_qat(model, config); }),
                ContainsSubstring("[prepare_qat] every layer must be quantized or excluded") &&
-                   ContainsSubstring("1 (torch::nn::Linear cannot be switched; rarefy::nn::Linear can)"));
-  auto* layer = model->ptr(0)->as<rarefy::nn::LinearImpl>();
-  REQUIRE(layer->quant_state() == nullptr);
-  config.overrides = {{"1", std::nullopt}, {"typo", std::nullopt}};
-  REQUIRE_THAT(message_of([&] { prepare_qat(*model, config); }), ContainsSubstring("override 'typo' must match"));
-  prepare_qat(*model, config, /*strict=*/false);
-  REQUIRE(layer->quant_state() != nullptr);
+                   ContainsSubstring("typed (a typed member cannot be replaced: make it a rarefy::nn::Linear)"));
+  REQUIRE(model.ours->quant_state() == nullptr);
+  config.overrides = {{"typed", std::nullopt}, {"typo", std::nullopt}};
+  REQUIRE_THAT(message_of([&] { prepare_qat(model, config); }), ContainsSubstring("override 'typo' must match"));
+  prepare_qat(model, config, /*strict=*/false);
+  REQUIRE(model.ours->quant_state() != nullptr);
 }
 
 TEST_CASE("execution and gradient type reach the layers", "[quantization]") {

@@ -28,6 +28,10 @@ class RAREFY_API ConvModule : public WeightedModule<Derived> {
 
   void register_floating() override;
   torch::Tensor compute(const torch::Tensor& x, const torch::Tensor& w, const torch::Tensor& b) override;
+  torch::Tensor compute_integer(const torch::Tensor& x, const torch::Tensor& w, const torch::Tensor& factor,
+                                const torch::Tensor& b, const ops::IntegerGrids& grids,
+                                const ops::IntegerOptions& options) override;
+  std::optional<std::string> why_never_integer(const quantization::LayerConfig& config) const override;
   torch::Tensor execute(const torch::Tensor& x) override;
   torch::Tensor pack(const torch::Tensor& x) override;
 

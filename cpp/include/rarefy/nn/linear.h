@@ -26,6 +26,12 @@ class RAREFY_API LinearImpl : public WeightedModule<LinearImpl> {
  protected:
   void register_floating() override;
   torch::Tensor compute(const torch::Tensor& x, const torch::Tensor& w, const torch::Tensor& b) override;
+  torch::Tensor compute_integer(const torch::Tensor& x, const torch::Tensor& w, const torch::Tensor& factor,
+                                const torch::Tensor& b, const ops::IntegerGrids& grids,
+                                const ops::IntegerOptions& options) override;
+  bool has_integer_kernel_on(c10::DeviceType device) const override {
+    return device == c10::DeviceType::CPU || device == c10::DeviceType::CUDA;
+  }
   torch::Tensor execute(const torch::Tensor& x) override;
   torch::Tensor pack(const torch::Tensor& x) override;
 };

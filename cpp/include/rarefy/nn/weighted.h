@@ -1,6 +1,7 @@
 #pragma once
 
 #include <rarefy/nn/quantizable.h>
+#include <rarefy/ops/integer.h>
 #include <rarefy/ops/relu.h>
 
 namespace rarefy::nn {
@@ -38,6 +39,7 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     quant->to(weight.device());
     execution = config.execution;
     gradient_dtype = config.gradient_dtype;
+    float_reason_ = why_never_integer(config);
     mode_ = Mode::prepared;
   }
 
@@ -82,11 +84,30 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   virtual bool quantizes_input() const { return true; }
   /// The layer's arithmetic, in floating point, on values that may lie on a grid.
   virtual torch::Tensor compute(const torch::Tensor& x, const torch::Tensor& w, const torch::Tensor& b) = 0;
+  /// The prepared layer in integers, weight and result in floating point: the weight is quantized as w * factor and the
+  /// result divided by factor again where there is one.
+  virtual torch::Tensor compute_integer(const torch::Tensor& /*x*/, const torch::Tensor& /*w*/,
+                                        const torch::Tensor& /*factor*/, const torch::Tensor& /*b*/,
+                                        const ops::IntegerGrids& /*grids*/, const ops::IntegerOptions& /*options*/) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "[", kind(), "] has no integer kernel");
+  }
+  /// Why no input of the layer can be computed with in integers while it trains; unset when it can.
+  virtual std::optional<std::string> why_never_integer(const quantization::LayerConfig& config) const {
+    if (auto reason = config.why_not_integer()) {
+      return reason;
+    }
+    return ops::has_exact_integer_products() ? std::nullopt
+                                             : std::optional<std::string>("the processor sums products of bytes in 16 bits");
+  }
+  virtual bool has_integer_kernel_on(c10::DeviceType device) const { return device == c10::DeviceType::CPU; }
   /// The converted layer in integers, ReLU included.
   virtual torch::Tensor execute(const torch::Tensor& x) = 0;
   /// The layer in floating point and prepared, without ReLU.
   virtual torch::Tensor run_floating(const torch::Tensor& x) { return compute(x, weight, bias); }
   virtual torch::Tensor run_prepared(const torch::Tensor& x) {
+    if (trains_in_integers(x)) {
+      return compute_integer(x, weight, {}, bias, grids_for(x, weight), integer_options());
+    }
     return compute(quant->apply("input", x), quant->apply("weight", weight), bias);
   }
   /// The float weight and bias that are quantized.
@@ -116,6 +137,38 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   }
 
   bool executes_integers() const { return quant->find("input") != nullptr; }
+
+  /// Whether a prepared layer computes with this input in integers. Throws c10::ValueError when it must and cannot.
+  bool trains_in_integers(const torch::Tensor& x) const {
+    const auto *input = quant->find("input"), *w = quant->find("weight");
+    if (execution == quantization::Execution::simulated || input == nullptr || !input->quantize || !w->quantize) {
+      return false;
+    }
+    std::string reason = float_reason_.value_or("");
+    if (reason.empty() && x.scalar_type() == torch::kFloat64) {
+      reason = "float64 has no integer kernels";
+    }
+    if (reason.empty() && !has_integer_kernel_on(x.device().type())) {
+      reason = "there are no integer kernels on " + x.device().str();
+    }
+    TORCH_CHECK_VALUE(reason.empty() || execution != quantization::Execution::integer, "[", kind(),
+                      "] execution = integer must be possible for its input, but ", reason);
+    return reason.empty();
+  }
+
+  /// Observes input and weight, and says how they are rounded.
+  ops::IntegerGrids grids_for(const torch::Tensor& x, const torch::Tensor& w, const torch::Tensor& factor = {}) {
+    auto *input = quant->find("input"), *weights = quant->find("weight");
+    input->update(x);
+    weights->update(w, factor);
+    const auto &xs = input->options.scheme, &ws = weights->options.scheme;
+    return {input->scale,   input->zero_point,   xs.qmin(), xs.qmax(),
+            weights->scale, weights->zero_point, ws.qmin(), ws.qmax()};
+  }
+
+  ops::IntegerOptions integer_options(bool relu = false) const {
+    return {relu, gradient_dtype == c10::ScalarType::BFloat16, std::nullopt};
+  }
 
   /// The packed weight, made anew when the weight was written to (a checkpoint was loaded).
   const torch::Tensor& packed(const torch::Tensor& x) {
@@ -151,6 +204,7 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   }
 
   bool relu_ = false;
+  std::optional<std::string> float_reason_;
   torch::Tensor packed_;
   uint32_t packed_version_ = 0;
 };

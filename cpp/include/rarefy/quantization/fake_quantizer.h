@@ -39,6 +39,11 @@ class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerIm
   /// is not finite.
   torch::Tensor forward(const torch::Tensor& x);
 
+  /// Observes x where forward(x) would, so that scale and zero_point are what forward(x) would round with; rounds nothing,
+  /// as integer execution does that itself. With `factor`, what is observed is x * factor (one value per index of axis 0).
+  /// Throws as forward.
+  void update(const torch::Tensor& x, const torch::Tensor& factor = {});
+
   /// The integers of x, int8 or uint8, with the parameters as they are.
   torch::Tensor quantize_to_integer(const torch::Tensor& x) const;
 
@@ -64,6 +69,10 @@ class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerIm
   torch::Tensor scale, zero_point, min_val, max_val, skipped;
 
  private:
+  bool observes_now() const;
+  bool is_recomputing() const;
+  void require_calibrated();
+  torch::Tensor scaled_ends(const torch::Tensor& x, const torch::Tensor& factor) const;
   void observe_over_processes(const torch::Tensor& x);
   torch::Tensor merged(const torch::Tensor& low, const torch::Tensor& high, const torch::Tensor& count);
   void take(const torch::Tensor& merged, std::optional<double> constant);

@@ -114,7 +114,11 @@ at::Tensor quantized_conv2d_cpu(const at::Tensor& x, const at::Tensor& packed, c
   const auto format = dims == 3 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
   const auto q =
       quantize_input(onednn::with_height(x).contiguous(format), input_scale, input_zero_point, qmin, qmax, parameters);
-  const auto out = onednn::conv(q.values, q.scale, q.zero_point, packed, weight_scale, bias, movement, relu);
+  auto out = onednn::conv(q.values, q.scale, q.zero_point, packed, weight_scale, bias, movement, relu);
+  // In the layout that torch's convolution would give: a model that calls view() on the result must still run.
+  if (x.suggest_memory_format() != format) {
+    out = out.contiguous();
+  }
   return dims == 1 ? out.squeeze(2) : out;
 }
 
