@@ -332,8 +332,7 @@ def test_without_example_inputs_nothing_is_folded(net):
     prepared = prepare_qat(net, QConfig.int8())
     assert type(prepared.stem) is rf.nn.Conv2d
     assert type(prepared.bn) is nn.BatchNorm2d
-    notes = {layer.note for layer in report(prepared).layers}
-    assert notes == {"executes in integers, not calibrated", "not calibrated"}  # weighted layers, and Add
+    assert all("folded" not in layer.note and "not calibrated" in layer.note for layer in report(prepared).layers)
 
 
 def test_shared_batch_norm_is_not_folded():

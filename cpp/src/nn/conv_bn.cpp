@@ -144,7 +144,7 @@ torch::Tensor ConvBnImpl<D>::run_prepared(const torch::Tensor& x) {
       const auto [w, b] = folded();
       return this->compute_integer(x, w, {}, b, this->grids_for(x, w), options);
     }
-    const auto factor = fold_factor(*norm);
+    const auto factor = fold_factor(*norm).detach();
     const auto grids = this->grids_for(x, this->weight, factor);
     return norm->normalize(this->compute_integer(x, this->weight, factor, this->bias, grids, options));
   }
@@ -154,7 +154,7 @@ torch::Tensor ConvBnImpl<D>::run_prepared(const torch::Tensor& x) {
     return this->compute(input, this->quant->apply("weight", folded_weight), folded_bias);
   }
   const auto dim = this->weight.dim();
-  const auto factor = fold_factor(*norm);
+  const auto factor = fold_factor(*norm).detach();
   const auto scaled = this->quant->apply("weight", this->weight * per_filter(factor, dim));
   auto out = this->compute(input, scaled, torch::Tensor()) / per_channel(factor, dim);
   if (this->bias.defined()) {

@@ -66,6 +66,9 @@ class ConvBnLayer(ConvLayer):
     training its result is divided by that factor again and normalized with the batch's statistics (Krishnamoorthi, 2018,
     arXiv:1806.08342, section 3.2.2); in evaluation the folded weight and bias give the result directly.
 
+    In training gamma learns through the normalization alone. The convolution's own result does not depend on the factor
+    but by rounding: straight-through, d(fq(w f) / f) / df = w / f - w f / f^2 = 0.
+
     ``prepare_qat`` and ``prepare`` make it from a convolution whose only consumer is a batch normalization. It can also
     be a part of a model from the start, as in C++: arguments of the convolution (``bias`` is False by default); it then
     owns its batch normalization as the child ``bn`` and is floating point until prepared.
@@ -145,7 +148,7 @@ class ConvBnLayer(ConvLayer):
         if not self.bn.moves:
             weight, bias = self.folded()
             return self._finish(self._compute(x, self.quant.weight(weight), bias))
-        factor = self._factor()
+        factor = self._factor().detach()
         weight = self.quant.weight(self.weight * self._per_filter(factor))
         per_channel = (1, -1, *[1] * (self.weight.dim() - 2))
         y = self._compute(x, weight, None) / factor.view(per_channel)
@@ -158,7 +161,7 @@ class ConvBnLayer(ConvLayer):
             weight, bias = self.folded()
             y = self._compute_integer(x, weight, None, bias, self._grids(x, weight), self.relu)
             return self._finish(y, rectified=self.relu)
-        factor = self._factor()
+        factor = self._factor().detach()
         y = self._compute_integer(x, self.weight, factor, self.bias, self._grids(x, self.weight, factor), relu=False)
         return self._finish(self.bn.normalize(y))
 

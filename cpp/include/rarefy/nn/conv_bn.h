@@ -55,7 +55,8 @@ TORCH_MODULE(FoldedBatchNorm3d);
 /// A convolution and the batch normalization after it, as one layer. Parameters: weight (and bias), and those of the child
 /// `bn`. Prepared, the convolution runs with the weight that will be deployed, w * gamma / sqrt(running_var + eps) on the
 /// grid; in training its result is divided by that factor again and normalized with the batch's statistics (Krishnamoorthi,
-/// 2018, arXiv:1806.08342, section 3.2.2), in evaluation the folded weight and bias give the result directly.
+/// 2018, arXiv:1806.08342, section 3.2.2), in evaluation the folded weight and bias give the result directly. In training
+/// gamma learns through the normalization alone: the convolution's result depends on the factor only by rounding.
 template <size_t D>
 class RAREFY_API ConvBnImpl : public ConvModule<D, ConvBnImpl<D>> {
  public:
