@@ -691,13 +691,50 @@ def test_weight_of_a_converted_layer_is_what_its_integers_stand_for(images, net)
     assert layer.integer_weight is before
 
 
+def test_dequantized_weight_is_a_tensor_to_be_read():
+    torch.manual_seed(0)
+    x = torch.randn(5, 6)
+    layer = convert(calibrate(prepare(mlp(), QConfig.int8(), x), [x]))[0]
+    numbers = layer.integer_weight.float() * layer.quant.weight.scale[:, None]
+    weight = layer.weight
+    assert (weight.dtype, weight.device, weight.shape) == (torch.float32, torch.device("cpu"), numbers.shape)
+    assert (len(weight), weight.dim(), weight.numel(), weight.size(1)) == (16, 2, 96, 6)
+    assert weight.is_floating_point()
+    assert isinstance(weight, torch.Tensor)
+    for result in (weight.detach(), weight + 0, weight.t().t(), weight.data, copy.deepcopy(weight), weight.to(x), weight[:]):
+        assert torch.equal(result, numbers)
+    assert torch.equal(pickle.loads(pickle.dumps(weight)), numbers)
+    assert torch.equal(torch.ops.aten.clone(weight), numbers)
+    assert type(weight * 2) is torch.Tensor
+    assert weight.tolist() == numbers.tolist()
+    np.testing.assert_array_equal(weight.numpy(), numbers.numpy())
+    np.testing.assert_array_equal(np.asarray(weight), numbers.numpy())
+    assert repr(weight) == repr(numbers)
+    assert torch.equal(F.linear(x, weight), F.linear(x, numbers))
+    assert torch.equal(x.to(weight), x)
+    y = x.clone().requires_grad_()
+    F.linear(y, weight).sum().backward()
+    torch.testing.assert_close(y.grad, numbers.sum(0).expand(5, 6))
+    integers = layer.integer_weight.clone()
+    for write in (
+        lambda: weight.mul_(2),
+        lambda: weight.__imul__(2),
+        lambda: weight.__setitem__(0, 1.0),
+        lambda: nn.init.zeros_(weight),
+        lambda: setattr(weight, "data", numbers),
+    ):
+        with pytest.raises(RuntimeError, match=r"\[DequantizedWeight\] the weight of a converted layer must only be read"):
+            write()
+    assert torch.equal(layer.integer_weight, integers)
+
+
 def test_converted_weights_are_packed_again_when_others_take_their_place():
     x = torch.randn(5, 6)
     models = [convert(calibrate(prepare(mlp(), QConfig.int8(), x), [x])) for _ in range(2)]
     expected = models[1](x)
     assert not torch.equal(models[0](x), expected)
     models[0].load_state_dict(models[1].state_dict(), assign=True)
-    assert models[0][0].integer_weight is models[1][0].integer_weight
+    assert models[0][0].integer_weight.data_ptr() == models[1][0].integer_weight.data_ptr()
     assert torch.equal(models[0](x), expected)
     assert models[0].double().half().float()[0].integer_weight.dtype == torch.int8
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rarefy.nn._base import QuantState, WeightedLayer
 from rarefy.nn.conv import ConvLayer
+from rarefy.nn.dequantized import DequantizedWeight
 from rarefy.nn.embedding import Embedding
 from rarefy.nn.linear import Linear
 from rarefy.nn.transposed_linear import TransposedLinear
@@ -44,10 +45,10 @@ class QuantizedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the integers stand for: ``integer_weight * scale``, float32, made anew at each reading."""
-        shape = [1] * self.integer_weight.dim()
-        shape[self.channel_axis] = -1
-        return self.integer_weight.float() * self._weight_scale().view(shape)
+        """The weight that the integers stand for: ``integer_weight * scale``, float32, computed when it is used."""
+        if torch.compiler.is_compiling():  # a compiler drops by itself what nobody uses
+            return self._dequantized_weight()
+        return DequantizedWeight(self.integer_weight, self._broadcast_scale())
 
     def __setattr__(self, name: str, value: object) -> None:
         # Module would put any tensor into the buffer. Integers may be set: load_state_dict(assign=True) does.
@@ -61,6 +62,15 @@ class QuantizedLayer(nn.Module):
     def _weight_scale(self) -> Tensor:
         assert self.quant.weight is not None
         return self.quant.weight.scale.expand(self.integer_weight.shape[self.channel_axis]).contiguous()
+
+    def _broadcast_scale(self) -> Tensor:
+        assert self.quant.weight is not None
+        shape = [1] * self.integer_weight.dim()
+        shape[self.channel_axis] = -1
+        return self.quant.weight.scale.view(shape)
+
+    def _dequantized_weight(self) -> Tensor:
+        return self.integer_weight.float() * self._broadcast_scale()
 
     def _pack(self, x: Tensor) -> Tensor:
         """The weight packed for inputs like ``x``: what a subclass gives."""
@@ -103,7 +113,7 @@ class QuantizedLinear(QuantizedLayer):
         """The layer in integers; with float input where the activation was not quantized."""
         quantizer = self.quant.input
         if quantizer is None:
-            y = F.linear(x, self._out_in(self.weight), self.bias)
+            y = F.linear(x, self._out_in(self._dequantized_weight()), self.bias)
             return self._finish(torch.relu(y) if self.relu else y)
         return self._finish(
             torch.ops.rarefy.quantized_linear(
@@ -153,7 +163,7 @@ class QuantizedConv(QuantizedLayer):
             return self.forward(x.unsqueeze(0)).squeeze(0)
         quantizer = self.quant.input
         if quantizer is None:
-            y = self.geometry.convolve(x, self.weight, self.bias)
+            y = self.geometry.convolve(x, self._dequantized_weight(), self.bias)
             return self._finish(torch.relu(y) if self.relu else y)
         x = self.geometry.padded(x)
         if self._is_channels_last():
