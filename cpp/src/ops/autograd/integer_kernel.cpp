@@ -349,7 +349,7 @@ void check_conv(const at::Tensor& x, const at::Tensor& weight, const std::option
   if (multiplier.has_value()) {
     check_float(function, *multiplier, "multiplier");
     check_per_axis(function, weight, 0, *multiplier, "multiplier");
-    TORCH_CHECK_VALUE(!multiplier->requires_grad() || !at::GradMode::is_enabled(), "[", function,
+    TORCH_CHECK_VALUE(!multiplier->requires_grad(), "[", function,
                       "] multiplier is a constant and must not require a gradient");
   }
 }
