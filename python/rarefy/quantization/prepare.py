@@ -99,7 +99,9 @@ def _plan(
 def _never_called(steps: dict[str, _Step], config: QConfig, flow: Flow) -> list[str]:
     """The layers that the example run did not call and that nothing else asks to quantize: no override does, and it is no
     second name for the table of a layer that was called (T5's ``shared``), whose float weight would then stay beside it."""
-    called = {id(step.module.weight) for step in steps.values() if step.row.layer.has_weight and step.name in flow.called}
+    called = {
+        id(step.module.weight) for step in steps.values() if step.row.layer.has_weight and step.name in flow.called
+    }
     return [
         step.name
         for step in steps.values()

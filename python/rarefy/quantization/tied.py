@@ -39,7 +39,8 @@ def _layers(model: nn.Module, group: Sequence[str]) -> list[rnn.QuantizedLayer]:
 def _are_equal(a: rnn.QuantizedLayer, b: rnn.QuantizedLayer) -> bool:
     x, y = a.integer_weight, b.integer_weight
     p, q = a.quant.weight, b.quant.weight
-    assert p is not None and q is not None
+    assert p is not None
+    assert q is not None
     same_form = (a.channel_axis, p.axis, x.stride(), x.device) == (b.channel_axis, q.axis, y.stride(), y.device)
     return same_form and torch.equal(p.scale, q.scale) and torch.equal(x, y)
 
