@@ -3,7 +3,6 @@
 import copy
 import pickle
 import re
-import subprocess
 import warnings
 
 import numpy as np
@@ -897,61 +896,3 @@ def test_report_shows_itself(net, images):
     page = report(prepare_qat(net, QConfig.int8(), images))._repr_html_()
     assert page.count("<tr>") == 7
     assert "batch norm folded" in page
-
-
-class Parity(nn.Module):
-    """The network of tests/cpp/parity.h."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.plain = rf.nn.ConvBn2d(2, 4, 3), nn.Conv2d(4, 4, 1)
-        self.add, self.fc = rf.nn.Add(), nn.Linear(4, 3)
-
-    def forward(self, x):
-        y = torch.relu(self.conv(x))
-        return self.fc(self.add(y, self.plain(y)).mean((2, 3)))
-
-
-def test_state_dict_keys_are_those_of_cpp(request):
-    """One list, which the C++ tests are held to as well."""
-    golden = (request.config.rootpath / "tests" / "state_dict_keys.txt").read_text().split()
-    prepared = prepare_qat(Parity(), QConfig.int8())
-    keys = [f"prepared:{name}" for name in prepared.state_dict()]
-    prepared(torch.randn(2, 2, 5, 5))
-    keys += [f"converted:{name}" for name in convert(prepared).state_dict()]
-    assert sorted(keys) == sorted(golden)
-
-
-@pytest.fixture(scope="module")
-def parity_program(request):
-    program = request.config.rootpath / "build" / "dev" / "tests" / "cpp" / "rarefy_parity"
-    if not program.exists():
-        pytest.skip("rarefy_parity is not built (-DRAREFY_BUILD_TESTS=ON)")
-    return program
-
-
-def test_cpp_trains_evaluates_and_converts_to_the_same_numbers(parity_program, tmp_path):
-    """A checkpoint of Python continues in C++: two training steps, evaluation, integer execution."""
-    torch.manual_seed(3)
-    model = prepare_qat(Parity(), QConfig.int8())
-    batches = [torch.randn(8, 2, 6, 6) for _ in range(3)]
-    labels = torch.randint(0, 3, (8,))
-    model(batches[0])
-    given = {name: value.clone() for name, value in model.state_dict().items()}
-    given |= {f"batch{i}": batch for i, batch in enumerate(batches)} | {"labels": labels}
-    torch.save(given, tmp_path / "in.pt")
-    subprocess.run([parity_program, tmp_path / "in.pt", tmp_path / "out.pt"], check=True, timeout=120)
-    # pickle_save tags its dict with a TorchScript type, which weights_only refuses; the file is our own.
-    returned = torch.load(tmp_path / "out.pt", weights_only=False)
-
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    for batch in batches[:2]:
-        optimizer.zero_grad()
-        F.cross_entropy(model(batch), labels).backward()
-        optimizer.step()
-    for name, value in model.state_dict().items():
-        if not name.endswith("num_batches_tracked"):
-            torch.testing.assert_close(returned[name], value, rtol=1e-5, atol=1e-6, msg=name)
-    with torch.no_grad():
-        torch.testing.assert_close(returned["evaluated"], model.eval()(batches[2]), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(returned["converted"], convert(model)(batches[2]), rtol=1e-5, atol=1e-5)
