@@ -172,6 +172,7 @@ SKIPPED: dict[str, set[str]] = {
     "SigLIP": {"MultiheadAttention is not supported", "NonDynamicallyQuantizableLinear is a subclass of Linear"},
 }
 
+
 def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     class_name, fields, make_inputs = ARCHITECTURES[name]
     torch.manual_seed(0)

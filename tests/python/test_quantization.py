@@ -700,7 +700,15 @@ def test_dequantized_weight_is_a_tensor_to_be_read():
     assert (len(weight), weight.dim(), weight.numel(), weight.size(1)) == (16, 2, 96, 6)
     assert weight.is_floating_point()
     assert isinstance(weight, torch.Tensor)
-    for result in (weight.detach(), weight + 0, weight.t().t(), weight.data, copy.deepcopy(weight), weight.to(x), weight[:]):
+    for result in (
+        weight.detach(),
+        weight + 0,
+        weight.t().t(),
+        weight.data,
+        copy.deepcopy(weight),
+        weight.to(x),
+        weight[:],
+    ):
         assert torch.equal(result, numbers)
     assert torch.equal(pickle.loads(pickle.dumps(weight)), numbers)
     assert torch.equal(torch.ops.aten.clone(weight), numbers)
@@ -722,7 +730,9 @@ def test_dequantized_weight_is_a_tensor_to_be_read():
         lambda: nn.init.zeros_(weight),
         lambda: setattr(weight, "data", numbers),
     ):
-        with pytest.raises(RuntimeError, match=r"\[DequantizedWeight\] the weight of a converted layer must only be read"):
+        with pytest.raises(
+            RuntimeError, match=r"\[DequantizedWeight\] the weight of a converted layer must only be read"
+        ):
             write()
     assert torch.equal(layer.integer_weight, integers)
 

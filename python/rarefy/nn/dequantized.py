@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_map_only
 
 # What a tensor knows without its numbers. Everything else computes them, so that nothing here can be forgotten.
 _FACTS: frozenset[object] = frozenset(
-    {getattr(Tensor, name).__get__ for name in ("device", "dtype", "is_cuda", "layout", "ndim", "requires_grad", "shape")}
+    {getattr(Tensor, name).__get__ for name in ("device", "dtype", "is_cuda", "layout", "ndim", "shape")}
+    | {Tensor.requires_grad.__get__}
     | {Tensor.__len__, Tensor.dim, Tensor.is_floating_point, Tensor.ndimension, Tensor.numel, Tensor.size}
 )
 _WRITES = {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__", "__ipow__"}
@@ -40,6 +41,7 @@ class DequantizedWeight(Tensor):
 
     @staticmethod
     def __new__(cls, integers: Tensor, scale: Tensor) -> DequantizedWeight:
+        """A tensor without storage of its own."""
         weight = Tensor._make_wrapper_subclass(
             cls, integers.shape, strides=integers.stride(), dtype=torch.float32, device=integers.device
         )

@@ -147,7 +147,9 @@ class QuantizedConv(QuantizedLayer):
 
     def _is_channels_last(self) -> bool:
         weight = self.integer_weight
-        return weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+        return (
+            weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+        )
 
     def _pack(self, x: Tensor) -> Tensor:
         quantizer = self.quant.input

@@ -19,11 +19,13 @@ from rarefy._core.quantization import Latest, MinMax, MovingAverage
 from rarefy.nn.registry import Fold, Row, integer_type, is_layer, is_prepared, row_of, unsupported
 from rarefy.quantization.distributed import RangeSync
 from rarefy.quantization.fake_quantizer import FakeQuantizer, Observer
+from rarefy.quantization.fast_path import leave_fast_path
 from rarefy.quantization.flow import Flow, record
 from rarefy.quantization.memory_format import ChannelsLast
 from rarefy.quantization.qconfig import QConfig
 from rarefy.quantization.report import QuantizationReport, report
 from rarefy.quantization.selection import check_execution, check_strict, first_and_last, unmatched_overrides
+from rarefy.quantization.tied import share_integers, tied_groups
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -97,7 +99,9 @@ def _plan(
 def _never_called(steps: dict[str, _Step], config: QConfig, flow: Flow) -> list[str]:
     """The layers that the example run did not call and that nothing else asks to quantize: no override does, and it is no
     second name for the table of a layer that was called (T5's ``shared``), whose float weight would then stay beside it."""
-    called = {id(step.module.weight) for step in steps.values() if step.row.layer.has_weight and step.name in flow.called}
+    called = {
+        id(step.module.weight) for step in steps.values() if step.row.layer.has_weight and step.name in flow.called
+    }
     return [
         step.name
         for step in steps.values()
@@ -215,6 +219,7 @@ def _swap(
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in replacement:
             _replace(model, name, replacement[id(module)])
+    leave_fast_path(model, {id(layer) for layer in replacement.values()})
     model._rarefy_skipped, model._rarefy_unmatched = skipped, unmatched  # read by report()
     model._rarefy_contiguous = layout.reason
     for name, quantizer in _quantizers(model):
@@ -420,6 +425,9 @@ def feed(function: str, model: nn.Module, batch: object, forward: Callable[[nn.M
 def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """A model whose prepared layers execute in integers, on LibTorch's oneDNN int8 kernels. For inference, on the CPU.
 
+    Layers over one Parameter hold one int8 tensor where their integers and scales are equal, as those of a table and a head
+    with scales per row are; ``report`` says which do.
+
     Args:
         model: prepared, and trained or calibrated.
         inplace: swap the layers of ``model`` itself.
@@ -439,6 +447,7 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         )
     if not inplace:
         model = copy.deepcopy(model)
+    tied = tied_groups(model)
     swaps: dict[int, nn.Module] = {}
     for module in model.modules():
         if not isinstance(module, rnn.QuantizableLayer) or not module.prepared:
@@ -451,6 +460,7 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in swaps:
             _replace(model, name, swaps[id(module)])
+    share_integers(model, tied)
     return model.eval()
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from rarefy import nn as rnn
 from rarefy.nn.registry import is_layer, is_prepared, unsupported
+from rarefy.quantization.tied import tied_note
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class QuantizationReport:
         return f"<table><caption>{html.escape(summary)}</caption><tr>{cells}</tr>{lines}</table>"
 
 
-def _prepared(name: str, module: nn.Module, state: str, contiguous: str = "") -> LayerReport:
+def _prepared(name: str, module: nn.Module, state: str, tied: str, contiguous: str = "") -> LayerReport:
     quant: rnn.QuantState = module.quant  # type: ignore[assignment]
     first = quant.input if quant.input is not None else quant.input0
     notes = []
@@ -74,6 +75,8 @@ def _prepared(name: str, module: nn.Module, state: str, contiguous: str = "") ->
     if isinstance(module, rnn.WeightedLayer) and not isinstance(module, rnn.Embedding):
         reason = "as configured" if module.execution == "simulated" else module.float_reason
         notes.append("executes in integers" if reason is None else f"simulated: {reason}")
+    if tied:
+        notes.append(tied)
     if contiguous and isinstance(module, rnn.ConvLayer) and module.weight.dim() == 4:
         notes.append(f"not channels-last: {contiguous}")
     if any(not quantizer.calibrated for quantizer in quant.children() if quantizer is not quant.weight):
@@ -97,11 +100,13 @@ def report(model: nn.Module) -> QuantizationReport:
     """What ``prepare_qat``, ``prepare`` or ``convert`` did to a model: a table that prints itself, also in notebooks."""
     skipped: dict[str, str] = getattr(model, "_rarefy_skipped", {})
     layers = []
+    contiguous = getattr(model, "_rarefy_contiguous", "")
+    holders: dict[int, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, rnn.QuantizedLayer):
-            layers.append(_prepared(name, module, "integer"))
+            layers.append(_prepared(name, module, "integer", tied_note(model, name, holders)))
         elif is_prepared(module):
-            layers.append(_prepared(name, module, "prepared", getattr(model, "_rarefy_contiguous", "")))
+            layers.append(_prepared(name, module, "prepared", tied_note(model, name, holders), contiguous))
         elif is_layer(module):
             reason = skipped.get(name) or unsupported(module) or "not prepared"
             layers.append(LayerReport(name, type(module).__name__, "fp32", "", "", reason))
