@@ -568,7 +568,7 @@ def integer_reference(layer, x: torch.Tensor) -> np.ndarray:
     quantizer = layer.quant.input
     s, z = quantizer.scale.item(), quantizer.zero_point.item()
     q = np.clip(np.rint(x.numpy() / np.float32(s)) + np.float32(z), quantizer.qmin, quantizer.qmax) - z
-    q, w = torch.from_numpy(q).double(), layer.weight.double()
+    q, w = torch.from_numpy(q).double(), layer.integer_weight.double()
     if isinstance(layer, rf.nn.QuantizedLinear):
         sums = F.linear(q, w)
         shape = (-1,)
@@ -630,9 +630,9 @@ def test_integer_execution_equals_integers_and_simulation(kind, weight, activati
     scale = np.abs(exact).max() + 1e-6
     np.testing.assert_allclose(out.numpy(), exact, rtol=0, atol=2e-6 * scale)
     torch.testing.assert_close(out, prepared.eval()(y), rtol=0, atol=1e-5 * float(scale))
-    assert converted[0].weight.dtype == torch.int8
-    assert int(converted[0].weight.min()) >= weight.qmin
-    assert int(converted[0].weight.max()) <= weight.qmax
+    assert converted[0].integer_weight.dtype == torch.int8
+    assert int(converted[0].integer_weight.min()) >= weight.qmin
+    assert int(converted[0].integer_weight.max()) <= weight.qmax
 
 
 def test_converted_network_agrees_with_the_prepared_one(net, images):
@@ -667,6 +667,77 @@ def test_converted_state_round_trips(net, images):
     assert torch.equal(other(images), expected)
 
 
+def test_weight_of_a_converted_layer_is_what_its_integers_stand_for(images, net):
+    prepared = prepare_qat(net, QConfig.int8(), images)
+    train(prepared, lambda: torch.randn(8, 3, 8, 8), 2)
+    converted = convert(prepared)
+    layers = {name: m for name, m in converted.named_modules() if isinstance(m, rf.nn.QuantizedLayer)}
+    assert layers
+    state = converted.state_dict()
+    for name, layer in layers.items():
+        scale = layer.quant.weight.scale.view(-1, *[1] * (layer.integer_weight.dim() - 1))
+        assert layer.weight.dtype == torch.float32
+        assert torch.equal(layer.weight, layer.integer_weight * scale)
+        assert state[f"{name}.weight"].dtype == layer.integer_weight.dtype == torch.int8
+        assert "weight" in dict(layer.named_buffers())
+    layer = converted.classifier
+    trained = prepared.classifier
+    assert torch.equal(layer.weight, trained.quant.weight(trained.weight))
+    before = layer.integer_weight
+    for value in (layer.weight, None):
+        with pytest.raises(AttributeError, match=r"\[QuantizedLinear\] weight is computed from integer_weight"):
+            layer.weight = value
+    assert layer.integer_weight is before
+
+
+def test_dequantized_weight_is_a_tensor_to_be_read():
+    torch.manual_seed(0)
+    x = torch.randn(5, 6)
+    layer = convert(calibrate(prepare(mlp(), QConfig.int8(), x), [x]))[0]
+    numbers = layer.integer_weight.float() * layer.quant.weight.scale[:, None]
+    weight = layer.weight
+    assert (weight.dtype, weight.device, weight.shape) == (torch.float32, torch.device("cpu"), numbers.shape)
+    assert (len(weight), weight.dim(), weight.numel(), weight.size(1)) == (16, 2, 96, 6)
+    assert weight.is_floating_point()
+    assert isinstance(weight, torch.Tensor)
+    for result in (weight.detach(), weight + 0, weight.t().t(), weight.data, copy.deepcopy(weight), weight.to(x), weight[:]):
+        assert torch.equal(result, numbers)
+    assert torch.equal(pickle.loads(pickle.dumps(weight)), numbers)
+    assert torch.equal(torch.ops.aten.clone(weight), numbers)
+    assert type(weight * 2) is torch.Tensor
+    assert weight.tolist() == numbers.tolist()
+    np.testing.assert_array_equal(weight.numpy(), numbers.numpy())
+    np.testing.assert_array_equal(np.asarray(weight), numbers.numpy())
+    assert repr(weight) == repr(numbers)
+    assert torch.equal(F.linear(x, weight), F.linear(x, numbers))
+    assert torch.equal(x.to(weight), x)
+    y = x.clone().requires_grad_()
+    F.linear(y, weight).sum().backward()
+    torch.testing.assert_close(y.grad, numbers.sum(0).expand(5, 6))
+    integers = layer.integer_weight.clone()
+    for write in (
+        lambda: weight.mul_(2),
+        lambda: weight.__imul__(2),
+        lambda: weight.__setitem__(0, 1.0),
+        lambda: nn.init.zeros_(weight),
+        lambda: setattr(weight, "data", numbers),
+    ):
+        with pytest.raises(RuntimeError, match=r"\[DequantizedWeight\] the weight of a converted layer must only be read"):
+            write()
+    assert torch.equal(layer.integer_weight, integers)
+
+
+def test_converted_weights_are_packed_again_when_others_take_their_place():
+    x = torch.randn(5, 6)
+    models = [convert(calibrate(prepare(mlp(), QConfig.int8(), x), [x])) for _ in range(2)]
+    expected = models[1](x)
+    assert not torch.equal(models[0](x), expected)
+    models[0].load_state_dict(models[1].state_dict(), assign=True)
+    assert models[0][0].integer_weight.data_ptr() == models[1][0].integer_weight.data_ptr()
+    assert torch.equal(models[0](x), expected)
+    assert models[0].double().half().float()[0].integer_weight.dtype == torch.int8
+
+
 def test_weight_only():
     torch.manual_seed(0)
     x = torch.randn(5, 6)
@@ -674,8 +745,8 @@ def test_weight_only():
     prepared(x)
     converted = convert(prepared)
     torch.testing.assert_close(converted(x), prepared.eval()(x), rtol=0, atol=1e-6)
-    assert converted[0].weight.dtype == torch.int8
-    assert converted[0].weight.abs().max() <= 8
+    assert converted[0].integer_weight.dtype == torch.int8
+    assert converted[0].integer_weight.abs().max() <= 8
 
 
 def test_convert_refuses_and_leaves_the_model(net, images):

@@ -83,9 +83,8 @@ std::tuple<at::Tensor, at::Tensor> integer_conv_backward(const at::Tensor& grad,
   return op.call(grad, q_x, q_w, x_scale, x_zero_point, w_scale, stride, padding, dilation, groups, bf16, need);
 }
 
-at::Tensor integer_multiplier_backward(const at::Tensor& grad, const at::Tensor& mask,
-                                                               const at::Tensor& weight, const at::Tensor& q_w,
-                                                               const at::Tensor& scale, const at::Tensor& multiplier) {
+at::Tensor integer_multiplier_backward(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& weight,
+                                       const at::Tensor& q_w, const at::Tensor& scale, const at::Tensor& multiplier) {
   RAREFY_OP(integer_multiplier_backward, decltype(integer_multiplier_backward));
   return op.call(grad, mask, weight, q_w, scale, multiplier);
 }

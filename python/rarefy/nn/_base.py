@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _EXACT_PRODUCTS = has_exact_integer_products()
+_LONGEST_SUM = (2**31 - 1) // (255 * 128)  # products of bytes that an int32 holds for sure
 
 
 class QuantState(nn.Module):
@@ -168,6 +169,9 @@ class WeightedLayer(QuantizableLayer):
     def _why_never_integer(self, config: QConfig) -> str | None:
         if not self._integer_devices:
             return f"{type(self).__name__} has no integer kernel"
+        products = self.weight.numel() // self.weight.shape[self.channel_axis]
+        if products > _LONGEST_SUM:
+            return f"int32 does not hold sums of {products} products"
         return config.why_not_integer() or (
             None if _EXACT_PRODUCTS else "the processor sums products of bytes in 16 bits"
         )

@@ -128,7 +128,9 @@ void check_conv_bn() {
   model->eval();
   const auto floating = layer->forward(x);
   model->train();
-  prepare_qat(*model, QConfig::int8());
+  auto config = QConfig::int8();
+  config.execution = Execution::simulated;  // equal to the formula bit for bit
+  prepare_qat(*model, config);
   layer->forward(x).square().mean().backward();
   REQUIRE(layer->bn->weight.grad().abs().sum().template item<float>() > 0);
   freeze_batch_norm(*model);

@@ -5,11 +5,12 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
 #include "ops/autograd/mask_gradient.h"
-#include "ops/fake_quantize_checks.h"
+#include "ops/integer_checks.h"
 #include "ops/integer_ops.h"
 
 namespace rarefy::ops {
@@ -21,30 +22,50 @@ using torch::autograd::variable_list;
 
 /// How far the bytes move to the type that the device's kernels multiply fastest: uint8 on the CPU, int8 elsewhere. The
 /// zero point moves with them, so they mean the same numbers (docs/dev/numerics.md, "Relabelling").
-int64_t relabelling(const at::Tensor& x, int64_t qmin, int64_t qmax) {
+int64_t relabelling(const at::Tensor& x, int64_t qmin) {
   if (x.is_cuda()) {
-    return qmin >= 0 && qmax > 127 ? -128 : 0;
+    return qmin >= 0 ? -128 : 0;
   }
   return qmin < 0 ? 128 : 0;
 }
 
-void check(const char* function, const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-           const IntegerGrids& grids, int64_t out_channels) {
+/// Integer products have no weight zero point. Its values are read only where that waits for no device and is not traced.
+void check_no_zero_point(const char* function, const at::Tensor& w_zero_point) {
+  TORCH_CHECK_TYPE(w_zero_point.scalar_type() == at::kInt, "[", function, "] w_zero_point must be int32, got ",
+                   w_zero_point.scalar_type());
+  if (!w_zero_point.is_cpu() || !is_plain(w_zero_point)) {
+    return;
+  }
+  const auto values = w_zero_point.contiguous();
+  const auto* begin = values.const_data_ptr<int32_t>();
+  const auto* end = begin + values.numel();
+  const auto* bad = std::find_if(begin, end, [](int32_t value) { return value != 0; });
+  TORCH_CHECK_VALUE(bad == end, "[", function, "] w_zero_point must be 0, got ", *bad, " at index ", bad - begin);
+}
+
+void check_layer(const char* function, const at::Tensor& x, const at::Tensor& weight,
+                 const std::optional<at::Tensor>& bias, const IntegerGrids& grids, const c10::SymInt& out_channels,
+                 std::optional<at::ScalarType> dtype) {
   check_float(function, x, "input");
   check_float(function, weight, "weight");
   TORCH_CHECK_VALUE(weight.sym_numel() > 0, "[", function, "] weight must not be empty, got shape ",
                     weight.sym_sizes());
+  check_device(function, x, weight, "weight");
   check_quantized_type(function, grids.x_qmin, grids.x_qmax);
   TORCH_CHECK_VALUE(grids.w_qmin >= -128 && grids.w_qmin < 0 && grids.w_qmax <= 127, "[", function,
                     "] the weight's range must be signed and fit int8, got [", grids.w_qmin, ", ", grids.w_qmax, "]");
-  TORCH_CHECK_VALUE(grids.x_scale.numel() == 1 && grids.x_zero_point.numel() == 1, "[", function,
-                    "] x_scale and x_zero_point must have 1 element, got ", grids.x_scale.numel(), " and ",
-                    grids.x_zero_point.numel());
-  TORCH_CHECK_VALUE(grids.w_scale.numel() == 1 || grids.w_scale.numel() == out_channels, "[", function,
-                    "] w_scale must have 1 or ", out_channels, " elements, got ", grids.w_scale.numel());
-  if (bias.has_value()) {
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == out_channels, "[", function, "] bias must have shape [",
-                      out_channels, "], got ", bias->sizes());
+  TORCH_CHECK_VALUE(grids.x_scale.sym_numel() == 1 && grids.x_zero_point.sym_numel() == 1, "[", function,
+                    "] x_scale and x_zero_point must have 1 element, got ", grids.x_scale.sym_numel(), " and ",
+                    grids.x_zero_point.sym_numel());
+  for (const auto& [values, name] : {std::pair{&grids.w_scale, "w_scale"}, {&grids.w_zero_point, "w_zero_point"}}) {
+    TORCH_CHECK_VALUE(values->dim() <= 1 && (values->sym_numel() == 1 || values->sym_numel() == out_channels), "[",
+                      function, "] ", name, " must have 1 or ", out_channels, " elements, got shape ",
+                      values->sym_sizes());
+  }
+  check_no_zero_point(function, grids.w_zero_point);
+  check_bias(function, x, bias, out_channels);
+  if (dtype.has_value()) {
+    check_result_type(function, *dtype);
   }
 }
 
@@ -53,7 +74,7 @@ at::ScalarType result_type(const at::Tensor& x, std::optional<at::ScalarType> dt
     return *dtype;
   }
   const auto device = x.device().type();
-  if (at::autocast::is_autocast_enabled(device) && x.scalar_type() != at::kDouble) {
+  if (at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device) && x.scalar_type() != at::kDouble) {
     return at::autocast::get_autocast_dtype(device);
   }
   return x.scalar_type() == at::kDouble ? at::kFloat : x.scalar_type();
@@ -68,18 +89,18 @@ struct Quantized {
 Quantized quantize_both(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& multiplier,
                         const IntegerGrids& grids, int64_t w_axis) {
   Quantized out;
-  const int64_t shift = relabelling(x, grids.x_qmin, grids.x_qmax);
+  const int64_t shift = relabelling(x, grids.x_qmin);
   // Copies: the state moves on with the next batch, and the backward pass needs what this one used.
   out.x_zero_point = grids.x_zero_point + shift;
   std::tie(out.q_x, out.x_mask, out.x_scale) =
       quantize_mask(x, grids.x_scale, out.x_zero_point, std::nullopt, grids.x_qmin + shift, grids.x_qmax + shift, {});
-  const bool per_channel = grids.w_scale.numel() > 1 || multiplier.has_value();
+  const bool per_channel = grids.w_scale.sym_numel() > 1 || multiplier.has_value();
   const auto axis = per_channel ? std::optional(w_axis) : std::nullopt;
   const auto spread = [&](const at::Tensor& values) {
-    return per_channel && values.numel() == 1 ? values.expand_symint({weight.sym_size(w_axis)}).contiguous() : values;
+    return per_channel && values.sym_numel() == 1 ? values.expand_symint({weight.sym_size(w_axis)}).contiguous() : values;
   };
-  std::tie(out.q_w, out.w_mask, out.w_scale) = quantize_mask(
-      weight, spread(grids.w_scale), spread(grids.w_zero_point), axis, grids.w_qmin, grids.w_qmax, multiplier);
+  std::tie(out.q_w, out.w_mask, out.w_scale) = quantize_mask(weight, spread(grids.w_scale), spread(grids.w_zero_point),
+                                                             axis, grids.w_qmin, grids.w_qmax, multiplier);
   if (multiplier.has_value()) {
     out.w_scale = out.w_scale / *multiplier;
   }
@@ -98,7 +119,12 @@ bool is_channels_last(const at::Tensor& x) {
   return format == at::MemoryFormat::ChannelsLast || format == at::MemoryFormat::ChannelsLast3d;
 }
 
-at::Tensor dense(const at::Tensor& x) { return x.is_non_overlapping_and_dense() ? x : x.contiguous(); }
+/// The weight itself where its filters lie one after the other in memory, else a copy.
+at::Tensor dense_filters(const at::Tensor& weight) {
+  const bool in_order = weight.is_non_overlapping_and_dense() &&
+                        (weight.sym_size(0) == 1 || weight.sym_stride(0) * weight.sym_size(0) == weight.sym_numel());
+  return in_order ? weight : weight.contiguous();
+}
 
 void check_first_derivative(const char* function) {
   TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled(), "[", function,
@@ -111,9 +137,7 @@ at::Tensor in_type(const at::Tensor& gradient, at::ScalarType type) {
 
 // --- Linear -----------------------------------------------------------------------------------------------------------
 
-at::Tensor rows_of(const at::Tensor& x) {
-  return x.reshape_symint({-1, x.sym_size(-1)}).contiguous();
-}
+at::Tensor rows_of(const at::Tensor& x) { return x.reshape_symint({-1, x.sym_size(-1)}).contiguous(); }
 
 at::Tensor with_leading(const at::Tensor& rows, c10::SymIntArrayRef sizes) {
   std::vector<c10::SymInt> shape(sizes.begin(), sizes.end());
@@ -128,7 +152,7 @@ class IntegerLinear : public torch::autograd::Function<IntegerLinear> {
                           IntegerOptions options) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto dtype = result_type(x, options.dtype);
-    const auto q = quantize_both(rows_of(x), dense(weight), std::nullopt, grids, transposed ? 1 : 0);
+    const auto q = quantize_both(rows_of(x), weight.contiguous(), std::nullopt, grids, transposed ? 1 : 0);
     auto [y, relu_mask] = integer_linear_forward(q.q_x, q.q_w, q.x_scale, q.x_zero_point, q.w_scale, bias, transposed,
                                                  options.relu, dtype);
     const bool x_needed = x.requires_grad();
@@ -163,8 +187,8 @@ class IntegerLinear : public torch::autograd::Function<IntegerLinear> {
     }
     if (need[0] || need[1]) {
       std::tie(gx, gw) =
-          integer_linear_backward(grad, q_x, q_w, saved[2], saved[3], saved[6],
-                                  ctx->saved_data["transposed"].toBool(), ctx->saved_data["bf16"].toBool(), need);
+          integer_linear_backward(grad, q_x, q_w, saved[2], saved[3], saved[6], ctx->saved_data["transposed"].toBool(),
+                                  ctx->saved_data["bf16"].toBool(), need);
     }
     if (need[0]) {
       gx = mask_gradient(gx, saved[1], gx.sym_strides());
@@ -191,13 +215,26 @@ bool is_differentiated(std::initializer_list<const at::Tensor*> tensors) {
 
 const at::Tensor* pointer(const std::optional<at::Tensor>& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
 
+void check_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                  const IntegerGrids& grids, bool transposed, std::optional<at::ScalarType> dtype) {
+  constexpr const char* function = "integer_linear";
+  TORCH_CHECK_VALUE(weight.dim() == 2, "[", function, "] weight must have 2 dimensions, got shape ",
+                    weight.sym_sizes());
+  check_layer(function, x, weight, bias, grids, weight.sym_size(transposed ? 1 : 0), dtype);
+  const auto features = weight.sym_size(transposed ? 0 : 1);
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.sym_size(-1) == features, "[", function, "] input must have ", features,
+                    " features in its last dimension, got shape ", x.sym_sizes());
+  check_sum_length(function, features);
+}
+
 at::Tensor integer_linear_plain(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                                 const at::Tensor& x_scale, const at::Tensor& x_zero_point, int64_t x_qmin,
                                 int64_t x_qmax, const at::Tensor& w_scale, const at::Tensor& w_zero_point,
                                 int64_t w_qmin, int64_t w_qmax, bool transposed, bool relu, bool,
                                 std::optional<at::ScalarType> dtype) {
   const IntegerGrids grids{x_scale, x_zero_point, x_qmin, x_qmax, w_scale, w_zero_point, w_qmin, w_qmax};
-  const auto q = quantize_both(rows_of(x), dense(weight), std::nullopt, grids, transposed ? 1 : 0);
+  check_linear(x, weight, bias, grids, transposed, dtype);
+  const auto q = quantize_both(rows_of(x), weight.contiguous(), std::nullopt, grids, transposed ? 1 : 0);
   const auto y = std::get<0>(integer_linear_forward(q.q_x, q.q_w, q.x_scale, q.x_zero_point, q.w_scale, bias,
                                                     transposed, relu, result_type(x, dtype)));
   return with_leading(y, x.sym_sizes());
@@ -208,18 +245,13 @@ at::Tensor integer_linear_autograd(const at::Tensor& x, const at::Tensor& weight
                                    int64_t x_qmax, const at::Tensor& w_scale, const at::Tensor& w_zero_point,
                                    int64_t w_qmin, int64_t w_qmax, bool transposed, bool relu, bool bf16_gradients,
                                    std::optional<at::ScalarType> dtype) {
-  const IntegerGrids grids{x_scale, x_zero_point, x_qmin, x_qmax, w_scale, w_zero_point, w_qmin, w_qmax};
-  TORCH_CHECK_VALUE(weight.dim() == 2, "[integer_linear] weight must have 2 dimensions, got shape ",
-                    weight.sym_sizes());
-  check("integer_linear", x, weight, bias, grids, weight.size(transposed ? 1 : 0));
-  TORCH_CHECK_VALUE(x.dim() >= 1 && x.sym_size(-1) == weight.sym_size(transposed ? 0 : 1),
-                    "[integer_linear] input must have ", weight.sym_size(transposed ? 0 : 1),
-                    " features in its last dimension, got shape ", x.sym_sizes());
   if (!is_differentiated({&x, &weight, pointer(bias)})) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return integer_linear_plain(x, weight, bias, x_scale, x_zero_point, x_qmin, x_qmax, w_scale, w_zero_point, w_qmin,
                                 w_qmax, transposed, relu, bf16_gradients, dtype);
   }
+  const IntegerGrids grids{x_scale, x_zero_point, x_qmin, x_qmax, w_scale, w_zero_point, w_qmin, w_qmax};
+  check_linear(x, weight, bias, grids, transposed, dtype);
   return IntegerLinear::apply(x, weight, bias, grids, transposed, IntegerOptions{relu, bf16_gradients, dtype});
 }
 
@@ -232,7 +264,7 @@ struct Geometry {
 
 Quantized quantize_for_conv(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& multiplier,
                             const IntegerGrids& grids) {
-  return quantize_both(channels_last(x), dense(weight), multiplier, grids, 0);
+  return quantize_both(channels_last(x), dense_filters(weight), multiplier, grids, 0);
 }
 
 at::Tensor as_torch_would(const at::Tensor& y, const at::Tensor& x, const at::Tensor& weight) {
@@ -251,16 +283,18 @@ class IntegerConv : public torch::autograd::Function<IntegerConv> {
         integer_conv_forward(q.q_x, q.q_w, q.x_scale, q.x_zero_point, q.w_scale, bias, geometry.stride,
                              geometry.padding, geometry.dilation, geometry.groups, options.relu, dtype);
     const bool multiplied = multiplier.has_value();
+    const bool multiplier_needed = multiplied && multiplier->requires_grad();
     const bool x_needed = x.requires_grad();
-    const bool weight_needed = weight.requires_grad() || (multiplied && multiplier->requires_grad());
+    const bool weight_needed = weight.requires_grad() || multiplier_needed;
     ctx->save_for_backward({weight_needed || x_needed ? q.q_x : at::Tensor(), x_needed ? q.x_mask : at::Tensor(),
                             q.x_scale, q.x_zero_point, q.q_w, weight_needed ? q.w_mask : at::Tensor(), q.w_scale,
-                            options.relu ? relu_mask : at::Tensor(), multiplied ? weight : at::Tensor(),
-                            multiplied ? *multiplier : at::Tensor()});
+                            options.relu ? relu_mask : at::Tensor(), multiplier_needed ? weight : at::Tensor(),
+                            multiplier_needed ? *multiplier : at::Tensor()});
     ctx->saved_data["stride"] = geometry.stride;
     ctx->saved_data["padding"] = geometry.padding;
     ctx->saved_data["dilation"] = geometry.dilation;
     ctx->saved_data["groups"] = geometry.groups;
+    ctx->saved_data["multiplied"] = multiplied;
     ctx->saved_data["bf16"] = options.bf16_gradients || dtype == at::kBFloat16;
     ctx->saved_data["types"] =
         std::vector<int64_t>{static_cast<int64_t>(x.scalar_type()), static_cast<int64_t>(weight.scalar_type()),
@@ -278,12 +312,13 @@ class IntegerConv : public torch::autograd::Function<IntegerConv> {
     if (relu_mask.defined()) {
       grad = mask_gradient(grad, relu_mask, grad.sym_strides());
     }
-    const bool multiplier_needed = multiplier.defined() && ctx->needs_input_grad(2);
+    const bool multiplied = ctx->saved_data["multiplied"].toBool();
+    const bool multiplier_needed = multiplied && ctx->needs_input_grad(2);
     const bool weight_needed = ctx->needs_input_grad(1);
     const std::array<bool, 2> need = {ctx->needs_input_grad(0), weight_needed || multiplier_needed};
     at::Tensor gx, gw, gm, gb;
     // needs_input_grad counts the tensors that are there.
-    if (types[2] >= 0 && ctx->needs_input_grad(multiplier.defined() ? 3 : 2)) {
+    if (types[2] >= 0 && ctx->needs_input_grad(multiplied ? 3 : 2)) {
       std::vector<int64_t> axes = {0};
       for (int64_t d = 2; d < grad.dim(); ++d) {
         axes.push_back(d);
@@ -291,16 +326,16 @@ class IntegerConv : public torch::autograd::Function<IntegerConv> {
       gb = at::sum(grad, axes, false, at::kFloat).to(type(2));
     }
     if (need[0] || need[1]) {
-      std::tie(gx, gw) = integer_conv_backward(
-          grad, q_x, q_w, saved[2], saved[3], saved[6], ctx->saved_data["stride"].toIntVector(),
-          ctx->saved_data["padding"].toIntVector(), ctx->saved_data["dilation"].toIntVector(),
-          ctx->saved_data["groups"].toInt(), ctx->saved_data["bf16"].toBool(), need);
+      std::tie(gx, gw) =
+          integer_conv_backward(grad, q_x, q_w, saved[2], saved[3], saved[6], ctx->saved_data["stride"].toIntVector(),
+                                ctx->saved_data["padding"].toIntVector(), ctx->saved_data["dilation"].toIntVector(),
+                                ctx->saved_data["groups"].toInt(), ctx->saved_data["bf16"].toBool(), need);
     }
     if (need[0]) {
       gx = in_type(mask_gradient(gx, saved[1], gx.sym_strides()), type(0));
     }
     if (multiplier_needed) {
-      gm = integer_multiplier_backward(gw, saved[5], dense(weight), q_w, saved[6], multiplier);
+      gm = integer_multiplier_backward(gw, saved[5], dense_filters(weight), q_w, saved[6], multiplier);
     }
     if (weight_needed) {
       gw = mask_gradient(gw, saved[5], gw.sym_strides());
@@ -309,6 +344,21 @@ class IntegerConv : public torch::autograd::Function<IntegerConv> {
   }
 };
 
+void check_conv(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& multiplier,
+                const std::optional<at::Tensor>& bias, const IntegerGrids& grids, at::IntArrayRef stride,
+                at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                std::optional<at::ScalarType> dtype) {
+  constexpr const char* function = "integer_conv";
+  check_geometry(function, x, weight, stride, padding, dilation, groups);
+  check_layer(function, x, weight, bias, grids, weight.sym_size(0), dtype);
+  TORCH_CHECK_NOT_IMPLEMENTED(weight.dim() < 5 || groups == 1, "[", function,
+                              "] groups in three dimensions must execute simulated, got ", groups, " groups");
+  if (multiplier.has_value()) {
+    check_float(function, *multiplier, "multiplier");
+    check_per_axis(function, weight, 0, *multiplier, "multiplier");
+  }
+}
+
 at::Tensor integer_conv_plain(const at::Tensor& x, const at::Tensor& weight,
                               const std::optional<at::Tensor>& multiplier, const std::optional<at::Tensor>& bias,
                               const at::Tensor& x_scale, const at::Tensor& x_zero_point, int64_t x_qmin, int64_t x_qmax,
@@ -316,6 +366,7 @@ at::Tensor integer_conv_plain(const at::Tensor& x, const at::Tensor& weight,
                               at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                               bool relu, bool, std::optional<at::ScalarType> dtype) {
   const IntegerGrids grids{x_scale, x_zero_point, x_qmin, x_qmax, w_scale, w_zero_point, w_qmin, w_qmax};
+  check_conv(x, weight, multiplier, bias, grids, stride, padding, dilation, groups, dtype);
   const auto q = quantize_for_conv(x, weight, multiplier, grids);
   const auto y = std::get<0>(integer_conv_forward(q.q_x, q.q_w, q.x_scale, q.x_zero_point, q.w_scale, bias, stride,
                                                   padding, dilation, groups, relu, result_type(x, dtype)));
@@ -329,25 +380,13 @@ at::Tensor integer_conv_autograd(const at::Tensor& x, const at::Tensor& weight,
                                  int64_t w_qmin, int64_t w_qmax, at::IntArrayRef stride, at::IntArrayRef padding,
                                  at::IntArrayRef dilation, int64_t groups, bool relu, bool bf16_gradients,
                                  std::optional<at::ScalarType> dtype) {
-  constexpr const char* function = "integer_conv";
-  const IntegerGrids grids{x_scale, x_zero_point, x_qmin, x_qmax, w_scale, w_zero_point, w_qmin, w_qmax};
-  TORCH_CHECK_VALUE(weight.dim() >= 3 && weight.dim() <= 5, "[", function,
-                    "] weight must have 3 to 5 dimensions, got shape ", weight.sym_sizes());
-  check(function, x, weight, bias, grids, weight.size(0));
-  TORCH_CHECK_VALUE(groups > 0 && weight.size(0) % groups == 0, "[", function, "] groups must divide ", weight.size(0),
-                    " output channels, got ", groups);
-  TORCH_CHECK_VALUE(x.dim() == weight.dim() && x.sym_size(1) == weight.sym_size(1) * groups, "[", function,
-                    "] input must have ", weight.dim(), " dimensions and ", weight.sym_size(1) * groups,
-                    " channels, got shape ", x.sym_sizes());
-  const auto spatial = static_cast<size_t>(weight.dim() - 2);
-  TORCH_CHECK_VALUE(stride.size() == spatial && padding.size() == spatial && dilation.size() == spatial, "[", function,
-                    "] stride, padding and dilation must have ", spatial, " values, got ", stride.size(), ", ",
-                    padding.size(), " and ", dilation.size());
   if (!is_differentiated({&x, &weight, pointer(multiplier), pointer(bias)})) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return integer_conv_plain(x, weight, multiplier, bias, x_scale, x_zero_point, x_qmin, x_qmax, w_scale, w_zero_point,
                               w_qmin, w_qmax, stride, padding, dilation, groups, relu, bf16_gradients, dtype);
   }
+  const IntegerGrids grids{x_scale, x_zero_point, x_qmin, x_qmax, w_scale, w_zero_point, w_qmin, w_qmax};
+  check_conv(x, weight, multiplier, bias, grids, stride, padding, dilation, groups, dtype);
   return IntegerConv::apply(x, weight, multiplier, bias, grids,
                             Geometry{stride.vec(), padding.vec(), dilation.vec(), groups},
                             IntegerOptions{relu, bf16_gradients, dtype});

@@ -8,14 +8,18 @@
 
 namespace rarefy::ops {
 
-/// Whether nobody but the caller can see the gradient's memory, so that it may be overwritten: torch's own accumulation
-/// of gradients takes buffers over on the same grounds. Only plain tensors, so that tracing never meets a mutation.
-inline bool is_ours_alone(const at::Tensor& grad, at::IntArrayRef strides) {
+/// Whether a tensor is nothing but memory on a device: nobody traces, wraps or transforms what happens to it.
+inline bool is_plain(const at::Tensor& x) {
   constexpr c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView,
                                        c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutogradCUDA,
                                        c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA});
-  return !at::GradMode::is_enabled() && grad.use_count() == 1 && plain.isSupersetOf(grad.key_set()) &&
-         !c10::impl::TorchDispatchModeTLS::any_modes_set() && grad.storage().use_count() == 1 &&
+  return plain.isSupersetOf(x.key_set()) && !c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
+/// Whether nobody but the caller can see the gradient's memory, so that it may be overwritten: torch's own accumulation
+/// of gradients takes buffers over on the same grounds. Only plain tensors, so that tracing never meets a mutation.
+inline bool is_ours_alone(const at::Tensor& grad, at::IntArrayRef strides) {
+  return !at::GradMode::is_enabled() && grad.use_count() == 1 && is_plain(grad) && grad.storage().use_count() == 1 &&
          grad.is_non_overlapping_and_dense() && grad.strides() == strides;
 }
 

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <vector>
 
 namespace rarefy::ops {
 
@@ -22,7 +23,7 @@ struct ConvGeometry {
   bool is_pointwise() const;
 };
 
-/// [positions, kernel..., channels] bytes, `fill` where the patch lies outside of the image. q: dense, channels-last.
+/// [positions, kernel..., channels] bytes, `fill` where the patch lies outside of the image. q: channels-last in memory.
 at::Tensor im2col(const at::Tensor& q, const ConvGeometry& geometry, uint8_t fill);
 
 }  // namespace rarefy::ops

@@ -11,7 +11,7 @@ namespace {
 template <typename T>
 class MaskedQuantizer {
  public:
-  MaskedQuantizer(const T* x, uint8_t* q, uint8_t* mask) : x_(x), q_(q), masked_(mask != nullptr), bits_(mask) {}
+  MaskedQuantizer(const T* x, uint8_t* q, uint8_t* mask) : x_(x), q_(q), bits_(mask) {}
 
   /// Writes the integers of one vector and returns the mask's bits.
   uint32_t vector(int64_t i, Vec multiplier, const Parameters& p) {
@@ -26,9 +26,7 @@ class MaskedQuantizer {
     const Vec clamped = max(p.qmin, min(q, p.qmax));
     count == Vec::size ? clamped.store_bytes(q_ + i) : clamped.store_bytes_first(q_ + i, count);
     nan_ = nan_ + (q - q);
-    if (masked_) {
-      bits_.push(within(q, p.qmin, p.qmax) & ((1u << count) - 1u), count);
-    }
+    bits_.push(within(q, p.qmin, p.qmax) & ((1u << count) - 1u), count);
   }
   void run(int64_t i, int64_t end, Vec multiplier, const Parameters& p) {
     if (i % 64 == 0) {
@@ -37,35 +35,29 @@ class MaskedQuantizer {
         for (int lane = 0; lane < 64; lane += Vec::size) {
           word |= static_cast<uint64_t>(vector(i + lane, multiplier, p)) << lane;
         }
-        if (masked_) {
-          bits_.push_word(word);
-        }
+        bits_.push_word(word);
       }
     }
     for (; i < end; i += Vec::size) {
       some(i, end - i < Vec::size ? static_cast<int>(end - i) : Vec::size, multiplier, p);
     }
   }
-  void finish() {
-    if (masked_) {
-      bits_.finish();
-    }
-  }
+  void finish() { bits_.finish(); }
   /// q - q is 0 for finite values and NaN otherwise, and sticks. An infinity sets it too.
   bool all_finite() const { return within(nan_, Vec(0.0f), Vec(0.0f)) == kAllLanes; }
 
  private:
   const T* x_;
   uint8_t* q_;
-  bool masked_;
   BitWriter bits_;
   Vec nan_ = Vec(0.0f);
 };
 
 template <typename T>
-bool has_nan(const T* x, int64_t begin, int64_t end) {
+bool has_nan(const T* x, Layout layout, const float* multiplier, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    const float value = to_float(x[i]);
+    const float value =
+        to_float(x[i]) * (multiplier == nullptr ? 1.0f : multiplier[i / layout.inner % layout.channels]);
     if (value != value) {
       return true;
     }
@@ -76,7 +68,7 @@ bool has_nan(const T* x, int64_t begin, int64_t end) {
 template <typename T>
 bool quantize_mask_range(const T* x, uint8_t* q, uint8_t* mask, Layout layout, Grid grid, const float* multiplier,
                          int64_t begin, int64_t end) {
-  MaskedQuantizer<T> quantizer(x, q, mask == nullptr ? nullptr : mask + begin / 8);
+  MaskedQuantizer<T> quantizer(x, q, mask + begin / 8);
   Parameters p(grid);
   if (has_rows(layout)) {
     for_each_row_vector(layout, begin, end, [&](int64_t i, int64_t channel, int count) {
@@ -92,7 +84,7 @@ bool quantize_mask_range(const T* x, uint8_t* q, uint8_t* mask, Layout layout, G
   }
   quantizer.finish();
   // Infinities are on the grid's edge; only a NaN has no integer, and is rare enough to be looked for again.
-  return quantizer.all_finite() || !has_nan(x, begin, end);
+  return quantizer.all_finite() || !has_nan(x, layout, multiplier, begin, end);
 }
 
 // --- dequantize -------------------------------------------------------------------------------------------------------
@@ -122,23 +114,21 @@ void dequantize_range(const Byte* q, T* y, Layout layout, const float* scale, co
 // --- finish_sums ------------------------------------------------------------------------------------------------------
 
 template <typename T>
-void finish_sums_range(const int32_t* sums, T* y, uint8_t* mask, Epilogue e, int64_t begin, int64_t end) {
+void finish_sums_range(const int32_t* sums, T* y, uint8_t* mask, Finish f, int64_t begin, int64_t end) {
   BitWriter bits(mask == nullptr ? nullptr : mask + begin / 8);
-  const Vec zero(0.0f);
-  const Vec infinity(bits_to_float(0x7f800000u));
-  const Vec smallest(bits_to_float(1u));
-  for_each_row_vector({FloatType::f32, e.columns, 1}, begin, end, [&](int64_t i, int64_t column, int count) {
-    const Vec sum = count == Vec::size ? Vec::load_difference(sums + i, e.offset + column)
-                                       : load_difference_first(sums + i, e.offset + column, count);
-    Vec out = sum * load_some(e.scale + column, count);
-    if (e.bias != nullptr) {
-      out = out + load_some(e.bias + column, count);
+  const Vec zero(0.0f), lowest(bits_to_float(0xff800000u));
+  for_each_row_vector({FloatType::f32, f.columns, 1}, begin, end, [&](int64_t i, int64_t column, int count) {
+    const Vec sum = count == Vec::size ? Vec::load_difference(sums + i, f.offset + column)
+                                       : load_difference_first(sums + i, f.offset + column, count);
+    Vec out = sum * load_some(f.scale + column, count);
+    if (f.bias != nullptr) {
+      out = out + load_some(f.bias + column, count);
     }
     if (mask != nullptr) {
-      bits.push(within(out, smallest, infinity) & ((1u << count) - 1u), count);
+      bits.push(~within(out, lowest, zero) & ((1u << count) - 1u), count);
     }
     // max(0, NaN) is NaN.
-    store_some(e.relu ? max(zero, out) : out, y + i, count);
+    store_some(f.relu ? max(zero, out) : out, y + i, count);
   });
   if (mask != nullptr) {
     bits.finish();
@@ -199,21 +189,21 @@ void dequantize(const uint8_t* q, bool is_signed, void* y, Layout layout, const 
   RAREFY_FOR_FLOAT_TYPE(layout.type, T, dequantize_range(q, static_cast<T*>(y), layout, scale, zero_point, begin, end))
 }
 
-void finish_sums(const int32_t* sums, void* y, FloatType type, uint8_t* mask, Epilogue epilogue, int64_t begin,
+void finish_sums(const int32_t* sums, void* y, FloatType type, uint8_t* mask, Finish finish, int64_t begin,
                  int64_t end) {
-  RAREFY_FOR_FLOAT_TYPE(type, T, finish_sums_range(sums, static_cast<T*>(y), mask, epilogue, begin, end))
+  RAREFY_FOR_FLOAT_TYPE(type, T, finish_sums_range(sums, static_cast<T*>(y), mask, finish, begin, end))
 }
 
 void positive_mask(const float* y, uint8_t* mask, int64_t begin, int64_t end) {
   BitWriter bits(mask + begin / 8);
-  const Vec smallest(bits_to_float(1u)), infinity(bits_to_float(0x7f800000u));
+  const Vec zero(0.0f), lowest(bits_to_float(0xff800000u));
   int64_t i = begin;
   for (; i + Vec::size <= end; i += Vec::size) {
-    bits.push(within(Vec::load(y + i), smallest, infinity), Vec::size);
+    bits.push(~within(Vec::load(y + i), lowest, zero) & kAllLanes, Vec::size);
   }
   if (i < end) {
     const int count = static_cast<int>(end - i);
-    bits.push(within(Vec::load_first(y + i, count, 0.0f), smallest, infinity), count);
+    bits.push(~within(Vec::load_first(y + i, count, 0.0f), lowest, zero) & ((1u << count) - 1u), count);
   }
   bits.finish();
 }

@@ -8,7 +8,7 @@
 namespace rarefy::cpu {
 
 /// Sums of a matrix product in memory order, `columns` to a row, and what turns them into the layer's result.
-struct Epilogue {
+struct Finish {
   int64_t columns;
   const int32_t* offset;  // columns values, subtracted from the sums: input zero point times the weight's sums
   const float* scale;     // columns values: input scale times weight scale
@@ -18,8 +18,8 @@ struct Epilogue {
 
 RAREFY_DECLARE_ISA(
     /// The integer clamp(round(x * multiplier / scale) + zero_point, qmin, qmax), lowest byte, and the mask of what was not
-    /// clamped, for elements [begin, end). multiplier: one value per channel, or null for 1; mask may be null.
-    /// begin is a multiple of 64. Returns false when a value is NaN (its byte is then qmax).
+    /// clamped, for elements [begin, end). multiplier: one value per channel, or null for 1.
+    /// begin is a multiple of 64. Returns false when a product is NaN (its byte is then qmax).
     bool quantize_mask(const void* x, uint8_t* q, uint8_t* mask, Layout layout, Grid grid, const float* multiplier,
                        int64_t begin, int64_t end);
 
@@ -28,11 +28,11 @@ RAREFY_DECLARE_ISA(
                     const float* zero_point, int64_t begin, int64_t end);
 
     /// y = float(sums - offset) * scale + bias, then max(y, 0) when relu, for elements [begin, end); y may be the memory of
-    /// sums when type is f32. mask (may be null): bit i is 1 where y > 0. begin is a multiple of 64.
-    void finish_sums(const int32_t* sums, void* y, FloatType type, uint8_t* mask, Epilogue epilogue, int64_t begin,
+    /// sums when type is f32. mask (may be null): bit i is 1 where not y <= 0. begin is a multiple of 64.
+    void finish_sums(const int32_t* sums, void* y, FloatType type, uint8_t* mask, Finish finish, int64_t begin,
                      int64_t end);
 
-    /// Bit i of mask is 1 where y[i] > 0, for elements [begin, end); begin is a multiple of 64.
+    /// Bit i of mask is 1 where not y[i] <= 0, which a NaN is not, for elements [begin, end); begin is a multiple of 64.
     void positive_mask(const float* y, uint8_t* mask, int64_t begin, int64_t end);
 
     /// y = x * scale[column], columns to a row, rounded to bfloat16, for elements [begin, end).

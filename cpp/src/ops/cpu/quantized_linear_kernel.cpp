@@ -1,24 +1,13 @@
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/add.h>
-#include <ATen/ops/relu.h>
 #include <ATen/ops/zeros.h>
 #include <rarefy/ops/fake_quantize.h>
 #include <rarefy/ops/quantized_linear.h>
 #include <torch/library.h>
 
+#include "ops/cpu/onednn.h"
+
 namespace rarefy::ops {
 namespace {
-
-using Scalars = torch::List<std::optional<c10::Scalar>>;
-
-/// The oneDNN operators are reached through the dispatcher: their C++ declarations are not part of LibTorch's headers.
-template <typename Function>
-c10::TypedOperatorHandle<Function> onednn(const char* name) {
-  const auto schema = c10::Dispatcher::singleton().findSchema({name, ""});
-  TORCH_CHECK_NOT_IMPLEMENTED(schema.has_value(), "[quantized_linear] this LibTorch has no operator ", name,
-                              ": int8 execution on the CPU needs a build with oneDNN");
-  return schema->typed<Function>();
-}
 
 void check_weight(const char* function, const at::Tensor& weight, int64_t least_dim, int64_t most_dim) {
   TORCH_CHECK_TYPE(weight.scalar_type() == at::kChar, "[", function, "] weight must be int8, got ",
@@ -27,30 +16,6 @@ void check_weight(const char* function, const at::Tensor& weight, int64_t least_
                     "] weight must have ", least_dim == most_dim ? "" : "3 to ", most_dim,
                     " dimensions and no empty one, got shape ", weight.sizes());
 }
-
-/// How a convolution moves, as oneDNN wants it. A convolution of one dimension becomes one of two with a unit axis, which
-/// has a channels-last layout.
-struct Movement {
-  torch::List<int64_t> stride, padding, dilation;
-
-  Movement(const char* function, int64_t dims, at::IntArrayRef stride_, at::IntArrayRef padding_,
-           at::IntArrayRef dilation_) {
-    const auto size = static_cast<size_t>(dims);
-    TORCH_CHECK_VALUE(stride_.size() == size && padding_.size() == size && dilation_.size() == size, "[", function,
-                      "] stride, padding and dilation must have ", dims, " values, got ", stride_, ", ", padding_,
-                      " and ", dilation_);
-    if (dims == 1) {
-      stride.push_back(1);
-      padding.push_back(0);
-      dilation.push_back(1);
-    }
-    for (size_t i = 0; i < size; ++i) {
-      stride.push_back(stride_[i]);
-      padding.push_back(padding_[i]);
-      dilation.push_back(dilation_[i]);
-    }
-  }
-};
 
 struct Parameters {
   double scale;
@@ -96,9 +61,7 @@ QuantizedInput quantize_input(const at::Tensor& x, const at::Tensor& scale, cons
 
 at::Tensor pack_linear_weight_cpu(const at::Tensor& weight) {
   check_weight("pack_linear_weight", weight, 2, 2);
-  using Signature = at::Tensor(at::Tensor, std::optional<c10::List<int64_t>>);
-  static const auto prepack = onednn<Signature>("onednn::qlinear_prepack");
-  return prepack.call(weight.contiguous(), std::nullopt);
+  return onednn::pack_linear(weight);
 }
 
 at::Tensor quantized_linear_cpu(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight_scale,
@@ -117,13 +80,7 @@ at::Tensor quantized_linear_cpu(const at::Tensor& x, const at::Tensor& packed, c
     return at::zeros(sizes, weight_scale.options());
   }
   const auto q = quantize_input(x.contiguous(), input_scale, input_zero_point, qmin, qmax, parameters);
-  const auto zeros = at::zeros(weight_scale.sizes(), weight_scale.options().dtype(at::kInt));
-  using Signature =
-      at::Tensor(at::Tensor, double, int64_t, at::Tensor, at::Tensor, at::Tensor, std::optional<at::Tensor>, double,
-                 int64_t, std::optional<c10::ScalarType>, std::string_view, Scalars, std::string_view);
-  static const auto linear = onednn<Signature>("onednn::qlinear_pointwise");
-  return linear.call(q.values, q.scale, q.zero_point, packed, weight_scale, zeros, bias, 1.0, 0, at::kFloat,
-                     relu ? "relu" : "none", Scalars(), "");
+  return onednn::linear(q.values, q.scale, q.zero_point, packed, weight_scale, bias, relu);
 }
 
 at::Tensor pack_conv2d_weight_cpu(const at::Tensor& weight, const at::Tensor& weight_scale, at::IntArrayRef stride,
@@ -136,17 +93,12 @@ at::Tensor pack_conv2d_weight_cpu(const at::Tensor& weight, const at::Tensor& we
   TORCH_CHECK_VALUE(static_cast<int64_t>(input_size.size()) == weight.dim() && input_size[1] == weight.size(1) * groups,
                     "[", function, "] input_size must have ", weight.dim(), " values, the second of them ",
                     weight.size(1) * groups, ", got ", input_size);
-  const Movement movement(function, weight.dim() - 2, stride, padding, dilation);
-  torch::List<int64_t> sizes(input_size);
+  const onednn::Movement movement(function, weight.dim() - 2, stride, padding, dilation, groups);
+  auto sizes = input_size.vec();
   if (weight.dim() == 3) {
     sizes.insert(sizes.begin() + 2, 1);
   }
-  using Signature = at::Tensor(at::Tensor, at::Tensor, double, int64_t, torch::List<int64_t>, torch::List<int64_t>,
-                               torch::List<int64_t>, int64_t, std::optional<torch::List<int64_t>>);
-  static const auto prepack = onednn<Signature>("onednn::qconv_prepack");
-  const auto packed = weight.dim() == 3 ? weight.unsqueeze(2) : weight;
-  return prepack.call(packed.contiguous(), weight_scale, 1.0, input_zero_point, movement.stride, movement.padding,
-                      movement.dilation, groups, sizes);
+  return onednn::pack_conv(weight.contiguous(), weight_scale, movement, sizes, input_zero_point);
 }
 
 at::Tensor quantized_conv2d_cpu(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight_scale,
@@ -158,23 +110,11 @@ at::Tensor quantized_conv2d_cpu(const at::Tensor& x, const at::Tensor& packed, c
   const auto dims = static_cast<int64_t>(stride.size());
   TORCH_CHECK_VALUE(dims >= 1 && dims <= 3 && x.dim() == dims + 2, "[", function, "] input must have ", dims + 2,
                     " dimensions (batch, channels, then one for each stride), got shape ", x.sizes());
-  const Movement movement(function, dims, stride, padding, dilation);
+  const onednn::Movement movement(function, dims, stride, padding, dilation, groups);
   const auto format = dims == 3 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
-  const auto q = quantize_input((dims == 1 ? x.unsqueeze(2) : x).contiguous(format), input_scale, input_zero_point,
-                                qmin, qmax, parameters);
-  const auto zeros = at::zeros(weight_scale.sizes(), weight_scale.options().dtype(at::kInt));
-  using Signature =
-      at::Tensor(at::Tensor, double, int64_t, at::Tensor, at::Tensor, at::Tensor, std::optional<at::Tensor>,
-                 torch::List<int64_t>, torch::List<int64_t>, torch::List<int64_t>, int64_t, double, int64_t,
-                 std::optional<c10::ScalarType>, std::string_view, Scalars, std::optional<std::string_view>);
-  static const auto conv = onednn<Signature>("onednn::qconv_pointwise");
-  const bool fused = relu && dims < 3;  // oneDNN's operator takes no ReLU in three dimensions
-  auto out = conv.call(q.values, q.scale, q.zero_point, packed, weight_scale, zeros, bias, movement.stride,
-                       movement.padding, movement.dilation, groups, 1.0, 0, at::kFloat, fused ? "relu" : "none",
-                       Scalars(), std::nullopt);
-  if (relu && !fused) {
-    at::relu_(out);
-  }
+  const auto q =
+      quantize_input(onednn::with_height(x).contiguous(format), input_scale, input_zero_point, qmin, qmax, parameters);
+  auto out = onednn::conv(q.values, q.scale, q.zero_point, packed, weight_scale, bias, movement, relu);
   // In the layout that torch's convolution would give: a model that calls view() on the result must still run.
   if (x.suggest_memory_format() != format) {
     out = out.contiguous();

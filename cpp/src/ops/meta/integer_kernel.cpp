@@ -3,7 +3,7 @@
 #include <rarefy/ops/integer.h>
 #include <torch/library.h>
 
-#include "ops/fake_quantize_checks.h"
+#include "ops/integer_checks.h"
 #include "ops/integer_ops.h"
 
 namespace rarefy::ops {
@@ -16,64 +16,93 @@ at::Tensor mask_for(const at::Tensor& y, bool relu) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_mask_meta(const at::Tensor& x, const at::Tensor& scale,
                                                                   const at::Tensor& zero_point,
                                                                   std::optional<int64_t> axis, int64_t qmin,
-                                                                  int64_t qmax, const std::optional<at::Tensor>&) {
-  check_fake_quantize("quantize_mask", x, scale, zero_point, axis, qmin, qmax);
-  check_quantized_type("quantize_mask", qmin, qmax);
+                                                                  int64_t qmax,
+                                                                  const std::optional<at::Tensor>& multiplier) {
+  check_quantize_mask("quantize_mask", x, scale, zero_point, axis, qmin, qmax, multiplier);
   return {at::empty_like(x, x.options().dtype(qmin < 0 ? at::kChar : at::kByte)), mask_for(x, true),
-          at::empty_like(scale, scale.options().dtype(at::kFloat))};
+          at::empty_like(scale, scale.options().dtype(at::kFloat), at::MemoryFormat::Contiguous)};
+}
+
+at::Tensor gradient_or_none(bool need, const at::Tensor& like, at::MemoryFormat format) {
+  const auto options = like.options().dtype(at::kFloat);
+  return need ? at::empty_like(like, options, format) : at::empty_symint(c10::SymIntArrayRef{0}, options);
 }
 
 std::tuple<at::Tensor, at::Tensor> integer_linear_forward_meta(const at::Tensor& q_x, const at::Tensor& q_w,
-                                                               const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                                               const std::optional<at::Tensor>&, bool transposed,
+                                                               const at::Tensor& x_scale,
+                                                               const at::Tensor& x_zero_point,
+                                                               const at::Tensor& w_scale,
+                                                               const std::optional<at::Tensor>& bias, bool transposed,
                                                                bool relu, at::ScalarType dtype) {
-  auto y = at::empty_symint({q_x.sym_size(0), q_w.sym_size(transposed ? 1 : 0)}, q_x.options().dtype(dtype));
+  constexpr const char* function = "integer_linear_forward";
+  check_linear_bytes(function, q_x, q_w, x_scale, x_zero_point, w_scale, transposed);
+  const auto out = q_w.sym_size(transposed ? 1 : 0);
+  check_bias(function, q_x, bias, out);
+  check_result_type(function, dtype);
+  auto y = at::empty_symint({q_x.sym_size(0), out}, q_x.options().dtype(dtype));
   return {y, mask_for(y, relu)};
 }
 
-std::tuple<at::Tensor, at::Tensor> integer_linear_backward_meta(const at::Tensor&, const at::Tensor& q_x,
-                                                                const at::Tensor& q_w, const at::Tensor&,
-                                                                const at::Tensor&, const at::Tensor&, bool, bool,
+std::tuple<at::Tensor, at::Tensor> integer_linear_backward_meta(const at::Tensor& grad, const at::Tensor& q_x,
+                                                                const at::Tensor& q_w, const at::Tensor& x_scale,
+                                                                const at::Tensor& x_zero_point,
+                                                                const at::Tensor& w_scale, bool transposed, bool,
                                                                 std::array<bool, 2> need) {
-  const auto options = q_x.options().dtype(at::kFloat);
-  return {at::empty_symint(need[0] ? q_x.sym_sizes() : c10::SymIntArrayRef{0}, options),
-          at::empty_symint(need[1] ? q_w.sym_sizes() : c10::SymIntArrayRef{0}, options)};
+  constexpr const char* function = "integer_linear_backward";
+  check_linear_bytes(function, q_x, q_w, x_scale, x_zero_point, w_scale, transposed);
+  check_gradient(function, grad, c10::SymDimVector{q_x.sym_size(0), q_w.sym_size(transposed ? 1 : 0)}, q_x);
+  return {gradient_or_none(need[0], q_x, at::MemoryFormat::Contiguous),
+          gradient_or_none(need[1], q_w, at::MemoryFormat::Contiguous)};
 }
 
-at::MemoryFormat channels_last(int64_t dimensions) {
-  return dimensions == 4   ? at::MemoryFormat::ChannelsLast
-         : dimensions == 5 ? at::MemoryFormat::ChannelsLast3d
-                           : at::MemoryFormat::Contiguous;
-}
-
-std::tuple<at::Tensor, at::Tensor> integer_conv_forward_meta(const at::Tensor& q_x, const at::Tensor& q_w,
-                                                             const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                                             const std::optional<at::Tensor>&, at::IntArrayRef stride,
-                                                             at::IntArrayRef padding, at::IntArrayRef dilation, int64_t,
-                                                             bool relu, at::ScalarType dtype) {
+c10::SymDimVector conv_sizes(const at::Tensor& q_x, const at::Tensor& q_w, at::IntArrayRef stride,
+                             at::IntArrayRef padding, at::IntArrayRef dilation) {
   c10::SymDimVector sizes = {q_x.sym_size(0), q_w.sym_size(0)};
-  for (int64_t d = 0; d + 2 < q_x.dim(); ++d) {
-    const auto i = static_cast<size_t>(d);
-    sizes.push_back((q_x.sym_size(d + 2) + 2 * padding[i] - dilation[i] * (q_w.sym_size(d + 2) - 1) - 1) / stride[i] +
-                    1);
+  for (int64_t d = 2; d < q_x.dim(); ++d) {
+    const auto i = static_cast<size_t>(d - 2);
+    sizes.push_back(conv_size(q_x.sym_size(d), q_w.sym_size(d), stride[i], padding[i], dilation[i]));
   }
-  auto y = at::empty_symint(sizes, q_x.options().dtype(dtype), channels_last(q_x.dim()));
+  return sizes;
+}
+
+/// [N, C, spatial...] whose memory is [N, spatial..., C].
+at::Tensor empty_channels_last(c10::SymDimVector sizes, const at::TensorOptions& options) {
+  const auto channels = sizes[1];
+  sizes.erase(sizes.begin() + 1);
+  sizes.push_back(channels);
+  return at::empty_symint(sizes, options).movedim(-1, 1);
+}
+
+std::tuple<at::Tensor, at::Tensor> integer_conv_forward_meta(
+    const at::Tensor& q_x, const at::Tensor& q_w, const at::Tensor& x_scale, const at::Tensor& x_zero_point,
+    const at::Tensor& w_scale, const std::optional<at::Tensor>& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, bool relu, at::ScalarType dtype) {
+  constexpr const char* function = "integer_conv_forward";
+  check_conv_bytes(function, q_x, q_w, x_scale, x_zero_point, w_scale, stride, padding, dilation, groups);
+  check_bias(function, q_x, bias, q_w.sym_size(0));
+  check_result_type(function, dtype);
+  auto y = empty_channels_last(conv_sizes(q_x, q_w, stride, padding, dilation), q_x.options().dtype(dtype));
   return {y, mask_for(y, relu)};
 }
 
-std::tuple<at::Tensor, at::Tensor> integer_conv_backward_meta(const at::Tensor&, const at::Tensor& q_x,
-                                                              const at::Tensor& q_w, const at::Tensor&,
-                                                              const at::Tensor&, const at::Tensor&, at::IntArrayRef,
-                                                              at::IntArrayRef, at::IntArrayRef, int64_t, bool,
+std::tuple<at::Tensor, at::Tensor> integer_conv_backward_meta(const at::Tensor& grad, const at::Tensor& q_x,
+                                                              const at::Tensor& q_w, const at::Tensor& x_scale,
+                                                              const at::Tensor& x_zero_point, const at::Tensor& w_scale,
+                                                              at::IntArrayRef stride, at::IntArrayRef padding,
+                                                              at::IntArrayRef dilation, int64_t groups, bool,
                                                               std::array<bool, 2> need) {
-  const auto options = q_x.options().dtype(at::kFloat);
-  return {need[0] ? at::empty_like(q_x, options) : at::empty_symint(c10::SymIntArrayRef{0}, options),
-          need[1] ? at::empty_like(q_w, options) : at::empty_symint(c10::SymIntArrayRef{0}, options)};
+  constexpr const char* function = "integer_conv_backward";
+  check_conv_bytes(function, q_x, q_w, x_scale, x_zero_point, w_scale, stride, padding, dilation, groups);
+  check_gradient(function, grad, conv_sizes(q_x, q_w, stride, padding, dilation), q_x);
+  return {gradient_or_none(need[0], q_x, at::MemoryFormat::Preserve),
+          gradient_or_none(need[1], q_w, at::MemoryFormat::Preserve)};
 }
 
-at::Tensor integer_multiplier_backward_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                            const at::Tensor&, const at::Tensor& multiplier) {
-  return at::empty_like(multiplier);
+at::Tensor integer_multiplier_backward_meta(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& weight,
+                                            const at::Tensor& q_w, const at::Tensor& scale,
+                                            const at::Tensor& multiplier) {
+  check_multiplier_backward("integer_multiplier_backward", grad, mask, weight, q_w, scale, multiplier);
+  return at::empty_like(multiplier, multiplier.options(), at::MemoryFormat::Contiguous);
 }
 
 }  // namespace
