@@ -68,10 +68,13 @@ class QuantizeDequantize(nn.Module):
 
 
 class _Lowered(nn.Module):
-    """What the lowered modules share: the quantizers under their names, and the epilogue."""
+    """What the lowered modules share: the numbers of the layer, the quantizers under their names, and the epilogue."""
 
     def __init__(self, module: nn.Module, unsigned: bool) -> None:
         super().__init__()
+        for name, value in vars(module).items():  # sizes and the like, which models read in their forward
+            if not name.startswith("_") and isinstance(value, (bool, int, float, str, tuple)):
+                setattr(self, name, value)
         self.relu = bool(module.relu)
         self.quant = nn.Module()
         for name in ("input", "input0", "input1", "output"):

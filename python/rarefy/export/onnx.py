@@ -232,7 +232,7 @@ def _run(model: nn.Module, inputs: list[Tensor], keywords: list[str]) -> list[np
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps back the exporter's log and its deprecation notices about itself; other warnings are given at the end."""
+    """Keeps back the exporter's log, its notices about itself and deprecations; other warnings are given at the end."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -244,7 +244,10 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+    exporter = os.path.dirname(torch.onnx.__file__)
     for item in caught:
+        if item.filename.startswith(exporter):
+            continue
         if not issubclass(item.category, (DeprecationWarning, PendingDeprecationWarning, FutureWarning)):
             warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
 

@@ -2,6 +2,7 @@
 #include <rarefy/rarefy.h>
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <functional>
 
 #include "catch.h"
@@ -69,12 +70,13 @@ struct Prepared {
   torch::nn::ModuleList model;
 };
 
-void require_close(const std::string& name, const torch::Tensor& a, const torch::Tensor& b, double relative) {
+void require_close(const std::string& name, const torch::Tensor& a, const torch::Tensor& b, double relative,
+                   double size = 0.0) {
   INFO(name << " differs by " << (a - b).abs().max().item<double>() << " of " << b.abs().max().item<double>());
   REQUIRE(a.sizes() == b.sizes());
   REQUIRE(b.abs().max().item<double>() > 0);
-  // Relative to the largest: elements of a sum cancel.
-  REQUIRE((a - b).abs().max().item<double>() <= kAbsolute + relative * b.abs().max().item<double>());
+  // Relative to the largest element, as sums cancel.
+  REQUIRE((a - b).abs().max().item<double>() <= relative * std::max(size, b.abs().max().item<double>()));
 }
 
 void require_equal(const Outcome& a, const Outcome& b, double gradient_tolerance) {
@@ -83,16 +85,19 @@ void require_equal(const Outcome& a, const Outcome& b, double gradient_tolerance
   REQUIRE(a.gradients.size() == b.gradients.size());
   for (size_t i = 0; i < a.gradients.size(); ++i) {
     REQUIRE(a.gradients[i].first == b.gradients[i].first);
-    require_close(a.gradients[i].first, a.gradients[i].second, b.gradients[i].second, gradient_tolerance);
+    // The gradient of a bias before a batch normalization is 0 but for rounding: measured by that of the weight.
+    const double size = a.gradients[i].first == "bias" ? b.gradients[0].second.abs().max().item<double>() : 0.0;
+    REQUIRE(a.gradients[0].first == "weight");
+    require_close(a.gradients[i].first, a.gradients[i].second, b.gradients[i].second, gradient_tolerance, size);
   }
   REQUIRE(a.state.size() == b.state.size());
   for (size_t i = 0; i < a.state.size(); ++i) {
     const auto& [name, value] = a.state[i];
     INFO(name);
     REQUIRE(name == b.state[i].first);
-    if (name.find("running_") == std::string::npos) {  // ranges are taken of the same values
+    if (name.find("quant.input") != std::string::npos) {  // ranges of the same values
       REQUIRE(torch::equal(value, b.state[i].second));
-    } else {
+    } else {  // statistics of results, and the weight that is folded with them
       REQUIRE(torch::allclose(value, b.state[i].second, kRelative, kAbsolute));
     }
   }
@@ -214,7 +219,8 @@ TEST_CASE("gamma and beta train in integers, frozen too", "[nn][integer]") {
     const auto mean = integer.layer->bn->running_mean.clone();
     require_equal(integer.step(x), simulated.step(x), kRelative);
     REQUIRE(torch::equal(mean, integer.layer->bn->running_mean) == frozen);
-    REQUIRE(integer.layer->bn->weight.grad().abs().min().item<float>() > 0);
+    // With running statistics the factor of that channel is held away from 0, and constant.
+    REQUIRE((integer.layer->bn->weight.grad() == 0).sum().item<int64_t>() == (frozen ? 1 : 0));
     REQUIRE(integer.layer->bn->bias.grad().abs().min().item<float>() > 0);
   }
 }
