@@ -224,7 +224,8 @@ class WeightedLayer(QuantizableLayer):
     def _grids(self, x: Tensor, weight: Tensor, factor: Tensor | None = None) -> tuple[object, ...]:
         """The arguments of the integer operators that say how input and weight are rounded."""
         q, w = self.quant.input, self.quant.weight
-        assert q is not None and w is not None
+        assert q is not None
+        assert w is not None
         return *q.grid(x), q.qmin, q.qmax, *w.grid(weight, factor), w.qmin, w.qmax
 
     def _compute_integer(
