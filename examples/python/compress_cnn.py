@@ -253,7 +253,7 @@ def measure(
         row = Row(title, "FP32", accuracy(models[stage], data), *count_values(models[stage])).with_file(files[stage])
         row.torch_ms, row.onnx_ms = latency["torch", stage], latency["onnx", stage]
         rows.append(row)
-    rows.append(Row("student, pruned, QAT", "simulated", accuracy(models["qat"], data), *count_values(models["qat"])))
+    rows.append(Row("student, pruned, QAT", "training", accuracy(models["qat"], data), *count_values(models["qat"])))
     counts = count_values(models["int8"])
     row = Row("student, pruned, int8", "PyTorch", accuracy(models["int8"], data), *counts)
     row.torch_ms = latency["torch", "int8"]
@@ -272,7 +272,7 @@ NOTES = (
     "- *torch ms*, *ORT ms*: one image on one thread, median of calls that take turns with all the others. The kernels "
     "are dense and compute with zeros too: pruning alone does not make them faster. PyTorch's int8 operators prepare "
     "themselves at each call, some 0.1 ms per layer: they gain with larger layers or batches.",
-    "- *simulated*: QAT computes in floating point on the integer grids, for training; nothing is deployed that way.",
+    "- *training*: the QAT model as it trains, forward in integers; nothing is deployed that way.",
 )
 
 

@@ -1,24 +1,61 @@
-// What the Python tests run to compare the two languages.
+// What the Python tests run to compare the two languages. All files are of the safetensors format.
 //
-// rarefy_parity IN OUT: continues the training that test_quantization.py began, and writes what became of it.
-//   IN: a torch.save'd dict of the prepared network's state, batch0..batch2 and labels. OUT: the same kind of file.
+// rarefy_parity --train EXECUTION MODEL DATA FIRST LAST OUT: the network with one layer of every kind, of test_parity.py.
+//   MODEL: its state, of floating point or prepared. DATA: ids<i>, volumes<i> and labels<i> of batch i.
+//   Prepares it, trains on the batches FIRST up to LAST, and writes
+//   OUT: the prepared state; OUT.converted: that of the converted network;
+//   OUT.results: `losses`, and `evaluated` and `converted`, the scores of batch 0 before and after conversion.
 // rarefy_parity --continue MODEL BATCH OUT: loads the prepared network's MODEL, writes it again to OUT, and its output on
-//   the tensor `x` of BATCH to OUT.evaluated. All safetensors files, of test_checkpoint.py.
-// rarefy_parity --read FILE...: one line per safetensors file, its tensors' sum of bytes or why it is refused.
+//   the tensor `x` of BATCH to OUT.evaluated, of test_checkpoint.py.
+// rarefy_parity --read FILE...: one line per file, its tensors' sum of bytes or why it is refused.
 #include "parity.h"
 
 #include <algorithm>
-#include <fstream>
 #include <iostream>
-#include <iterator>
 #include <numeric>
 
 namespace {
 
-std::vector<char> read(const char* path) {
-  std::ifstream file(path, std::ios::binary);
-  TORCH_CHECK(file, "cannot read ", path);
-  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+int train(char** argv) {
+  const std::string execution = argv[2], model_file = argv[3], out = argv[7];
+  TORCH_CHECK(execution == "integer" || execution == "simulated", "EXECUTION must be integer or simulated");
+  const auto data = rarefy::load_safetensors(argv[4]).tensors;
+  const int first = std::stoi(argv[5]), last = std::stoi(argv[6]);
+  auto config = rarefy::quantization::QConfig::int8();
+  config.execution =
+      execution == "integer" ? rarefy::quantization::Execution::integer : rarefy::quantization::Execution::simulated;
+
+  EveryLayer model;
+  if (rarefy::load_safetensors(model_file).tensors.contains("out.quant.weight.scale")) {
+    rarefy::quantization::prepare_qat(*model, config);
+    rarefy::load_safetensors(*model, model_file);
+  } else {
+    rarefy::load_safetensors(*model, model_file);
+    rarefy::quantization::prepare_qat(*model, config);
+  }
+  const auto batch = [&](const std::string& name, int i) { return data[name + std::to_string(i)]; };
+  torch::optim::SGD optimizer(model->parameters(), torch::optim::SGDOptions(0.1));
+  auto losses = torch::empty({last - first});
+  for (int i = first; i < last; ++i) {
+    optimizer.zero_grad();
+    const auto scores = model(batch("ids", i), batch("volumes", i));
+    const auto loss = torch::nn::functional::cross_entropy(scores, batch("labels", i));
+    loss.backward();
+    optimizer.step();
+    losses[i - first] = loss.detach();
+  }
+  rarefy::save_safetensors(*model, out);
+
+  const torch::NoGradGuard no_grad;
+  rarefy::NamedTensors results;
+  model->eval();
+  results.insert("losses", losses);
+  results.insert("evaluated", model(batch("ids", 0), batch("volumes", 0)));
+  rarefy::quantization::convert(*model);
+  results.insert("converted", model(batch("ids", 0), batch("volumes", 0)));
+  rarefy::save_safetensors(*model, out + ".converted");
+  rarefy::save_safetensors(results, out + ".results");
+  return 0;
 }
 
 int continue_checkpoint(char** argv) {
@@ -56,47 +93,16 @@ int read_all(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
+  if (mode == "--train" && argc == 8) {
+    return train(argv);
+  }
   if (mode == "--continue" && argc == 5) {
     return continue_checkpoint(argv);
   }
   if (mode == "--read") {
     return read_all(argc, argv);
   }
-  TORCH_CHECK(argc == 3, "usage: rarefy_parity IN OUT | --continue MODEL BATCH OUT | --read FILE...");
-  const auto given = torch::pickle_load(read(argv[1])).toGenericDict();
-  const auto tensor = [&](const std::string& name) { return given.at(name).toTensor(); };
-
-  Parity model;
-  rarefy::quantization::prepare_qat(*model, rarefy::quantization::QConfig::int8());
-  {
-    const torch::NoGradGuard no_grad;
-    for (auto& item : model->named_parameters()) {
-      item.value().copy_(tensor(item.key()));
-    }
-    for (auto& item : model->named_buffers()) {
-      item.value().copy_(tensor(item.key()));
-    }
-  }
-  torch::optim::SGD optimizer(model->parameters(), torch::optim::SGDOptions(0.1).momentum(0.9));
-  for (const char* name : {"batch0", "batch1"}) {
-    optimizer.zero_grad();
-    torch::nn::functional::cross_entropy(model(tensor(name)), tensor("labels")).backward();
-    optimizer.step();
-  }
-  c10::Dict<std::string, torch::Tensor> results;
-  for (const auto& item : model->named_parameters()) {
-    results.insert(item.key(), item.value().detach().clone());
-  }
-  for (const auto& item : model->named_buffers()) {
-    results.insert(item.key(), item.value().clone());
-  }
-  const torch::NoGradGuard no_grad;
-  model->eval();
-  results.insert("evaluated", model(tensor("batch2")));
-  rarefy::quantization::convert(*model);
-  results.insert("converted", model(tensor("batch2")));
-
-  const auto bytes = torch::pickle_save(results);
-  std::ofstream(argv[2], std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-  return 0;
+  std::cerr << "usage: rarefy_parity --train EXECUTION MODEL DATA FIRST LAST OUT | --continue MODEL BATCH OUT | "
+               "--read FILE...\n";
+  return 2;
 }

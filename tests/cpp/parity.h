@@ -1,9 +1,10 @@
-// The network of tests/python/test_quantization.py (class Parity), for tests that hold both languages equal.
+// The networks of tests/python/test_parity.py, for tests that hold both languages equal.
 #pragma once
 
 #include <rarefy/rarefy.h>
 #include <torch/torch.h>
 
+/// A small one, of images alone.
 struct ParityImpl : torch::nn::Module {
   rarefy::nn::ConvBn2d conv{nullptr};
   rarefy::nn::Conv2d plain{nullptr};
@@ -22,3 +23,47 @@ struct ParityImpl : torch::nn::Module {
   }
 };
 TORCH_MODULE(Parity);
+
+/// One layer of every kind, some with a ReLU fused: words [N, 5] of a vocabulary of 7 and volumes [N, 2, 4, 6, 6] to scores
+/// [N, 3].
+struct EveryLayerImpl : torch::nn::Module {
+  rarefy::nn::Embedding words{nullptr};
+  rarefy::nn::ConvBn1d conv_bn1{nullptr};
+  rarefy::nn::Conv1d conv1{nullptr};
+  rarefy::nn::Mul mul{nullptr};
+  rarefy::nn::ConvBn3d conv_bn3{nullptr};
+  rarefy::nn::Conv3d conv3{nullptr};
+  rarefy::nn::ConvBn2d conv_bn2{nullptr};
+  rarefy::nn::Conv2d conv2{nullptr};
+  rarefy::nn::Add add{nullptr};
+  rarefy::nn::Cat cat{nullptr};
+  rarefy::nn::Linear hidden{nullptr}, out{nullptr};
+
+  EveryLayerImpl()
+      : words(register_module("words", rarefy::nn::Embedding(7, 4))),
+        conv_bn1(register_module("conv_bn1", rarefy::nn::ConvBn1d(4, 6, 3))),
+        conv1(register_module("conv1", rarefy::nn::Conv1d(6, 6, 1))),
+        mul(register_module("mul", rarefy::nn::Mul())),
+        conv_bn3(register_module("conv_bn3", rarefy::nn::ConvBn3d(2, 4, 3))),
+        conv3(register_module("conv3", rarefy::nn::Conv3d(4, 4, torch::ExpandingArray<3>({2, 1, 1})))),
+        conv_bn2(register_module("conv_bn2", rarefy::nn::ConvBn2d(4, 4, 3))),
+        conv2(register_module("conv2", rarefy::nn::Conv2d(4, 4, 1))),
+        add(register_module("add", rarefy::nn::Add())),
+        cat(register_module("cat", rarefy::nn::Cat(1))),
+        hidden(register_module("hidden", rarefy::nn::Linear(34, 8))),
+        out(register_module("out", rarefy::nn::Linear(8, 3))) {
+    conv_bn1->set_relu(true);
+    conv_bn3->set_relu(true);
+    conv2->set_relu(true);
+    hidden->set_relu(true);
+  }
+
+  torch::Tensor forward(const torch::Tensor& ids, const torch::Tensor& volumes) {
+    auto a = conv_bn1(words(ids).transpose(1, 2));
+    a = mul(a, conv1(a));
+    auto b = conv_bn2(conv3(conv_bn3(volumes)).squeeze(2));
+    b = add(b, conv2(b));
+    return out(hidden(cat(std::vector<torch::Tensor>{a.flatten(1), b.flatten(1)})));
+  }
+};
+TORCH_MODULE(EveryLayer);

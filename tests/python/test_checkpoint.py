@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 import torch.nn.functional as F
-from test_quantization import Parity, parity_program  # noqa: F401, a fixture
+from test_parity import Parity, parity_program  # noqa: F401, a fixture
 from torch import nn
 
 from rarefy.quantization import QConfig, convert, prepare_qat

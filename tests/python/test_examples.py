@@ -63,7 +63,7 @@ def test_report_of_a_quick_run(quick_run):
         ("teacher", "FP32"),
         ("student, distilled", "FP32"),
         ("student, pruned", "FP32"),
-        ("student, pruned, QAT", "simulated"),
+        ("student, pruned, QAT", "training"),
         ("student, pruned, int8", "PyTorch"),
         ("student, pruned, int8", "ONNX Runtime"),
     ]

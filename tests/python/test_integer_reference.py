@@ -212,7 +212,7 @@ def test_converted_model(weight):
         q = layer.quant.input
         s_x, z, s_w = q.scale.numpy(), int(q.zero_point), layer.quant.weight.scale.numpy()
         q_x = ref.quantize(given.numpy(), s_x, z, q.qmin, q.qmax)
-        q_w = layer.weight.numpy()
+        q_w = layer.integer_weight.numpy()
         sums = ref.conv(q_x, z, q_w, (2, 2), (1, 1), (1, 1)) if axis == 1 else ref.linear(q_x, z, q_w)
         expected = ref.to_float(sums, s_x, s_w, layer.bias.numpy(), axis, np.float64)
         if result is None:  # the convolution's result, with its ReLU, is what the linear layer was given

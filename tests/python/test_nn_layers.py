@@ -54,8 +54,8 @@ def test_embedding_equals_the_formula(config, shape):
     torch.testing.assert_close(model(indices).detach(), grid(layer.weight, layer.quant.weight)[indices], rtol=0, atol=0)
     converted = convert(model)
     assert torch.equal(converted(indices), model.eval()(indices))
-    assert converted[0].weight.dtype == torch.int8
-    assert converted[0].weight.shape == (11, 7)
+    assert converted[0].integer_weight.dtype == torch.int8
+    assert converted[0].integer_weight.shape == (11, 7)
 
 
 def test_embedding_gradient_is_that_of_the_rows():
@@ -155,8 +155,8 @@ def test_transposed_linear_is_linear_of_the_transpose(conv1d_type):
     (reference(x) ** 2).mean().backward()
     torch.testing.assert_close(model[0].weight.grad, reference[0].weight.grad.t())
     converted = convert(model)
-    assert converted[0].weight.shape == (9, 5)
-    assert torch.equal(converted[0].weight.t(), convert(reference)[0].weight)
+    assert converted[0].integer_weight.shape == (9, 5)
+    assert torch.equal(converted[0].integer_weight.t(), convert(reference)[0].integer_weight)
     torch.testing.assert_close(converted(x), model.eval()(x), rtol=0, atol=1e-6)
     assert torch.equal(converted(x), convert(reference)(x))
 
@@ -282,7 +282,7 @@ def test_tied_weights_stay_one_parameter(inplace):
     prepared(ids)
     prepared.eval()
     converted = convert(prepared)
-    assert torch.equal(converted.embedding.weight, converted.head.weight)
+    assert torch.equal(converted.embedding.integer_weight, converted.head.integer_weight)
     torch.testing.assert_close(converted(ids), prepared(ids), rtol=0, atol=1e-5)
 
 

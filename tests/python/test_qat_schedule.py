@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import rarefy as rf
 from rarefy.quantization import QATSchedule, QConfig, prepare_qat
 from rarefy.quantization.fake_quantizer import FakeQuantizer
 
@@ -60,10 +61,17 @@ def test_batch_normalization_freezes_at_its_step():
     assert not torch.equal(before, model[1].running_mean)
 
 
-def test_freezing_wants_a_batch_normalization():
-    schedule = QATSchedule(freeze_batch_norm_at=2)
-    with pytest.raises(ValueError, match=r"\[freeze_batch_norm\] the model must have a batch normalization"):
-        schedule.step(make_model())
+def test_a_model_that_cannot_follow_stays_as_it_was():
+    schedule = QATSchedule(observe_from=1, quantize_from=2, freeze_batch_norm_at=0)
+    model = make_model()
+    for call in (schedule.step, schedule.apply):
+        with pytest.raises(ValueError, match=r"\[QATSchedule\] the model must have a batch normalization"):
+            call(model)
+        assert flags(model) == (True, True)
+    floating = nn.Sequential(rf.nn.ConvBn2d(2, 3, 3))
+    with pytest.raises(ValueError, match=r"\[set_state\] the model must have prepared layers"):
+        schedule.step(floating)
+    assert not floating[0].bn.frozen
     assert schedule.steps == 0
 
 

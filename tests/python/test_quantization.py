@@ -3,7 +3,6 @@
 import copy
 import pickle
 import re
-import subprocess
 import warnings
 
 import numpy as np
@@ -569,7 +568,7 @@ def integer_reference(layer, x: torch.Tensor) -> np.ndarray:
     quantizer = layer.quant.input
     s, z = quantizer.scale.item(), quantizer.zero_point.item()
     q = np.clip(np.rint(x.numpy() / np.float32(s)) + np.float32(z), quantizer.qmin, quantizer.qmax) - z
-    q, w = torch.from_numpy(q).double(), layer.weight.double()
+    q, w = torch.from_numpy(q).double(), layer.integer_weight.double()
     if isinstance(layer, rf.nn.QuantizedLinear):
         sums = F.linear(q, w)
         shape = (-1,)
@@ -631,9 +630,9 @@ def test_integer_execution_equals_integers_and_simulation(kind, weight, activati
     scale = np.abs(exact).max() + 1e-6
     np.testing.assert_allclose(out.numpy(), exact, rtol=0, atol=2e-6 * scale)
     torch.testing.assert_close(out, prepared.eval()(y), rtol=0, atol=1e-5 * float(scale))
-    assert converted[0].weight.dtype == torch.int8
-    assert int(converted[0].weight.min()) >= weight.qmin
-    assert int(converted[0].weight.max()) <= weight.qmax
+    assert converted[0].integer_weight.dtype == torch.int8
+    assert int(converted[0].integer_weight.min()) >= weight.qmin
+    assert int(converted[0].integer_weight.max()) <= weight.qmax
 
 
 def test_converted_network_agrees_with_the_prepared_one(net, images):
@@ -668,6 +667,77 @@ def test_converted_state_round_trips(net, images):
     assert torch.equal(other(images), expected)
 
 
+def test_weight_of_a_converted_layer_is_what_its_integers_stand_for(images, net):
+    prepared = prepare_qat(net, QConfig.int8(), images)
+    train(prepared, lambda: torch.randn(8, 3, 8, 8), 2)
+    converted = convert(prepared)
+    layers = {name: m for name, m in converted.named_modules() if isinstance(m, rf.nn.QuantizedLayer)}
+    assert layers
+    state = converted.state_dict()
+    for name, layer in layers.items():
+        scale = layer.quant.weight.scale.view(-1, *[1] * (layer.integer_weight.dim() - 1))
+        assert layer.weight.dtype == torch.float32
+        assert torch.equal(layer.weight, layer.integer_weight * scale)
+        assert state[f"{name}.weight"].dtype == layer.integer_weight.dtype == torch.int8
+        assert "weight" in dict(layer.named_buffers())
+    layer = converted.classifier
+    trained = prepared.classifier
+    assert torch.equal(layer.weight, trained.quant.weight(trained.weight))
+    before = layer.integer_weight
+    for value in (layer.weight, None):
+        with pytest.raises(AttributeError, match=r"\[QuantizedLinear\] weight is computed from integer_weight"):
+            layer.weight = value
+    assert layer.integer_weight is before
+
+
+def test_dequantized_weight_is_a_tensor_to_be_read():
+    torch.manual_seed(0)
+    x = torch.randn(5, 6)
+    layer = convert(calibrate(prepare(mlp(), QConfig.int8(), x), [x]))[0]
+    numbers = layer.integer_weight.float() * layer.quant.weight.scale[:, None]
+    weight = layer.weight
+    assert (weight.dtype, weight.device, weight.shape) == (torch.float32, torch.device("cpu"), numbers.shape)
+    assert (len(weight), weight.dim(), weight.numel(), weight.size(1)) == (16, 2, 96, 6)
+    assert weight.is_floating_point()
+    assert isinstance(weight, torch.Tensor)
+    for result in (weight.detach(), weight + 0, weight.t().t(), weight.data, copy.deepcopy(weight), weight.to(x), weight[:]):
+        assert torch.equal(result, numbers)
+    assert torch.equal(pickle.loads(pickle.dumps(weight)), numbers)
+    assert torch.equal(torch.ops.aten.clone(weight), numbers)
+    assert type(weight * 2) is torch.Tensor
+    assert weight.tolist() == numbers.tolist()
+    np.testing.assert_array_equal(weight.numpy(), numbers.numpy())
+    np.testing.assert_array_equal(np.asarray(weight), numbers.numpy())
+    assert repr(weight) == repr(numbers)
+    assert torch.equal(F.linear(x, weight), F.linear(x, numbers))
+    assert torch.equal(x.to(weight), x)
+    y = x.clone().requires_grad_()
+    F.linear(y, weight).sum().backward()
+    torch.testing.assert_close(y.grad, numbers.sum(0).expand(5, 6))
+    integers = layer.integer_weight.clone()
+    for write in (
+        lambda: weight.mul_(2),
+        lambda: weight.__imul__(2),
+        lambda: weight.__setitem__(0, 1.0),
+        lambda: nn.init.zeros_(weight),
+        lambda: setattr(weight, "data", numbers),
+    ):
+        with pytest.raises(RuntimeError, match=r"\[DequantizedWeight\] the weight of a converted layer must only be read"):
+            write()
+    assert torch.equal(layer.integer_weight, integers)
+
+
+def test_converted_weights_are_packed_again_when_others_take_their_place():
+    x = torch.randn(5, 6)
+    models = [convert(calibrate(prepare(mlp(), QConfig.int8(), x), [x])) for _ in range(2)]
+    expected = models[1](x)
+    assert not torch.equal(models[0](x), expected)
+    models[0].load_state_dict(models[1].state_dict(), assign=True)
+    assert models[0][0].integer_weight.data_ptr() == models[1][0].integer_weight.data_ptr()
+    assert torch.equal(models[0](x), expected)
+    assert models[0].double().half().float()[0].integer_weight.dtype == torch.int8
+
+
 def test_weight_only():
     torch.manual_seed(0)
     x = torch.randn(5, 6)
@@ -675,8 +745,8 @@ def test_weight_only():
     prepared(x)
     converted = convert(prepared)
     torch.testing.assert_close(converted(x), prepared.eval()(x), rtol=0, atol=1e-6)
-    assert converted[0].weight.dtype == torch.int8
-    assert converted[0].weight.abs().max() <= 8
+    assert converted[0].integer_weight.dtype == torch.int8
+    assert converted[0].integer_weight.abs().max() <= 8
 
 
 def test_convert_refuses_and_leaves_the_model(net, images):
@@ -816,61 +886,3 @@ def test_report_shows_itself(net, images):
     page = report(prepare_qat(net, QConfig.int8(), images))._repr_html_()
     assert page.count("<tr>") == 7
     assert "batch norm folded" in page
-
-
-class Parity(nn.Module):
-    """The network of tests/cpp/parity.h."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.plain = rf.nn.ConvBn2d(2, 4, 3), nn.Conv2d(4, 4, 1)
-        self.add, self.fc = rf.nn.Add(), nn.Linear(4, 3)
-
-    def forward(self, x):
-        y = torch.relu(self.conv(x))
-        return self.fc(self.add(y, self.plain(y)).mean((2, 3)))
-
-
-def test_state_dict_keys_are_those_of_cpp(request):
-    """One list, which the C++ tests are held to as well."""
-    golden = (request.config.rootpath / "tests" / "state_dict_keys.txt").read_text().split()
-    prepared = prepare_qat(Parity(), QConfig.int8())
-    keys = [f"prepared:{name}" for name in prepared.state_dict()]
-    prepared(torch.randn(2, 2, 5, 5))
-    keys += [f"converted:{name}" for name in convert(prepared).state_dict()]
-    assert sorted(keys) == sorted(golden)
-
-
-@pytest.fixture(scope="module")
-def parity_program(request):
-    program = request.config.rootpath / "build" / "dev" / "tests" / "cpp" / "rarefy_parity"
-    if not program.exists():
-        pytest.skip("rarefy_parity is not built (-DRAREFY_BUILD_TESTS=ON)")
-    return program
-
-
-def test_cpp_trains_evaluates_and_converts_to_the_same_numbers(parity_program, tmp_path):
-    """A checkpoint of Python continues in C++: two training steps, evaluation, integer execution."""
-    torch.manual_seed(3)
-    model = prepare_qat(Parity(), QConfig.int8())
-    batches = [torch.randn(8, 2, 6, 6) for _ in range(3)]
-    labels = torch.randint(0, 3, (8,))
-    model(batches[0])
-    given = {name: value.clone() for name, value in model.state_dict().items()}
-    given |= {f"batch{i}": batch for i, batch in enumerate(batches)} | {"labels": labels}
-    torch.save(given, tmp_path / "in.pt")
-    subprocess.run([parity_program, tmp_path / "in.pt", tmp_path / "out.pt"], check=True, timeout=120)
-    # pickle_save tags its dict with a TorchScript type, which weights_only refuses; the file is our own.
-    returned = torch.load(tmp_path / "out.pt", weights_only=False)
-
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    for batch in batches[:2]:
-        optimizer.zero_grad()
-        F.cross_entropy(model(batch), labels).backward()
-        optimizer.step()
-    for name, value in model.state_dict().items():
-        if not name.endswith("num_batches_tracked"):
-            torch.testing.assert_close(returned[name], value, rtol=1e-5, atol=1e-6, msg=name)
-    with torch.no_grad():
-        torch.testing.assert_close(returned["evaluated"], model.eval()(batches[2]), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(returned["converted"], convert(model)(batches[2]), rtol=1e-5, atol=1e-5)

@@ -92,7 +92,7 @@ class _LoweredWeighted(_Lowered):
             integers = module.integer_weight()
         else:  # converted: the integers are its parameters
             state = (quantizer.scale, quantizer.zero_point, quantizer.axis, module.bias)
-            integers = rnn.IntegerWeight(module.weight, *state)
+            integers = rnn.IntegerWeight(module.integer_weight, *state)
         values, self.axis = integers.values.detach(), integers.axis
         if transposed:
             values = values.t()

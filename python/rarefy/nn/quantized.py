@@ -8,56 +8,89 @@ from torch import Tensor, nn
 
 from rarefy.nn._base import QuantState, WeightedLayer
 from rarefy.nn.conv import ConvLayer
+from rarefy.nn.dequantized import DequantizedWeight
 from rarefy.nn.embedding import Embedding
 from rarefy.nn.linear import Linear
 from rarefy.nn.transposed_linear import TransposedLinear
 
 
 class QuantizedLayer(nn.Module):
-    """An int8 weight (buffer ``weight``), a float bias, and the parameters of input and weight under ``quant``."""
+    """An int8 weight, a float bias, and the parameters of input and weight under ``quant``.
 
-    weight: Tensor
+    ``integer_weight`` are the integers: the buffer that ``state_dict`` calls ``weight``. The attribute ``weight`` is what
+    they stand for, in float32, so that a model which reads it (its dtype, say, to cast an input to) goes on to work.
+    """
+
     bias: Tensor | None
     quant: QuantState
 
     def __init__(self, layer: WeightedLayer) -> None:
         super().__init__()
         integers = layer.integer_weight()
-        self.register_buffer("weight", integers.values)
+        self._buffers["weight"] = integers.values  # register_buffer refuses a name that is a property
         self.register_buffer("bias", integers.bias)
         self.quant = layer.quant
         self.relu = layer.relu
         self.channel_axis = layer.channel_axis
         self._packed: Tensor | None = None
-        self._packed_version = -1
+        self._packed_from: tuple[Tensor, int] | None = None  # the integers and their version
         self.train(layer.training)
+
+    @property
+    def integer_weight(self) -> Tensor:
+        """The integers: int8, in the shape of the weight."""
+        weight = self._buffers["weight"]
+        assert weight is not None
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the integers stand for: ``integer_weight * scale``, float32, computed when it is used."""
+        if torch.compiler.is_compiling():  # a compiler drops by itself what nobody uses
+            return self._dequantized_weight()
+        return DequantizedWeight(self.integer_weight, self._broadcast_scale())
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # Module would put any tensor into the buffer. Integers may be set: load_state_dict(assign=True) does.
+        if name == "weight" and not (isinstance(value, Tensor) and value.dtype == torch.int8):
+            raise AttributeError(
+                f"[{type(self).__name__}] weight is computed from integer_weight and cannot be set, got "
+                f"{value.dtype if isinstance(value, Tensor) else type(value).__name__}"
+            )
+        super().__setattr__(name, value)  # type: ignore[arg-type]
 
     def _weight_scale(self) -> Tensor:
         assert self.quant.weight is not None
-        return self.quant.weight.scale.expand(self.weight.shape[self.channel_axis]).contiguous()
+        return self.quant.weight.scale.expand(self.integer_weight.shape[self.channel_axis]).contiguous()
+
+    def _broadcast_scale(self) -> Tensor:
+        assert self.quant.weight is not None
+        shape = [1] * self.integer_weight.dim()
+        shape[self.channel_axis] = -1
+        return self.quant.weight.scale.view(shape)
+
+    def _dequantized_weight(self) -> Tensor:
+        return self.integer_weight.float() * self._broadcast_scale()
 
     def _pack(self, x: Tensor) -> Tensor:
         """The weight packed for inputs like ``x``: what a subclass gives."""
         raise NotImplementedError
 
     def _packed_weight(self, x: Tensor) -> Tensor:
-        # The packed form is opaque: made on first use, and again when a checkpoint has written to the weight.
-        if self._packed is None or self._packed_version != self.weight._version:
-            self._packed, self._packed_version = self._pack(x), self.weight._version
+        # The packed form is opaque: made on first use, and again when a checkpoint has written to the integers or put
+        # others in their place.
+        weight, made = self.integer_weight, self._packed_from
+        if self._packed is None or made is None or made[0] is not weight or made[1] != weight._version:
+            self._packed, self._packed_from = self._pack(x), (weight, weight._version)
         return self._packed
 
-    def _dequantized_weight(self) -> Tensor:
-        shape = [1] * self.weight.dim()
-        shape[self.channel_axis] = -1
-        return self.weight.float() * self._weight_scale().view(shape)
-
     def _apply(self, fn: object, recurse: bool = True) -> nn.Module:
-        self._packed = None
+        self._packed = self._packed_from = None
         return super()._apply(fn, recurse)  # type: ignore[arg-type]
 
     def __getstate__(self) -> dict[str, object]:
         """Everything but the packed weight, which cannot be copied or pickled."""
-        return {**self.__dict__, "_packed": None}
+        return {**self.__dict__, "_packed": None, "_packed_from": None}
 
     def _finish(self, y: Tensor) -> Tensor:
         return y if self.quant.output is None else self.quant.output(y)
@@ -68,13 +101,13 @@ class QuantizedLinear(QuantizedLayer):
 
     def __init__(self, layer: Linear | TransposedLinear) -> None:
         super().__init__(layer)
-        self.out_features, self.in_features = self._out_in(self.weight).shape
+        self.out_features, self.in_features = self._out_in(self.integer_weight).shape
 
     def _out_in(self, weight: Tensor) -> Tensor:
         return weight if self.channel_axis == 0 else weight.t()
 
     def _pack(self, x: Tensor) -> Tensor:
-        return torch.ops.rarefy.pack_linear_weight(self._out_in(self.weight))
+        return torch.ops.rarefy.pack_linear_weight(self._out_in(self.integer_weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer in integers; with float input where the activation was not quantized."""
@@ -113,7 +146,7 @@ class QuantizedConv(QuantizedLayer):
         self.geometry = layer.geometry()
 
     def _is_channels_last(self) -> bool:
-        weight = self.weight
+        weight = self.integer_weight
         return weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
 
     def _pack(self, x: Tensor) -> Tensor:
@@ -121,12 +154,12 @@ class QuantizedConv(QuantizedLayer):
         assert quantizer is not None
         zero_point = int(quantizer.zero_point) + (128 if quantizer.qmin < 0 else 0)
         return torch.ops.rarefy.pack_conv2d_weight(
-            self.weight, self._weight_scale(), *self.geometry[:4], x.shape, zero_point
+            self.integer_weight, self._weight_scale(), *self.geometry[:4], x.shape, zero_point
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer in integers; with float input where the activation was not quantized."""
-        if x.dim() == self.weight.dim() - 1:  # one sample without a batch dimension
+        if x.dim() == self.integer_weight.dim() - 1:  # one sample without a batch dimension
             return self.forward(x.unsqueeze(0)).squeeze(0)
         quantizer = self.quant.input
         if quantizer is None:
@@ -186,7 +219,7 @@ class QuantizedEmbedding(QuantizedLayer):
         scale = self.quant.weight.scale
         if self.quant.weight.axis is not None:
             scale = scale[indices].unsqueeze(-1)
-        return F.embedding(indices, self.weight).float() * scale
+        return F.embedding(indices, self.integer_weight).float() * scale
 
     def extra_repr(self) -> str:
         """Sizes."""

@@ -15,6 +15,17 @@ from rarefy.quantization.prepare import feed
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
+def folded_batch_norms(function: str, model: nn.Module) -> list[rnn.FoldedBatchNorm]:
+    """The batch normalizations that are folded into convolutions, of which there must be one."""
+    folded = [module for module in model.modules() if isinstance(module, rnn.FoldedBatchNorm)]
+    if not folded:
+        raise ValueError(
+            f"[{function}] the model must have a batch normalization that is folded into a convolution; "
+            f"prepare_qat folds them when it is given example_inputs"
+        )
+    return folded
+
+
 def freeze_batch_norm(model: nn.Module, frozen: bool = True) -> None:
     """Fix the statistics of the batch normalizations that are folded into convolutions, while training goes on.
 
@@ -29,13 +40,7 @@ def freeze_batch_norm(model: nn.Module, frozen: bool = True) -> None:
     Raises:
         ValueError: the model has no folded batch normalization.
     """
-    folded = [module for module in model.modules() if isinstance(module, rnn.FoldedBatchNorm)]
-    if not folded:
-        raise ValueError(
-            "[freeze_batch_norm] the model must have a batch normalization that is folded into a convolution; "
-            "prepare_qat folds them when it is given example_inputs"
-        )
-    for module in folded:
+    for module in folded_batch_norms("freeze_batch_norm", model):
         module.frozen = frozen
 
 

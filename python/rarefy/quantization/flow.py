@@ -43,6 +43,7 @@ class Flow:
 
     events: list[Event] = field(default_factory=list)
     results: set[Key] = field(default_factory=set)  # what the model returned
+    called: set[str] = field(default_factory=set)  # watched layers that ran, also inside of another one
     _kept: list[Tensor] = field(default_factory=list)  # alive, so that no identity is used twice
 
     def __post_init__(self) -> None:
@@ -135,6 +136,7 @@ def record(model: nn.Module, example_inputs: object, watched: Callable[[nn.Modul
 
     def before(name: str):
         def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            flow.called.add(name)
             pending.append((name, recorder.keys((args, kwargs)) if not recorder.inside else ()))
             recorder.inside += 1
 

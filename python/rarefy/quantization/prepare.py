@@ -78,15 +78,33 @@ def _plan(
         if row.layer.has_weight:
             check_execution(function, name, resolved)
         steps[name] = _Step(name, module, row, resolved)
+    if flow is not None:
+        for name in _never_called(steps, config, flow):
+            del steps[name]
+            skipped[name] = "not called by the example inputs"
     unmatched = unmatched_overrides(config, layers)
     if strict:
         check_strict(function, unmatched, layers, left)
     if not steps:
         raise ValueError(
             f"[{function}] the model must have a layer that the configuration quantizes "
-            f"(Linear, Conv1d, Conv2d, Conv3d, rarefy.nn.Add, ...), but has none"
+            f"(Linear, Conv1d, Conv2d, Conv3d, rarefy.nn.Add, ...)"
+            f"{' and that the example inputs reach' if flow is not None else ''}, but has none"
         )
     return steps, skipped, unmatched
+
+
+def _never_called(steps: dict[str, _Step], config: QConfig, flow: Flow) -> list[str]:
+    """The layers that the example run did not call and that nothing else asks to quantize: no override does, and it is no
+    second name for the table of a layer that was called (T5's ``shared``), whose float weight would then stay beside it."""
+    called = {id(step.module.weight) for step in steps.values() if step.row.layer.has_weight and step.name in flow.called}
+    return [
+        step.name
+        for step in steps.values()
+        if step.name not in flow.called
+        and config.override(step.name, step.module) is None
+        and not (step.row.layer is rnn.Embedding and id(step.module.weight) in called)
+    ]
 
 
 def _read_flow(model: nn.Module, steps: dict[str, _Step], flow: Flow) -> None:
@@ -222,7 +240,9 @@ def prepare_qat(
     into it, a ReLU that alone follows a layer is fused into it, and a result that flows only into operations that stay in
     floating point (a pooling, say) is quantized where it is made, as integer runtimes want it. Weights of 2-d convolutions
     are laid out channels-last, and with them the activations, if the model runs so (one that calls ``view`` on them may
-    not): integer kernels read that without a copy.
+    not): integer kernels read that without a copy. A layer that the run never calls (a head for another task; one whose
+    weight the model reads and computes with itself) stays in FP32, as it would never be calibrated, unless an override
+    gives it a configuration: ``report`` names it, also with ``strict``.
 
     Args:
         model: any module with such layers. Parameter names and values stay.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from rarefy._core.quantization import QATScheduleOptions
-from rarefy.quantization.batch_norm import freeze_batch_norm
+from rarefy.quantization.batch_norm import folded_batch_norms
 from rarefy.quantization.prepare import set_state
 
 
@@ -42,7 +42,8 @@ class QATSchedule:
         """Call it once at the beginning of each training step: sets the model's switches for it, then counts it.
 
         Raises:
-            ValueError: the model is not prepared, or has no folded batch normalization to freeze. The step is not counted.
+            ValueError: the model is not prepared, or has no folded batch normalization to freeze. No switch has changed
+                then, and the step is not counted.
         """
         self._set(model, self.steps)
         self.steps += 1
@@ -53,9 +54,12 @@ class QATSchedule:
 
     def _set(self, model: nn.Module, step: int) -> None:
         observe, quantize, freeze = self.options.flags_at(step)
+        freezes = self.options.freeze_batch_norm_at is not None
+        # Whatever can fail does so before the first switch changes: this, and then the check of set_state.
+        folded = folded_batch_norms("QATSchedule", model) if freezes else []
         set_state(model, observe=observe, quantize=quantize)
-        if self.options.freeze_batch_norm_at is not None:
-            freeze_batch_norm(model, freeze)
+        for module in folded:
+            module.frozen = freeze
 
     def state_dict(self) -> dict[str, int]:
         """The count of steps. The options are the constructor's."""

@@ -73,10 +73,10 @@ TEST_CASE("name patterns", "[quantization]") {
 TEST_CASE("state keys are those of Python", "[quantization]") {
   std::ifstream file(RAREFY_TESTS_DIR "/state_dict_keys.txt");
   std::vector<std::string> expected{std::istream_iterator<std::string>(file), {}};
-  Parity model;
+  EveryLayer model;
   prepare_qat(*model, QConfig::int8());
   auto found = keys(*model, "prepared:");
-  model(torch::randn({2, 2, 5, 5}));
+  model(torch::randint(7, {2, 5}), torch::randn({2, 2, 4, 6, 6}));
   convert(*model);
   for (auto& key : keys(*model, "converted:")) {
     found.push_back(key);
