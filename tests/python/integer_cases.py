@@ -73,7 +73,7 @@ class Layer:
         return replace(self, **changes)
 
     def leaves(self) -> dict[str, torch.Tensor]:
-        tensors = {"x": self.x, "weight": self.weight, "bias": self.bias, "multiplier": self.multiplier}
+        tensors = {"x": self.x, "weight": self.weight, "bias": self.bias}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def requiring(self, *names: str) -> Layer:
@@ -125,11 +125,11 @@ class Layer:
         x = straight_through(leaf["x"], self.x_scale, self.x_zero_point, None, self.x_limits)
         w = leaf["weight"]
         if self.multiplier is not None:
-            product = w * self._per_filter(leaf["multiplier"])
+            product = w * self._per_filter(self.multiplier.double())
             # The product is rounded to float32 before it is quantized.
-            exact = self.weight.detach().float() * self._per_filter(self.multiplier.detach().float())
+            exact = self.weight.detach().float() * self._per_filter(self.multiplier.float())
             w = straight_through(product + (exact.double() - product).detach(), *self._w_grid)
-            w = w / self._per_filter(leaf["multiplier"])
+            w = w / self._per_filter(self.multiplier.double())
         else:
             w = straight_through(w, *self._w_grid)
         bias = leaf.get("bias")

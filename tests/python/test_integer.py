@@ -124,7 +124,7 @@ def test_instruction_sets_agree(dtype) -> None:
             _core.set_instruction_set(name)
             tensors = list(ops.quantize_mask(x, scale, zero_point, axis, *INT8, multipliers(37)))
             for layer in layers:
-                live = layer.requiring("x", "weight", "multiplier")
+                live = layer.requiring("x", "weight")
                 y = live.run()
                 needed = [t for t in live.leaves().values() if t.requires_grad]
                 tensors += [y.detach(), *torch.autograd.grad(y, needed, torch.ones_like(y))]
@@ -392,6 +392,7 @@ ERRORS = [
     (_C, {"geometry": ([2, 2], [0, 0], [4, 4], 1)}, ValueError, "the padded input must hold a window of 9 along axis 3, got 7"),
     (_C, {"x": torch.ones(3, 4, 0, 7)}, ValueError, "input must not be empty beside its batch, got shape [3, 4, 0, 7]"),
     (_C, {"multiplier": torch.ones(5)}, ValueError, "multiplier must have shape [6] (one per index of axis 0), got [5]"),
+    (_C, {"multiplier": torch.ones(6, requires_grad=True)}, ValueError, "multiplier is a constant and must not require"),
     (_C, {"multiplier": torch.ones(6).int()}, TypeError, "multiplier must be float32, float64, bfloat16 or float16"),
 ]  # fmt: skip
 

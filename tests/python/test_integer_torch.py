@@ -17,7 +17,7 @@ def inner_cases(layer: Layer) -> list[tuple[str, tuple[object, ...]]]:
     """The operators that a layer consists of, on its bytes."""
     kind = "linear" if layer.geometry is None else "conv"
     q_x, _, x_scale = ops.quantize_mask(layer.x, layer.x_scale, layer.x_zero_point, None, *layer.x_limits, None)
-    q_w, w_mask, w_scale = ops.quantize_mask(
+    q_w, _, w_scale = ops.quantize_mask(
         layer.weight, layer.w_scale, layer.w_zero_point, 0, *layer.w_limits, layer.multiplier
     )
     how = (layer.transposed,) if layer.geometry is None else layer.geometry
@@ -30,9 +30,6 @@ def inner_cases(layer: Layer) -> list[tuple[str, tuple[object, ...]]]:
              for relu, dtype in ((True, torch.float32), (False, torch.bfloat16))]  # fmt: skip
     cases += [(f"integer_{kind}_backward", (torch.randn_like(y), *bytes_, *how, bf16, need))
               for bf16, need in itertools.product((False, True), ([True, True], [False, True], [True, False]))]  # fmt: skip
-    if layer.multiplier is not None:
-        grad = torch.randn_like(layer.weight)
-        cases += [("integer_multiplier_backward", (grad, w_mask, layer.weight, q_w, w_scale, layer.multiplier))]
     return cases
 
 

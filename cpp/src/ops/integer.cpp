@@ -21,9 +21,6 @@ TORCH_LIBRARY_FRAGMENT(rarefy, m) {
       "integer_conv_backward(Tensor grad, Tensor q_x, Tensor q_w, Tensor x_scale, Tensor x_zero_point, Tensor w_scale, "
       "int[] stride, int[] padding, int[] dilation, int groups, bool bf16, bool[2] need) -> (Tensor, Tensor)");
   m.def(
-      "integer_multiplier_backward(Tensor grad, Tensor mask, Tensor weight, Tensor q_w, Tensor scale, "
-      "Tensor multiplier) -> Tensor");
-  m.def(
       "integer_linear(Tensor x, Tensor weight, Tensor? bias, Tensor x_scale, Tensor x_zero_point, int x_qmin, "
       "int x_qmax, Tensor w_scale, Tensor w_zero_point, int w_qmin, int w_qmax, bool transposed, bool relu, "
       "bool bf16_gradients, ScalarType? dtype) -> Tensor");
@@ -81,12 +78,6 @@ std::tuple<at::Tensor, at::Tensor> integer_conv_backward(const at::Tensor& grad,
                                                          std::array<bool, 2> need) {
   RAREFY_OP(integer_conv_backward, decltype(integer_conv_backward));
   return op.call(grad, q_x, q_w, x_scale, x_zero_point, w_scale, stride, padding, dilation, groups, bf16, need);
-}
-
-at::Tensor integer_multiplier_backward(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& weight,
-                                       const at::Tensor& q_w, const at::Tensor& scale, const at::Tensor& multiplier) {
-  RAREFY_OP(integer_multiplier_backward, decltype(integer_multiplier_backward));
-  return op.call(grad, mask, weight, q_w, scale, multiplier);
 }
 
 at::Tensor integer_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,

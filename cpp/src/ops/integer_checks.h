@@ -148,23 +148,4 @@ inline void check_gradient(const char* function, const at::Tensor& grad, c10::Sy
   check_device(function, q_x, grad, "grad");
 }
 
-inline void check_multiplier_backward(const char* function, const at::Tensor& grad, const at::Tensor& mask,
-                                      const at::Tensor& weight, const at::Tensor& q_w, const at::Tensor& scale,
-                                      const at::Tensor& multiplier) {
-  check_float(function, weight, "weight");
-  check_float(function, multiplier, "multiplier");
-  TORCH_CHECK_TYPE(grad.scalar_type() == at::kFloat && scale.scalar_type() == at::kFloat, "[", function,
-                   "] grad and scale must be float32, got ", grad.scalar_type(), " and ", scale.scalar_type());
-  TORCH_CHECK_TYPE(q_w.scalar_type() == at::kChar, "[", function, "] q_w must be int8, got ", q_w.scalar_type());
-  TORCH_CHECK_VALUE(q_w.dim() >= 1 && q_w.sym_numel() > 0, "[", function, "] weight must not be empty, got shape ",
-                    q_w.sym_sizes());
-  TORCH_CHECK_VALUE(grad.sym_sizes() == q_w.sym_sizes() && weight.sym_sizes() == q_w.sym_sizes(), "[", function,
-                    "] grad, weight and q_w must have the same shape, got ", grad.sym_sizes(), ", ", weight.sym_sizes(),
-                    " and ", q_w.sym_sizes());
-  check_backward(function, grad, mask);
-  check_per_axis(function, q_w, 0, multiplier, "multiplier");
-  TORCH_CHECK_VALUE(scale.sym_numel() == 1 || scale.sym_numel() == q_w.sym_size(0), "[", function,
-                    "] scale must have 1 or ", q_w.sym_size(0), " elements, got ", scale.sym_numel());
-}
-
 }  // namespace rarefy::ops

@@ -40,10 +40,4 @@ std::tuple<at::Tensor, at::Tensor> integer_conv_backward(const at::Tensor& grad,
                                                          at::IntArrayRef dilation, int64_t groups, bool bf16,
                                                          std::array<bool, 2> need);
 
-/// The gradient of the multiplier m, [out]. With u = q_w * scale, which is the weight on its grid divided by m (scale: [out]
-/// after that division), and grad = dL/du: sum(grad * (passed * w - u)) / m per channel, where passed is the mask.
-/// grad (float32), weight and q_w have the same strides, one filter after the other in memory.
-at::Tensor integer_multiplier_backward(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& weight,
-                                       const at::Tensor& q_w, const at::Tensor& scale, const at::Tensor& multiplier);
-
 }  // namespace rarefy::ops

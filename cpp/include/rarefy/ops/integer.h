@@ -50,7 +50,7 @@ RAREFY_API at::Tensor integer_linear(const at::Tensor& x, const at::Tensor& weig
 /// x [N, in, spatial...] and weight [out, in / groups, kernel...] to y [N, out, spatial...], in 1 to 3 dimensions, with zero
 /// padding. y is channels-last when x or weight is, as torch's convolutions are.
 ///   multiplier  [out] or none: the weight that is quantized is weight * multiplier (channel by channel), and y is divided
-///               by multiplier again: convolution with a folded batch normalization in training.
+///               by multiplier again: convolution with a folded batch normalization in training. A constant, not 0.
 /// Throws as integer_linear; also for groups in three dimensions, which LibTorch has no integer kernel for.
 RAREFY_API at::Tensor integer_conv(const at::Tensor& x, const at::Tensor& weight,
                                    const std::optional<at::Tensor>& multiplier, const std::optional<at::Tensor>& bias,

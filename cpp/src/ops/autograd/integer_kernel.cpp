@@ -74,7 +74,8 @@ at::ScalarType result_type(const at::Tensor& x, std::optional<at::ScalarType> dt
     return *dtype;
   }
   const auto device = x.device().type();
-  if (at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device) && x.scalar_type() != at::kDouble) {
+  if (at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device) &&
+      x.scalar_type() != at::kDouble) {
     return at::autocast::get_autocast_dtype(device);
   }
   return x.scalar_type() == at::kDouble ? at::kFloat : x.scalar_type();
@@ -97,7 +98,8 @@ Quantized quantize_both(const at::Tensor& x, const at::Tensor& weight, const std
   const bool per_channel = grids.w_scale.sym_numel() > 1 || multiplier.has_value();
   const auto axis = per_channel ? std::optional(w_axis) : std::nullopt;
   const auto spread = [&](const at::Tensor& values) {
-    return per_channel && values.sym_numel() == 1 ? values.expand_symint({weight.sym_size(w_axis)}).contiguous() : values;
+    return per_channel && values.sym_numel() == 1 ? values.expand_symint({weight.sym_size(w_axis)}).contiguous()
+                                                  : values;
   };
   std::tie(out.q_w, out.w_mask, out.w_scale) = quantize_mask(weight, spread(grids.w_scale), spread(grids.w_zero_point),
                                                              axis, grids.w_qmin, grids.w_qmax, multiplier);
@@ -282,19 +284,16 @@ class IntegerConv : public torch::autograd::Function<IntegerConv> {
     auto [y, relu_mask] =
         integer_conv_forward(q.q_x, q.q_w, q.x_scale, q.x_zero_point, q.w_scale, bias, geometry.stride,
                              geometry.padding, geometry.dilation, geometry.groups, options.relu, dtype);
-    const bool multiplied = multiplier.has_value();
-    const bool multiplier_needed = multiplied && multiplier->requires_grad();
     const bool x_needed = x.requires_grad();
-    const bool weight_needed = weight.requires_grad() || multiplier_needed;
+    const bool weight_needed = weight.requires_grad();
     ctx->save_for_backward({weight_needed || x_needed ? q.q_x : at::Tensor(), x_needed ? q.x_mask : at::Tensor(),
                             q.x_scale, q.x_zero_point, q.q_w, weight_needed ? q.w_mask : at::Tensor(), q.w_scale,
-                            options.relu ? relu_mask : at::Tensor(), multiplier_needed ? weight : at::Tensor(),
-                            multiplier_needed ? *multiplier : at::Tensor()});
+                            options.relu ? relu_mask : at::Tensor()});
     ctx->saved_data["stride"] = geometry.stride;
     ctx->saved_data["padding"] = geometry.padding;
     ctx->saved_data["dilation"] = geometry.dilation;
     ctx->saved_data["groups"] = geometry.groups;
-    ctx->saved_data["multiplied"] = multiplied;
+    ctx->saved_data["multiplied"] = multiplier.has_value();
     ctx->saved_data["bf16"] = options.bf16_gradients || dtype == at::kBFloat16;
     ctx->saved_data["types"] =
         std::vector<int64_t>{static_cast<int64_t>(x.scalar_type()), static_cast<int64_t>(weight.scalar_type()),
@@ -307,18 +306,15 @@ class IntegerConv : public torch::autograd::Function<IntegerConv> {
     const auto saved = ctx->get_saved_variables();
     const auto types = ctx->saved_data["types"].toIntVector();
     const auto type = [&](size_t i) { return static_cast<at::ScalarType>(types[i]); };
-    const auto &q_x = saved[0], &q_w = saved[4], &relu_mask = saved[7], &weight = saved[8], &multiplier = saved[9];
+    const auto &q_x = saved[0], &q_w = saved[4], &relu_mask = saved[7];
     at::Tensor grad = channels_last(grads[0]);
     if (relu_mask.defined()) {
       grad = mask_gradient(grad, relu_mask, grad.sym_strides());
     }
-    const bool multiplied = ctx->saved_data["multiplied"].toBool();
-    const bool multiplier_needed = multiplied && ctx->needs_input_grad(2);
-    const bool weight_needed = ctx->needs_input_grad(1);
-    const std::array<bool, 2> need = {ctx->needs_input_grad(0), weight_needed || multiplier_needed};
-    at::Tensor gx, gw, gm, gb;
+    const std::array<bool, 2> need = {ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
+    at::Tensor gx, gw, gb;
     // needs_input_grad counts the tensors that are there.
-    if (types[2] >= 0 && ctx->needs_input_grad(multiplied ? 3 : 2)) {
+    if (types[2] >= 0 && ctx->needs_input_grad(ctx->saved_data["multiplied"].toBool() ? 3 : 2)) {
       std::vector<int64_t> axes = {0};
       for (int64_t d = 2; d < grad.dim(); ++d) {
         axes.push_back(d);
@@ -334,13 +330,10 @@ class IntegerConv : public torch::autograd::Function<IntegerConv> {
     if (need[0]) {
       gx = in_type(mask_gradient(gx, saved[1], gx.sym_strides()), type(0));
     }
-    if (multiplier_needed) {
-      gm = integer_multiplier_backward(gw, saved[5], dense_filters(weight), q_w, saved[6], multiplier);
+    if (need[1]) {
+      gw = in_type(mask_gradient(gw, saved[5], gw.sym_strides()), type(1));
     }
-    if (weight_needed) {
-      gw = mask_gradient(gw, saved[5], gw.sym_strides());
-    }
-    return {need[0] ? gx : Variable(), weight_needed ? in_type(gw, type(1)) : Variable(), gm, gb, {}, {}, {}};
+    return {need[0] ? gx : Variable(), need[1] ? gw : Variable(), {}, gb, {}, {}, {}};
   }
 };
 
@@ -356,6 +349,8 @@ void check_conv(const at::Tensor& x, const at::Tensor& weight, const std::option
   if (multiplier.has_value()) {
     check_float(function, *multiplier, "multiplier");
     check_per_axis(function, weight, 0, *multiplier, "multiplier");
+    TORCH_CHECK_VALUE(!multiplier->requires_grad() || !at::GradMode::is_enabled(), "[", function,
+                      "] multiplier is a constant and must not require a gradient");
   }
 }
 
@@ -380,7 +375,7 @@ at::Tensor integer_conv_autograd(const at::Tensor& x, const at::Tensor& weight,
                                  int64_t w_qmin, int64_t w_qmax, at::IntArrayRef stride, at::IntArrayRef padding,
                                  at::IntArrayRef dilation, int64_t groups, bool relu, bool bf16_gradients,
                                  std::optional<at::ScalarType> dtype) {
-  if (!is_differentiated({&x, &weight, pointer(multiplier), pointer(bias)})) {
+  if (!is_differentiated({&x, &weight, pointer(bias)})) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return integer_conv_plain(x, weight, multiplier, bias, x_scale, x_zero_point, x_qmin, x_qmax, w_scale, w_zero_point,
                               w_qmin, w_qmax, stride, padding, dilation, groups, relu, bf16_gradients, dtype);
@@ -411,7 +406,6 @@ TORCH_LIBRARY_IMPL(rarefy, Autograd, m) {
   m.impl("integer_linear_backward", &NotDifferentiable<&integer_linear_backward>::call);
   m.impl("integer_conv_forward", &NotDifferentiable<&integer_conv_forward>::call);
   m.impl("integer_conv_backward", &NotDifferentiable<&integer_conv_backward>::call);
-  m.impl("integer_multiplier_backward", &NotDifferentiable<&integer_multiplier_backward>::call);
   m.impl("integer_linear", &integer_linear_autograd);
   m.impl("integer_conv", &integer_conv_autograd);
 }

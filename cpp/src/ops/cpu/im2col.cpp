@@ -106,4 +106,53 @@ at::Tensor im2col(const at::Tensor& q, const ConvGeometry& g, uint8_t fill) {
   return columns;
 }
 
+namespace {
+
+template <typename T>
+void add_patches(const T* rows, float* images, const ConvGeometry& g, int64_t first, int64_t last) {
+  const int64_t c = g.channels, image = g.in[0] * g.in[1] * g.in[2] * c, per_image = g.out[0] * g.out[1] * g.out[2];
+  for (int64_t n = first; n < last; ++n) {
+    float* target = images + n * image;
+    std::fill(target, target + image, 0.0f);
+    const T* row = rows + n * per_image * g.patch();
+    for (int64_t position = 0; position < per_image; ++position) {
+      const std::array<int64_t, 3> at = {position / (g.out[1] * g.out[2]), position / g.out[2] % g.out[1],
+                                         position % g.out[2]};
+      for (int64_t k = 0; k < g.kernel[0] * g.kernel[1] * g.kernel[2]; ++k, row += c) {
+        const std::array<int64_t, 3> tap = {k / (g.kernel[1] * g.kernel[2]), k / g.kernel[2] % g.kernel[1],
+                                            k % g.kernel[2]};
+        int64_t cell = 0;
+        bool inside = true;
+        for (size_t d = 0; d < 3; ++d) {
+          const int64_t i = at[d] * g.stride[d] - g.padding[d] + tap[d] * g.dilation[d];
+          inside = inside && i >= 0 && i < g.in[d];
+          cell = cell * g.in[d] + i;
+        }
+        if (!inside) {
+          continue;
+        }
+        float* out = target + cell * c;
+        for (int64_t i = 0; i < c; ++i) {
+          out[i] += static_cast<float>(row[i]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+at::Tensor col2im(const at::Tensor& columns, const ConvGeometry& g) {
+  auto images = empty_cached({g.batch, g.in[0], g.in[1], g.in[2], g.channels}, at::kFloat);
+  float* out = images.data_ptr<float>();
+  at::parallel_for(0, g.batch, 1, [&](int64_t first, int64_t last) {
+    if (columns.scalar_type() == at::kBFloat16) {
+      add_patches(columns.const_data_ptr<at::BFloat16>(), out, g, first, last);
+    } else {
+      add_patches(columns.const_data_ptr<float>(), out, g, first, last);
+    }
+  });
+  return images;
+}
+
 }  // namespace rarefy::ops

@@ -26,4 +26,8 @@ struct ConvGeometry {
 /// [positions, kernel..., channels] bytes, `fill` where the patch lies outside of the image. q: channels-last in memory.
 at::Tensor im2col(const at::Tensor& q, const ConvGeometry& geometry, uint8_t fill);
 
+/// The transpose of im2col: float32 or bfloat16 rows [positions, patch] added up into a float32 image [batch, d, h, w,
+/// channels], in the order of positions.
+at::Tensor col2im(const at::Tensor& columns, const ConvGeometry& geometry);
+
 }  // namespace rarefy::ops

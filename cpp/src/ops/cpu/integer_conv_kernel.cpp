@@ -38,6 +38,11 @@ bool weight_gradient_as_matmul(const ConvGeometry& g, int64_t groups) {
   return groups == 1 && (g.is_pointwise() || g.out[0] * g.out[1] * g.out[2] <= 16);
 }
 
+/// Whether the input's gradient is one matrix product, whose patches are then added up: pays where the image is smallest.
+bool input_gradient_as_matmul(const ConvGeometry& g, int64_t groups) {
+  return groups == 1 && !g.is_pointwise() && g.out[0] * g.out[1] * g.out[2] <= 4;
+}
+
 at::MemoryFormat channels_last(int64_t dimensions) {
   return dimensions == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
 }
@@ -194,16 +199,22 @@ std::tuple<at::Tensor, at::Tensor> integer_conv_backward_cpu(const at::Tensor& g
     auto shape = with_channels_last(q_w).sizes().vec();  // [out, kernel..., in]
     gw = product.view(shape).movedim(-1, 1);
   }
-  if (need[0] || (need[1] && !matmul)) {
+  const bool patches = need[0] && input_gradient_as_matmul(geometry, groups);
+  if (patches) {
+    const auto rows = weight_rows(q_w);
+    const auto weight = bf16 ? dequantize(rows, {1.0f}, 0, -1, type) : dequantize(rows, floats(w_scale), 0, 0, type);
+    const auto columns = bf16 ? at::mm(as_rows(grad), weight) : matmul_transposed(as_rows(grad), weight.t());
+    gx = col2im(columns, geometry).view(with_channels_last(q_x).sizes()).movedim(-1, 1);
+  }
+  const std::array<bool, 2> rest = {need[0] && !patches, need[1] && !matmul};
+  if (rest[0] || rest[1]) {
     const auto weight = bf16 ? dequantize(q_w, {1.0f}, 0, -1, type) : dequantize(q_w, floats(w_scale), 0, 0, type);
-    const auto x =
-        need[1] && !matmul ? dequantize(q_x, x_factor, zero_point, -1, type) : at::empty_like(q_x, options.dtype(type));
+    const auto x = rest[1] ? dequantize(q_x, x_factor, zero_point, -1, type) : at::empty_like(q_x, options.dtype(type));
     const std::vector<int64_t> no_padding(stride.size(), 0);
-    auto [input, kernel, bias] =
-        at::convolution_backward(grad, x, weight, std::nullopt, stride, padding, dilation, false, no_padding, groups,
-                                 {need[0], need[1] && !matmul, false});
-    gx = need[0] ? input : gx;
-    gw = need[1] && !matmul ? kernel : gw;
+    auto [input, kernel, bias] = at::convolution_backward(grad, x, weight, std::nullopt, stride, padding, dilation,
+                                                          false, no_padding, groups, {rest[0], rest[1], false});
+    gx = rest[0] ? input : gx;
+    gw = rest[1] ? kernel : gw;
   }
   if (need[0]) {
     gx = like(gx, q_x_);
@@ -215,47 +226,11 @@ std::tuple<at::Tensor, at::Tensor> integer_conv_backward_cpu(const at::Tensor& g
   return {gx, gw};
 }
 
-at::Tensor integer_multiplier_backward_cpu(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& weight,
-                                           const at::Tensor& q_w, const at::Tensor& scale,
-                                           const at::Tensor& multiplier) {
-  constexpr const char* function = "integer_multiplier_backward";
-  check_multiplier_backward(function, grad, mask, weight, q_w, scale, multiplier);
-  TORCH_CHECK_VALUE(filters_in_order(q_w) && grad.strides() == q_w.strides() && weight.strides() == q_w.strides(), "[",
-                    function, "] grad, weight and q_w must have the same strides, one filter after the other, got ",
-                    grad.strides(), ", ", weight.strides(), " and ", q_w.strides());
-  const int64_t channels = q_w.size(0);
-  const int64_t n = q_w.numel() / channels;
-  std::vector<float> with_weight(static_cast<size_t>(channels)), with_integers(with_weight);
-  const auto weights = weight.to(at::kFloat);
-  const auto dot = [&](const at::Tensor& gradient, std::vector<float>& first, std::vector<float>& second) {
-    const auto* g = gradient.const_data_ptr<float>();
-    const auto* w = weights.const_data_ptr<float>();
-    const auto* q = q_w.const_data_ptr<int8_t>();
-    at::parallel_for(0, channels, std::max<int64_t>(1, kGrain / (n + 1)), [&](int64_t begin, int64_t end) {
-      RAREFY_ISA_CALL(dot_rows, g, w, q, n, first.data(), second.data(), begin, end);
-    });
-  };
-  dot(grad, with_weight, with_integers);
-  if (!is_all_ones(mask, grad.numel())) {
-    std::vector<float> unused(with_weight);
-    dot(fake_quantize_backward(grad, mask, grad.sym_strides()), with_weight, unused);
-  }
-  const auto scales = per_channel(scale, channels);
-  const auto m = floats(multiplier);
-  auto out = at::empty({channels}, grad.options());
-  auto* values = out.data_ptr<float>();
-  for (size_t c = 0; c < m.size(); ++c) {
-    values[c] = (with_weight[c] - scales[c] * with_integers[c]) / m[c];
-  }
-  return out.to(multiplier.scalar_type());
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rarefy, CPU, m) {
   m.impl("integer_conv_forward", &integer_conv_forward_cpu);
   m.impl("integer_conv_backward", &integer_conv_backward_cpu);
-  m.impl("integer_multiplier_backward", &integer_multiplier_backward_cpu);
 }
 
 }  // namespace rarefy::ops

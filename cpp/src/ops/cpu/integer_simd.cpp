@@ -142,35 +142,6 @@ void scale_to_bf16_range(const T* x, Bf16* y, int64_t columns, const float* scal
   });
 }
 
-/// 16 partial sums, whatever the vector's width.
-class PartialSums {
- public:
-  void add(int part, Vec value) { sums_[part] = sums_[part] + value; }
-  float total() const {
-    float lanes[16];
-    for (int part = 0; part < kParts; ++part) {
-      sums_[part].store(static_cast<float*>(lanes) + part * Vec::size);
-    }
-    for (int width = 8; width > 0; width /= 2) {
-      for (int i = 0; i < width; ++i) {
-        lanes[i] += lanes[i + width];
-      }
-    }
-    return lanes[0];
-  }
-  static constexpr int kParts = 16 / Vec::size;
-
- private:
-  Vec sums_[kParts];
-
- public:
-  PartialSums() {
-    for (auto& sum : sums_) {
-      sum = Vec(0.0f);
-    }
-  }
-};
-
 }  // namespace
 
 bool quantize_mask(const void* x, uint8_t* q, uint8_t* mask, Layout layout, Grid grid, const float* multiplier,
@@ -237,30 +208,6 @@ void sum_bytes(const int8_t* weight, int64_t n, int32_t* sums, int64_t begin, in
       sum += weight[row * n + i];
     }
     sums[row] = sum;
-  }
-}
-
-void dot_rows(const float* gradient, const float* weight, const int8_t* q, int64_t n, float* with_weight,
-              float* with_integers, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    PartialSums weights, integers;
-    const int64_t last = (row + 1) * n;
-    int64_t i = row * n;
-    for (; i + 16 <= last; i += 16) {
-      for (int part = 0; part < PartialSums::kParts; ++part) {
-        const int64_t k = i + part * Vec::size;
-        const Vec g = Vec::load(gradient + k);
-        weights.add(part, g * Vec::load(weight + k));
-        integers.add(part, g * Vec::load_bytes(q + k));
-      }
-    }
-    float rest_weight = 0.0f, rest_integers = 0.0f;
-    for (; i < last; ++i) {
-      rest_weight += gradient[i] * weight[i];
-      rest_integers += gradient[i] * static_cast<float>(q[i]);
-    }
-    with_weight[row] = weights.total() + rest_weight;
-    with_integers[row] = integers.total() + rest_integers;
   }
 }
 

@@ -43,11 +43,6 @@ RAREFY_DECLARE_ISA(
     void scale_rows_from_bf16(const void* x, float* y, int64_t columns, const float* scale, int64_t begin, int64_t end);
 
     /// sums[i] = sum over n bytes of weight row i in [begin, end).
-    void sum_bytes(const int8_t* weight, int64_t n, int32_t* sums, int64_t begin, int64_t end);
-
-    /// The two dot products of a gradient row with the weight where it passed, and with the integers: in 16 interleaved
-    /// partial sums whatever the vector's width, added up in one order.
-    void dot_rows(const float* gradient, const float* weight, const int8_t* q, int64_t n, float* with_weight,
-                  float* with_integers, int64_t begin, int64_t end);)
+    void sum_bytes(const int8_t* weight, int64_t n, int32_t* sums, int64_t begin, int64_t end);)
 
 }  // namespace rarefy::cpu

@@ -98,13 +98,6 @@ std::tuple<at::Tensor, at::Tensor> integer_conv_backward_meta(const at::Tensor& 
           gradient_or_none(need[1], q_w, at::MemoryFormat::Preserve)};
 }
 
-at::Tensor integer_multiplier_backward_meta(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& weight,
-                                            const at::Tensor& q_w, const at::Tensor& scale,
-                                            const at::Tensor& multiplier) {
-  check_multiplier_backward("integer_multiplier_backward", grad, mask, weight, q_w, scale, multiplier);
-  return at::empty_like(multiplier, multiplier.options(), at::MemoryFormat::Contiguous);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rarefy, Meta, m) {
@@ -113,7 +106,6 @@ TORCH_LIBRARY_IMPL(rarefy, Meta, m) {
   m.impl("integer_linear_backward", &integer_linear_backward_meta);
   m.impl("integer_conv_forward", &integer_conv_forward_meta);
   m.impl("integer_conv_backward", &integer_conv_backward_meta);
-  m.impl("integer_multiplier_backward", &integer_multiplier_backward_meta);
 }
 
 }  // namespace rarefy::ops
