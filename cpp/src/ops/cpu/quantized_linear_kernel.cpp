@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "ops/cpu/onednn.h"
+#include "ops/integer_checks.h"
 
 namespace rarefy::ops {
 namespace {
@@ -61,6 +62,7 @@ QuantizedInput quantize_input(const at::Tensor& x, const at::Tensor& scale, cons
 
 at::Tensor pack_linear_weight_cpu(const at::Tensor& weight) {
   check_weight("pack_linear_weight", weight, 2, 2);
+  check_sum_length("pack_linear_weight", weight.size(1));
   return onednn::pack_linear(weight);
 }
 
@@ -93,6 +95,7 @@ at::Tensor pack_conv2d_weight_cpu(const at::Tensor& weight, const at::Tensor& we
   TORCH_CHECK_VALUE(static_cast<int64_t>(input_size.size()) == weight.dim() && input_size[1] == weight.size(1) * groups,
                     "[", function, "] input_size must have ", weight.dim(), " values, the second of them ",
                     weight.size(1) * groups, ", got ", input_size);
+  check_sum_length(function, weight.numel() / weight.size(0));
   const onednn::Movement movement(function, weight.dim() - 2, stride, padding, dilation, groups);
   auto sizes = input_size.vec();
   if (weight.dim() == 3) {
