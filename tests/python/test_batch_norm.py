@@ -156,6 +156,21 @@ def test_evaluation_equals_folding_by_hand(net, dim, execution):
 
 
 # --- freeze_batch_norm ------------------------------------------------------------------------------------------------
+def test_frozen_training_is_the_same_in_integers(net, dim):
+    x = data(dim, 3)[0]
+    gradients = []
+    for execution in ("simulated", "integer"):
+        prepared = prepare_qat(net, QConfig.int8(execution=execution), x)
+        prepared(x)
+        freeze_batch_norm(prepared)
+        prepared.zero_grad()
+        prepared(x).square().sum().backward()
+        gradients.append({name: p.grad for name, p in prepared.named_parameters()})
+    for name, expected in gradients[0].items():
+        limit = 1e-4 * float(expected.abs().max()) + 1e-6
+        torch.testing.assert_close(gradients[1][name], expected, rtol=0, atol=limit, msg=name)
+
+
 def test_frozen_statistics_stay_and_gamma_trains(net, dim):
     prepared = prepare_qat(net, QConfig.int8(), data(dim, 2)[0])
     freeze_batch_norm(prepared)

@@ -5,15 +5,13 @@
 #include <c10/util/Exception.h>
 
 #include <cstdint>
-#include <limits>
 #include <optional>
+
+#include <rarefy/ops/integer.h>
 
 #include "ops/fake_quantize_checks.h"
 
 namespace rarefy::ops {
-
-/// The most products of an 8-bit input and an 8-bit weight that int32 sums for sure: 65,793.
-constexpr int64_t kLongestSum = std::numeric_limits<int32_t>::max() / (255 * 128);
 
 inline void check_sum_length(const char* function, const c10::SymInt& products) {
   TORCH_CHECK_VALUE(products <= kLongestSum, "[", function, "] an int32 sum must have at most ", kLongestSum,

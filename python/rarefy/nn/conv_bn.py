@@ -157,7 +157,7 @@ class ConvBnLayer(ConvLayer):
         return self._finish(self.bn.normalize(y))
 
     def _forward_integer(self, x: Tensor) -> Tensor:
-        if not self.bn.training:
+        if not self.bn.moves:
             weight, bias = self.folded()
             y = self._compute_integer(x, weight, None, bias, self._grids(x, weight), self.relu)
             return self._finish(y, rectified=self.relu)

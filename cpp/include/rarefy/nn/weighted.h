@@ -96,6 +96,10 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     if (auto reason = config.why_not_integer()) {
       return reason;
     }
+    const int64_t products = weight.numel() / weight.size(0);
+    if (products > ops::kLongestSum) {
+      return "int32 does not hold sums of " + std::to_string(products) + " products";
+    }
     return ops::has_exact_integer_products() ? std::nullopt
                                              : std::optional<std::string>("the processor sums products of bytes in 16 bits");
   }

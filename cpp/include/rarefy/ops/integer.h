@@ -21,6 +21,9 @@
 // A NaN in x makes every element of y NaN: an integer could not show it.
 namespace rarefy::ops {
 
+/// The most products of an 8-bit input and an 8-bit weight that int32 sums for sure: 65,793.
+constexpr int64_t kLongestSum = 0x7fffffff / (255 * 128);
+
 /// The grids of an input and a weight.
 struct IntegerGrids {
   at::Tensor x_scale;       // float32 [1]
