@@ -4,7 +4,9 @@ One JSON line per row on stdout, a table on stderr. The limit of a row copies as
 have into memory that is already mapped: forward reads x and writes x_hat, backward reads and writes a gradient, so two
 copies.
 
-    python benchmarks/fake_quantize.py [--threads 2] [--repeats 21] [--compile] [--rows 1M ...]
+    python benchmarks/fake_quantize.py [--threads 2] [--repeats 21] [--quick] [--compile] [--rows 1M ...]
+
+"goal" in a line of both passes is the ratio to the limit that the row is to stay below.
 """
 
 import argparse
@@ -118,13 +120,38 @@ def per_channel(x: torch.Tensor, with_compile: bool) -> dict[str, Callable[[torc
     return functions
 
 
+def learned(x: torch.Tensor, with_compile: bool) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """A scale that is learned (LSQ), per tensor, to int8; the gradient of the scale is part of both passes."""
+    factor = (x.numel() * 127) ** -0.5
+    scale, zero_point = torch.tensor([0.02], requires_grad=True), torch.zeros(1, dtype=torch.int32)
+    theirs, their_zero = torch.tensor([0.02], requires_grad=True), torch.zeros(1)
+    plain = torch.tensor([0.02], requires_grad=True)
+
+    def formula(x: torch.Tensor) -> torch.Tensor:
+        step = (plain - plain * factor).detach() + plain * factor
+        return plain_formula(x, step, zero_point, -128, 127)
+
+    functions = {
+        "rarefy": lambda x: ops.fake_quantize_learned(x, scale, zero_point, None, -128, 127, factor),
+        "torch learnable_per_tensor": lambda x: torch._fake_quantize_learnable_per_tensor_affine(
+            x, theirs, their_zero, -128, 127, factor
+        ),
+    }
+    if with_compile:
+        functions["torch.compile"] = torch.compile(formula, dynamic=False)
+    return functions
+
+
+# Shape, functions and the goal for both passes.
 ROWS = {
-    "observe + fake quantize, 1M": ((1 << 20,), observed),
-    "observe + fake quantize, 64M": ((1 << 26,), observed),
-    "fake quantize, 1M": ((1 << 20,), per_tensor),
-    "fake quantize, 64M": ((1 << 26,), per_tensor),
-    "per-channel weights 512x512x3x3": ((512, 512, 3, 3), per_channel),
-    "per-channel weights 512x1x3x3": ((512, 1, 3, 3), per_channel),
+    "observe + fake quantize, 1M": ((1 << 20,), observed, 2.0),
+    "observe + fake quantize, 64M": ((1 << 26,), observed, 2.0),
+    "fake quantize, 1M": ((1 << 20,), per_tensor, None),
+    "fake quantize, 64M": ((1 << 26,), per_tensor, None),
+    "learned scale (LSQ), 1M": ((1 << 20,), learned, 3.0),
+    "learned scale (LSQ), 64M": ((1 << 26,), learned, 3.0),
+    "per-channel weights 512x512x3x3": ((512, 512, 3, 3), per_channel, 2.5),
+    "per-channel weights 512x1x3x3": ((512, 1, 3, 3), per_channel, None),
 }
 
 
@@ -132,13 +159,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--quick", action="store_true", help="few repeats: does it run, and roughly how fast")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of the plain formula")
     parser.add_argument("--rows", nargs="*", default=[""], help="only rows whose name contains one of these")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
     print(f"{'row':36} {'pass':9} {'function':28} {'ms':>9} {'/ limit':>8}", file=sys.stderr)
-    for row, (shape, build) in ROWS.items():
+    for row, (shape, build, goal) in ROWS.items():
         if not any(wanted in row for wanted in arguments.rows):
             continue
         torch.manual_seed(0)
@@ -149,6 +177,8 @@ def main() -> None:
         both = {name: forward_backward(function, x, grad) for name, function in functions.items()}
         for name_of_pass, candidates, moved in (("forward", forwards, [x]), ("both", both, [x, grad])):
             repeats = max(5, arguments.repeats // 4) if x.numel() >= 1 << 24 else arguments.repeats
+            if arguments.quick:
+                repeats = min(repeats, 5)
             medians = interleaved({"limit": copies(moved)} | candidates, repeats)
             for name, seconds in medians.items():
                 ratio = seconds / medians["limit"]
@@ -159,6 +189,7 @@ def main() -> None:
                     "function": name,
                     "milliseconds": round(seconds * 1e3, 4),
                     "ratio_to_limit": round(ratio, 3),
+                    "goal": goal if name_of_pass == "both" else None,
                     "threads": arguments.threads,
                     "instruction_set": rarefy._core.instruction_set(),
                 }

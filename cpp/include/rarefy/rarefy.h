@@ -14,6 +14,7 @@
 #include <rarefy/nn/mul.h>
 #include <rarefy/ops/distillation_loss.h>
 #include <rarefy/ops/fake_quantize.h>
+#include <rarefy/ops/fake_quantize_learned.h>
 #include <rarefy/ops/inverse_std.h>
 #include <rarefy/ops/mask.h>
 #include <rarefy/ops/quantized_linear.h>

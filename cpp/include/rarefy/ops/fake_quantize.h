@@ -18,7 +18,7 @@
 //               set: one scale per index of that axis, scale and zero_point have shape [x.size(axis)].
 //   scale       float32 or float64, finite and positive.      zero_point  int32, within [qmin, qmax].
 //   qmin, qmax  the integer range, -32768 <= qmin < qmax <= 65535.
-// x is not differentiated through scale and zero_point: learned scales are another operator.
+// x_hat is not differentiated through scale and zero_point: rarefy/ops/fake_quantize_learned.h does that for the scale.
 // A wrong shape, range or value throws c10::ValueError, a wrong dtype c10::TypeError, a wrong axis c10::IndexError.
 // On CUDA the values of scale, zero_point and of an observer's state are not read back: only their shapes are checked.
 namespace rarefy::ops {
