@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "ops/allocate.h"
@@ -104,7 +105,8 @@ at::Tensor learned_gradient_into(const char* function, const at::Tensor& grad, c
   }
   float* result = dscale.data_ptr<float>();
   for (size_t c = 0; c < total.size(); ++c) {
-    result[c] = static_cast<float>(gradient_scale * total[c]);
+    const auto value = static_cast<float>(gradient_scale * total[c]);
+    result[c] = std::isnan(value) ? std::numeric_limits<float>::quiet_NaN() : value;  // one NaN on every path
   }
   return dscale;
 }
