@@ -2,8 +2,8 @@
 
 A step is forward, loss, backward, SGD step and zero_grad(set_to_none=True). Every row is a ratio to the FP32 step of
 the same model, timed in turn with it. Saved bytes are counted by torch.autograd.graph.saved_tensors_hooks, once per
-storage: all of them, and without the parameters' own, which are memory that training has anyway. The goal is about all of them, as
-figures of peers are.
+storage: all of them, and without the parameters' own, which are memory that training has anyway. The goal is about all of
+them, as figures of peers are.
 
     python benchmarks/qat_step.py [--model resnet18|mlp|encoder|all] [--threads 1 2] [--repeats 11] [--peers]
                                   [--quick] [--json] [--profile] [--only NAME ...]
