@@ -45,7 +45,8 @@ torch::Tensor LinearImpl::compute(const torch::Tensor& x, const torch::Tensor& w
 torch::Tensor LinearImpl::compute_integer(const torch::Tensor& x, const torch::Tensor& w, const torch::Tensor&,
                                           const torch::Tensor& b, const ops::IntegerGrids& grids,
                                           const ops::IntegerOptions& options_) {
-  return ops::integer_linear(x, w, b.defined() ? std::optional(b) : std::nullopt, grids, /*transposed=*/false, options_);
+  return ops::integer_linear(x, w, b.defined() ? std::optional(b) : std::nullopt, grids, /*transposed=*/false,
+                             options_);
 }
 
 torch::Tensor LinearImpl::pack(const torch::Tensor&) { return ops::pack_linear_weight(weight); }

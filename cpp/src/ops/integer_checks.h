@@ -3,11 +3,10 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
+#include <rarefy/ops/integer.h>
 
 #include <cstdint>
 #include <optional>
-
-#include <rarefy/ops/integer.h>
 
 #include "ops/fake_quantize_checks.h"
 

@@ -100,8 +100,9 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     if (products > ops::kLongestSum) {
       return "int32 does not hold sums of " + std::to_string(products) + " products";
     }
-    return ops::has_exact_integer_products() ? std::nullopt
-                                             : std::optional<std::string>("the processor sums products of bytes in 16 bits");
+    return ops::has_exact_integer_products()
+               ? std::nullopt
+               : std::optional<std::string>("the processor sums products of bytes in 16 bits");
   }
   virtual bool has_integer_kernel_on(c10::DeviceType device) const { return device == c10::DeviceType::CPU; }
   /// The converted layer in integers, ReLU included.

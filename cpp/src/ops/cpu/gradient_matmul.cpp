@@ -7,9 +7,8 @@
 namespace rarefy::ops {
 
 at::Tensor matmul_transposed(const at::Tensor& a, const at::Tensor& b) {
-  using Signature =
-      at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, std::string_view,
-                 torch::List<std::optional<c10::Scalar>>, std::optional<std::string_view>);
+  using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, std::string_view,
+                               torch::List<std::optional<c10::Scalar>>, std::optional<std::string_view>);
   static const auto schema = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
   if (a.scalar_type() != at::kFloat || !schema.has_value() || a.numel() == 0 || b.numel() == 0) {
     return at::mm(a, b.t());
