@@ -21,9 +21,9 @@ namespace rarefy::ops {
 ///            0, whatever g is                                  where x is NaN
 ///
 /// gradient_scale is any finite number; the paper takes 1 / sqrt(elements per channel * qmax). zero_point is a constant.
-/// Saves x and the parameters, no mask. dscale is summed in blocks that depend on the shape alone, then in float64, and
-/// does not depend on the number of threads or, on the CPU, on the instruction set. There is no second derivative: asking for one throws
-/// c10::NotImplementedError.
+/// Saves x and the parameters, no mask. dscale is added up in an order that the shape and the strides alone decide, most
+/// of it in float64 (docs/dev/numerics.md): on the CPU it does not depend on the number of threads or the instruction set.
+/// There is no second derivative: asking for one throws c10::NotImplementedError.
 /// Throws c10::ValueError, c10::TypeError and c10::IndexError as fake_quantize does, a TypeError for a scale that is not
 /// float32 and a ValueError for a gradient_scale that is not finite.
 RAREFY_API at::Tensor fake_quantize_learned(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
