@@ -57,6 +57,7 @@ void init_quantization(py::module_& parent) {
       .def("__repr__", [](const Latest&) { return "Latest()"; })
       .def(py::pickle([](const Latest&) { return py::tuple(); }, [](const py::tuple&) { return Latest{}; }));
 
+  m.attr("LONGEST_INTEGER_SUM") = ops::kLongestSum;
   m.def("has_exact_integer_products", &ops::has_exact_integer_products,
         "Whether the processor sums products of bytes in 32 bits, without saturating (AVX512-VNNI, AVX-VNNI).");
   m.def(

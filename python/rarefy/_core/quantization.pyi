@@ -8,6 +8,7 @@ import torch
 import typing
 
 __all__: list[str] = [
+    "LONGEST_INTEGER_SUM",
     "Latest",
     "MinMax",
     "MovingAverage",
@@ -191,3 +192,5 @@ def why_not_integer(weight: Scheme | None, activation: Scheme | None) -> str | N
     """
     Why a layer with these schemes cannot compute in integers, or None.
     """
+
+LONGEST_INTEGER_SUM: int = 65793

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rarefy._core.quantization import Latest, PerChannel, Scheme, has_exact_integer_products
+from rarefy._core.quantization import LONGEST_INTEGER_SUM, Latest, PerChannel, Scheme, has_exact_integer_products
 from rarefy.nn.relu import mark_rectified, rectify
 from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.qconfig import QConfig
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _EXACT_PRODUCTS = has_exact_integer_products()
-_LONGEST_SUM = (2**31 - 1) // (255 * 128)  # products of bytes that an int32 holds for sure
 
 
 class QuantState(nn.Module):
@@ -170,7 +169,7 @@ class WeightedLayer(QuantizableLayer):
         if not self._integer_devices:
             return f"{type(self).__name__} has no integer kernel"
         products = self.weight.numel() // self.weight.shape[self.channel_axis]
-        if products > _LONGEST_SUM:
+        if products > LONGEST_INTEGER_SUM:
             return f"int32 does not hold sums of {products} products"
         return config.why_not_integer() or (
             None if _EXACT_PRODUCTS else "the processor sums products of bytes in 16 bits"

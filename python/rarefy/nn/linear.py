@@ -9,17 +9,14 @@ from torch import Tensor, nn
 from rarefy.nn._base import WeightedLayer
 
 
-class Linear(WeightedLayer, nn.Linear):
-    """``torch.nn.Linear`` in quantization-aware training: x [..., in] to [..., out].
-
-    Made by ``rarefy.quantization.prepare_qat`` and ``prepare`` from an ``nn.Linear``, whose Parameter objects it keeps.
-    """
+class LinearLayer(WeightedLayer):
+    """What linear layers share, whichever way their weight lies: ``channel_axis`` is that of the output features."""
 
     quantizes_output = False
     _integer_devices = ("cpu", "cuda")
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight.t() if self.channel_axis == 1 else weight, bias)
 
     def _compute_integer(
         self,
@@ -30,5 +27,12 @@ class Linear(WeightedLayer, nn.Linear):
         grids: tuple[object, ...],
         relu: bool,
     ) -> Tensor:
-        bf16 = self.gradient_dtype is torch.bfloat16
-        return torch.ops.rarefy.integer_linear(x, weight, bias, *grids, False, relu, bf16, None)
+        transposed, bf16 = self.channel_axis == 1, self.gradient_dtype is torch.bfloat16
+        return torch.ops.rarefy.integer_linear(x, weight, bias, *grids, transposed, relu, bf16, None)
+
+
+class Linear(LinearLayer, nn.Linear):
+    """``torch.nn.Linear`` in quantization-aware training: x [..., in] to [..., out].
+
+    Made by ``rarefy.quantization.prepare_qat`` and ``prepare`` from an ``nn.Linear``, whose Parameter objects it keeps.
+    """

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "ops/autograd/mask_gradient.h"
+#include "ops/autograd/not_differentiable.h"
 
 namespace rarefy::ops {
 namespace {
@@ -131,17 +132,6 @@ at::Tensor observe_fake_quantize_autograd(const at::Tensor& x, at::Tensor& min_v
   return ObserveFakeQuantize::apply(x, min_val, max_val, scale, zero_point, skipped, axis, averaging_constant, qmin,
                                     qmax, symmetric);
 }
-
-/// An operator without a derivative: its results do not require a gradient.
-template <auto op>
-struct NotDifferentiable;
-template <typename Result, typename... Arguments, Result (*op)(Arguments...)>
-struct NotDifferentiable<op> {
-  static Result call(Arguments... arguments) {
-    at::AutoDispatchBelowAutograd guard;
-    return op(std::forward<Arguments>(arguments)...);
-  }
-};
 
 /// An operator that writes its tensor arguments number 1 to 5: their versions go up, as after any in-place operation, so
 /// that autograd notices when it had saved one of them.

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "ops/autograd/mask_gradient.h"
+#include "ops/autograd/not_differentiable.h"
 #include "ops/integer_checks.h"
 #include "ops/integer_ops.h"
 
@@ -386,17 +387,6 @@ at::Tensor integer_conv_autograd(const at::Tensor& x, const at::Tensor& weight,
                             Geometry{stride.vec(), padding.vec(), dilation.vec(), groups},
                             IntegerOptions{relu, bf16_gradients, dtype});
 }
-
-/// An operator that only the backward pass calls, or whose results are bytes: its results do not require a gradient.
-template <auto op>
-struct NotDifferentiable;
-template <typename Result, typename... Arguments, Result (*op)(Arguments...)>
-struct NotDifferentiable<op> {
-  static Result call(Arguments... arguments) {
-    at::AutoDispatchBelowAutograd guard;
-    return op(std::forward<Arguments>(arguments)...);
-  }
-};
 
 }  // namespace
 
