@@ -295,3 +295,17 @@ def test_reestimation_refuses_and_restores(net, dim):
         reestimate_batch_norm(nn.Linear(2, 2), batches)
     with pytest.raises(ValueError, match="every batch normalization must see data, but none reached: bn1, bn2, alone"):
         reestimate_batch_norm(prepared, batches, forward=lambda model, x: x)
+
+
+@pytest.mark.parametrize("execution", ["simulated", "integer"])
+def test_a_weight_that_is_not_finite_is_counted_in_the_weight(net, dim, execution):
+    x = data(dim, 4)[0]
+    prepared = prepare_qat(net, QConfig.int8(execution=execution), x)
+    with torch.no_grad():
+        prepared.conv1.weight[0, 0] = torch.nan
+    count = prepared.conv1.weight[0, 0].numel()
+    message = (
+        rf"conv1\.quant\.weight must be finite, got {count} NaN or infinite values of {prepared.conv1.weight.numel()}"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepared(x)

@@ -104,12 +104,13 @@ class FakeQuantizer(nn.Module):
             tape = checkpoint.current_tape()
             return (self.scale, self.zero_point) if tape is None else tape.replay(self)
         arguments = (self.axis, self._constant, self.qmin, self.qmax, self._symmetric)
+        seen = x.detach()
         if factor is not None:
-            x, arguments = self._scaled_ends(x, factor), (None if self.axis is None else 1, *arguments[1:])
+            seen, arguments = self._scaled_ends(x, factor), (None if self.axis is None else 1, *arguments[1:])
         if self.sync is not None and not self._is_weight and self.sync.is_active():
             self.sync.observe(x, self._state, self.axis, self._constant, (self.qmin, self.qmax), self._symmetric)
         else:
-            torch.ops.rarefy.observe(x.detach(), *self._state, *arguments)
+            torch.ops.rarefy.observe(seen, *self._state, *arguments)
             if self._is_weight:
                 self._refuse_not_finite(x)
         self._note_observed()
