@@ -190,21 +190,27 @@ def without(model: nn.Module, kept: Kept) -> nn.Module:
     return model
 
 
-def run(model: nn.Module, inputs: Any) -> list[Tensor]:
+def call(model: nn.Module, inputs: Any) -> Any:
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
+def run(model: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any], Any] = call) -> list[Tensor]:
     """The floating-point tensors of the model's output, in order."""
     with torch.no_grad():
-        output = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+        output = forward(model, inputs)
     output = dict(output) if hasattr(output, "keys") else output
     return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-def run_without(model: nn.Module, kept: Kept, inputs: Any) -> list[Tensor]:
+def run_without(
+    model: nn.Module, kept: Kept, inputs: Any, forward: Callable[[nn.Module, Any], Any] = call
+) -> list[Tensor]:
     """The outputs of the model where every slice that is not kept is not there."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with sdpa_kernel(SDPBackend.MATH), Absence():
-            return run(without(model, kept), inputs)
+            return run(without(model, kept), inputs, forward)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 

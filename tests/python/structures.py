@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,9 @@ class Structure:
     def make_inputs(self, seed: int = 0) -> Inputs:
         torch.manual_seed(1000 + seed)
         return self.inputs()
+
+    def forward(self, model: nn.Module, inputs: Inputs) -> Any:
+        return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
 def randomize(model: nn.Module) -> None:
