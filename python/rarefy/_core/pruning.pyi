@@ -10,6 +10,7 @@ import typing
 
 __all__: list[str] = [
     "ConstantSchedule",
+    "Cut",
     "LeftAlone",
     "MagnitudePrunerOptions",
     "PolynomialSchedule",
@@ -17,6 +18,7 @@ __all__: list[str] = [
     "PruningReport",
     "PruningState",
     "STEP_KEY",
+    "Surgery",
     "advance",
     "apply_masks",
     "check_existing",
@@ -190,6 +192,45 @@ class PruningState:
         masks: collections.abc.Sequence[torch.Tensor],
         step: torch.Tensor,
     ) -> None: ...
+
+class Cut:
+    """
+    The slices of one dimension of one tensor that stay, ascending.
+    """
+    def __init__(
+        self,
+        tensor: str,
+        dim: typing.SupportsInt | typing.SupportsIndex,
+        kept: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def kept(self) -> list[int]: ...
+    @property
+    def tensor(self) -> str: ...
+
+class Surgery:
+    """
+    The removal of slices from tensors, as a transaction.
+    """
+    def __init__(
+        self,
+        names: collections.abc.Sequence[str],
+        values: collections.abc.Sequence[torch.Tensor],
+        state_parameters: collections.abc.Sequence[str],
+        state_names: collections.abc.Sequence[str],
+        state: collections.abc.Sequence[torch.Tensor],
+    ) -> None: ...
+    def apply(self, cuts: collections.abc.Sequence[Cut]) -> None: ...
+    def commit(self) -> None: ...
+    def is_cut(self, tensor: torch.Tensor) -> bool: ...
+    def kept(self, tensor: torch.Tensor, dim: typing.SupportsInt | typing.SupportsIndex) -> list[int] | None:
+        """
+        The indices that stay; None when all do.
+        """
+    def rollback(self) -> None: ...
 
 def advance(state: PruningState, options: MagnitudePrunerOptions) -> None:
     """

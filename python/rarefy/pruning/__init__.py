@@ -1,13 +1,24 @@
 """Pruning: weights held at zero by packed masks beside untouched parameters."""
 
-from rarefy._core.pruning import ConstantSchedule, LeftAlone, PolynomialSchedule, PrunedTensor, PruningReport
+import rarefy.quantization  # noqa: F401  (rarefy.nn, which the surgery knows, takes its fake quantizers from there)
+from rarefy._core.pruning import (
+    ConstantSchedule,
+    Cut,
+    LeftAlone,
+    PolynomialSchedule,
+    PrunedTensor,
+    PruningReport,
+)
 from rarefy.pruning.magnitude import MagnitudePruner
+from rarefy.pruning.surgery import Surgery
 
 __all__ = [
     "ConstantSchedule",
+    "Cut",
     "LeftAlone",
     "MagnitudePruner",
     "PolynomialSchedule",
     "PrunedTensor",
     "PruningReport",
+    "Surgery",
 ]
