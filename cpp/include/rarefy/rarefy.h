@@ -19,6 +19,8 @@
 #include <rarefy/ops/mask.h>
 #include <rarefy/ops/quantized_linear.h>
 #include <rarefy/ops/relu.h>
+#include <rarefy/pruning/choice.h>
+#include <rarefy/pruning/importance.h>
 #include <rarefy/pruning/pruner.h>
 #include <rarefy/quantization/batch_norm.h>
 #include <rarefy/quantization/fake_quantizer.h>
