@@ -20,6 +20,8 @@
 #include <rarefy/ops/quantized_linear.h>
 #include <rarefy/ops/relu.h>
 #include <rarefy/pruning/optimizer_state.h>
+#include <rarefy/pruning/choice.h>
+#include <rarefy/pruning/importance.h>
 #include <rarefy/pruning/pruner.h>
 #include <rarefy/pruning/surgery.h>
 #include <rarefy/quantization/batch_norm.h>

@@ -1,4 +1,4 @@
-"""Pruning: weights held at zero by packed masks beside untouched parameters."""
+"""Pruning: weights held at zero by packed masks beside untouched parameters, and channels that are removed."""
 
 import rarefy.quantization  # noqa: F401  (rarefy.nn, which the surgery knows, takes its fake quantizers from there)
 from rarefy._core.pruning import (
@@ -9,16 +9,32 @@ from rarefy._core.pruning import (
     PrunedTensor,
     PruningReport,
 )
+    Channels,
+    Group,
+    Macs,
+    Member,
+    Parameters,
+    Pinned,
+    Structure,
+from rarefy.pruning import importance
 from rarefy.pruning.magnitude import MagnitudePruner
 from rarefy.pruning.surgery import Surgery
 
 __all__ = [
+    "Channels",
     "ConstantSchedule",
     "Cut",
+    "Group",
     "LeftAlone",
+    "Macs",
     "MagnitudePruner",
+    "Member",
+    "Parameters",
+    "Pinned",
     "PolynomialSchedule",
     "PrunedTensor",
     "PruningReport",
     "Surgery",
+    "Structure",
+    "importance",
 ]
