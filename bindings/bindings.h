@@ -12,6 +12,7 @@ namespace py = pybind11;
 
 void init_config(py::module_& m);
 void init_pruning(py::module_& m);
+void init_pruning_latency(py::module_& m);
 void init_quantization(py::module_& m);
 void init_distillation(py::module_& m);
 
