@@ -2,22 +2,24 @@
 
 import rarefy.quantization  # noqa: F401  (rarefy.nn, which the surgery knows, takes its fake quantizers from there)
 from rarefy._core.pruning import (
+    Channels,
     ConstantSchedule,
     Cut,
-    LeftAlone,
-    PolynomialSchedule,
-    PrunedTensor,
-    PruningReport,
-)
-    Channels,
     Group,
+    LeftAlone,
     Macs,
     Member,
     Parameters,
     Pinned,
+    PolynomialSchedule,
+    PrunedTensor,
+    PruningReport,
     Structure,
+    StructuredReport,
+)
 from rarefy.pruning import importance
 from rarefy.pruning.magnitude import MagnitudePruner
+from rarefy.pruning.structured import StructuredPruner
 from rarefy.pruning.surgery import Surgery
 
 __all__ = [
@@ -34,7 +36,9 @@ __all__ = [
     "PolynomialSchedule",
     "PrunedTensor",
     "PruningReport",
-    "Surgery",
     "Structure",
+    "StructuredPruner",
+    "StructuredReport",
+    "Surgery",
     "importance",
 ]
