@@ -11,6 +11,7 @@ namespace rarefy::python {
 namespace py = pybind11;
 
 void init_config(py::module_& m);
+void init_graph(py::module_& m);
 void init_pruning(py::module_& m);
 void init_pruning_surgery(py::module_& m);
 void init_quantization(py::module_& m);

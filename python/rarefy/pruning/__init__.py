@@ -10,6 +10,7 @@ from rarefy._core.pruning import (
     PruningReport,
 )
 from rarefy.pruning.magnitude import MagnitudePruner
+from rarefy.pruning.manifest import load_pruned, save_pruned
 from rarefy.pruning.surgery import Surgery
 
 __all__ = [
@@ -21,4 +22,6 @@ __all__ = [
     "PrunedTensor",
     "PruningReport",
     "Surgery",
+    "load_pruned",
+    "save_pruned",
 ]
