@@ -105,9 +105,7 @@ struct Surgery::Transaction {
 
 Surgery::Surgery(std::vector<graph::NamedTensor> tensors, std::vector<OptimizerTensor> state)
     : tensors_(std::move(tensors)), state_(std::move(state)), transaction_(std::make_unique<Transaction>()) {
-  for (const auto& item : tensors_) {
-    TORCH_CHECK_VALUE(item.value.defined(), "[Surgery] ", item.name, " must be defined");
-  }
+  std::erase_if(tensors_, [](const auto& item) { return !item.value.defined(); });
 }
 
 Surgery::~Surgery() { rollback(); }
@@ -172,7 +170,6 @@ void Surgery::apply(const std::vector<Cut>& cuts) {
   }
 
   Transaction next;
-  next.undo = std::move(transaction_->undo);
   std::unordered_map<std::string, std::pair<const Target*, std::vector<int64_t>>> by_parameter;
   for (const auto& [memory, target] : targets) {
     const auto after = cut(target.tensors.front().detach(), target.kept);
@@ -205,6 +202,7 @@ void Surgery::apply(const std::vector<Cut>& cuts) {
 
   // Nothing has changed so far, and from here on what changes is undone.
   next.applied = true;
+  next.undo = std::move(transaction_->undo);
   *transaction_ = std::move(next);
   try {
     for (const auto& change : transaction_->changes) {
@@ -223,6 +221,15 @@ const std::vector<int64_t>* Surgery::kept(const at::Tensor& tensor, int64_t dim)
   }
   const auto of_dim = of_tensor->second.find(dim);
   return of_dim == of_tensor->second.end() ? nullptr : &of_dim->second;
+}
+
+std::vector<int64_t> Surgery::sizes_before(const at::Tensor& tensor) const {
+  for (const auto& change : transaction_->changes) {
+    if (change.tensor.is_same(tensor)) {
+      return change.before.sizes().vec();
+    }
+  }
+  return tensor.sizes().vec();
 }
 
 bool Surgery::is_cut(const at::Tensor& tensor) const {
