@@ -31,7 +31,10 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The C++ core of rarefy. Its tensor functions are registered as torch.ops.rarefy.*";
   py::register_local_exception_translator(&translate);
   init_config(m);
+  init_graph(m);
   init_pruning(m);
+  init_pruning_surgery(m);
+  init_pruning_latency(m);
   init_quantization(m);
   init_distillation(m);
 }

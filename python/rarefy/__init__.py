@@ -38,7 +38,7 @@ def show_config() -> None:
     print(f"{_core.show_config()}running torch: {_torch.__version__}\nGPU: {cuda}\nCMake prefix: {cmake_prefix_path}")
 
 
-from rarefy import distillation, pruning, quantization  # noqa: E402
+from rarefy import distillation, graph, pruning, quantization  # noqa: E402
 
 # isort: split
 from rarefy import export, nn  # noqa: E402  (nn's layers are built on quantization's fake quantizers)
@@ -48,6 +48,7 @@ __all__ = [
     "cmake_prefix_path",
     "distillation",
     "export",
+    "graph",
     "nn",
     "pruning",
     "quantization",

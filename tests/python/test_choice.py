@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from structures import chain, chains, convolutional, shapes_of
+from written_structures import chain, chains, convolutional, shapes_of
 
 import rarefy as rf
 from rarefy import _core

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from structures import convolutional
+from written_structures import convolutional
 from torch import nn
 
 import rarefy as rf

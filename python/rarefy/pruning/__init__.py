@@ -1,8 +1,10 @@
 """Pruning: weights held at zero by packed masks beside untouched parameters, and channels that are removed."""
 
+import rarefy.quantization  # noqa: F401  (rarefy.nn, which the surgery knows, takes its fake quantizers from there)
 from rarefy._core.pruning import (
     Channels,
     ConstantSchedule,
+    Cut,
     Group,
     LeftAlone,
     Macs,
@@ -13,13 +15,17 @@ from rarefy._core.pruning import (
     PrunedTensor,
     PruningReport,
     Structure,
+    StructuredReport,
 )
 from rarefy.pruning import importance
 from rarefy.pruning.magnitude import MagnitudePruner
+from rarefy.pruning.structured import StructuredPruner
+from rarefy.pruning.surgery import Surgery
 
 __all__ = [
     "Channels",
     "ConstantSchedule",
+    "Cut",
     "Group",
     "LeftAlone",
     "Macs",
@@ -31,5 +37,8 @@ __all__ = [
     "PrunedTensor",
     "PruningReport",
     "Structure",
+    "StructuredPruner",
+    "StructuredReport",
+    "Surgery",
     "importance",
 ]

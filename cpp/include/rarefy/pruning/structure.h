@@ -4,7 +4,9 @@
 #include <rarefy/graph/graph.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace rarefy::pruning {
@@ -54,19 +56,25 @@ struct RAREFY_API Cost {
   std::vector<std::vector<std::pair<int32_t, int32_t>>> axes;
 };
 
+/// What must keep its shape, and why.
+struct RAREFY_API Pins {
+  std::vector<std::pair<int64_t, std::string>> nodes;        // operators: what they read and write
+  std::vector<std::pair<std::string, std::string>> tensors;  // parameters and buffers by name
+};
+
+struct Provenance;
+
 struct RAREFY_API Structure {
   std::vector<Group> groups;
   std::vector<Pinned> pinned;
   std::vector<Cost> costs;
+  std::shared_ptr<const Provenance> provenance;  // of every tensor of the recording; for the functions of this library
 
   std::string to_string() const;
 };
 
-/// Reads the groups off a recording.
-///   pin  nodes whose inputs and outputs must keep their shape, with the reason: layers that the caller ignores,
-///        operators that turned out to hold a literal size.
-RAREFY_API Structure find_structure(const graph::Graph& graph,
-                                    const std::vector<std::pair<int64_t, std::string>>& pin = {});
+/// Reads the groups off a recording (graph::record).
+RAREFY_API Structure find_structure(const graph::Graph& graph, const Pins& pins = {});
 
 /// What is removed: for each group, ascending units.
 using Removal = std::vector<std::vector<int32_t>>;
