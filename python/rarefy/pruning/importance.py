@@ -39,7 +39,7 @@ __all__ = [
     "Magnitude",
     "Random",
     "Taylor",
-    "importance",
+    "score",
 ]
 
 Reduction: TypeAlias = Literal["mean", "sum", "max"]
@@ -181,7 +181,7 @@ class ActivationStatistics:
 Importance: TypeAlias = Criterion | str | FisherAccumulator | ActivationStatistics | Callable[[Group], torch.Tensor]
 
 
-def importance(
+def score(
     structure: Structure,
     model: nn.Module,
     importance: Importance = "l1",

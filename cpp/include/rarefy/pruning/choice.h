@@ -89,7 +89,7 @@ struct RAREFY_API GroupOutcome {
   std::string name;
   int64_t units = 0;
   int64_t removed = 0;
-  std::string reason;  // why none, or fewer than asked; empty otherwise
+  std::string reason;  // why none, or why no more; empty when nothing holds the group back
 
   std::string to_string() const;
   bool operator==(const GroupOutcome&) const = default;
