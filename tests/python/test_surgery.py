@@ -683,6 +683,17 @@ def test_prepared_layers_are_cut_with_their_quantizers(kind):
     model(x)
 
 
+def test_converted_layers_are_not_cut():
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), torch.randn(2, 4)
+    model = rf.quantization.prepare_qat(model, rf.quantization.QConfig.int8(), x)
+    model(x)
+    model = rf.quantization.convert(model)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="QuantizedLinear must not be converted yet: prune before convert"):
+        Surgery(model).apply([Cut("0.weight", 0, [1]), Cut("0.bias", 0, [1]), Cut("1.weight", 1, [1])])
+    assert snapshot(model) == before
+
+
 def test_set_attribute():
     class Config:
         def __init__(self):

@@ -212,10 +212,10 @@ TEST_CASE("What is not committed comes back", "[surgery]") {
     surgery.apply(net_cuts());
     resize_modules(*net, surgery);
     CHECK(net->conv1->weight.grad().size(0) == 5);
-    CHECK(snapshot(*net, state) != before);
+    CHECK((snapshot(*net, state) != before));
     CHECK_THAT(message([&] { surgery.apply({}); }), ContainsSubstring("must be committed or rolled back first"));
   }
-  CHECK(snapshot(*net, state) == before);
+  CHECK((snapshot(*net, state) == before));
   CHECK(net->conv1->options.out_channels() == 8);
   CHECK(net->depthwise->options.groups() == 8);
   older.backward();  // the loss of before knows the accumulators of before
@@ -230,7 +230,7 @@ TEST_CASE("A loss that was computed before a cut does not disturb later ones", "
   prune(*net, net_cuts());
   net->zero_grad();
   net(x).square().sum().backward();
-  CHECK(net->conv1->weight.grad().sizes() == net->conv1->weight.sizes());
+  CHECK((net->conv1->weight.grad().sizes() == net->conv1->weight.sizes()));
   CHECK_THAT(message([&] { older.backward(); }), ContainsSubstring("modified by an inplace operation"));
 }
 
@@ -252,9 +252,9 @@ TEST_CASE("The order of memory stays, and ties stay", "[surgery]") {
              ContainsSubstring("of also, which is also tied, must be the same"));
   surgery.apply({{"last", 0, {1, 3, 4}}, {"last", 1, {0, 2}}, {"transposed", 0, {2, 5}}, {"tied", 0, {1, 4}}});
   surgery.commit();
-  CHECK(last.sizes() == at::IntArrayRef({3, 2, 3, 3}));
+  CHECK((last.sizes() == at::IntArrayRef({3, 2, 3, 3})));
   CHECK(last.is_contiguous(at::MemoryFormat::ChannelsLast));
-  CHECK(transposed.strides() == at::IntArrayRef({1, 2}));
+  CHECK((transposed.strides() == at::IntArrayRef({1, 2})));
   CHECK(torch::equal(tied, values.index_select(0, torch::tensor({1, 4}))));
   CHECK(same_memory.const_data_ptr() == tied.const_data_ptr());
 }
@@ -281,7 +281,7 @@ TEST_CASE("Bad cuts are refused, with everything as it was", "[surgery]") {
     auto all = net_cuts();
     all.insert(all.end(), cuts.begin(), cuts.end());
     CHECK_THAT(message([&] { surgery.apply(all); }), ContainsSubstring(expected));
-    CHECK(snapshot(*net, state) == before);
+    CHECK((snapshot(*net, state) == before));
   }
   torch::optim::SGD foreign({torch::randn({2}, torch::requires_grad())}, torch::optim::SGDOptions(0.1));
   CHECK_THAT(message([&] { optimizer_tensors(foreign, tensors); }), ContainsSubstring("holds none of them"));
@@ -302,14 +302,14 @@ TEST_CASE("Which slices of a state tensor go with those of its parameter", "[sur
   const auto of = [&](const std::string& name, std::vector<int64_t> shape, std::vector<int64_t> sizes) {
     return kept_of_state({"w", name, torch::zeros(shape)}, sizes, kept);
   };
-  CHECK(of("exp_avg", {4, 3, 2}, {4, 3, 2}) == kept);
+  CHECK((of("exp_avg", {4, 3, 2}, {4, 3, 2}) == kept));
   CHECK(of("step", {}, {4, 3, 2}).empty());
   CHECK(of("step", {1}, {4, 3, 2}).empty());
-  CHECK(of("row_var", {4, 1}, {4, 3}) == Kept{{0, {1, 2}}});
-  CHECK(of("col_var", {1, 3}, {4, 3}) == Kept{{1, {0}}});
-  CHECK(of("exp_avg_sq_row", {4}, {4, 4}) == Kept{{0, {1, 2}}});
-  CHECK(of("exp_avg_sq_col", {4}, {4, 4}) == Kept{{0, {0}}});
-  CHECK(of("other", {3}, {4, 3}) == Kept{{0, {0}}});
+  CHECK((of("row_var", {4, 1}, {4, 3}) == Kept{{0, {1, 2}}}));
+  CHECK((of("col_var", {1, 3}, {4, 3}) == Kept{{1, {0}}}));
+  CHECK((of("exp_avg_sq_row", {4}, {4, 4}) == Kept{{0, {1, 2}}}));
+  CHECK((of("exp_avg_sq_col", {4}, {4, 4}) == Kept{{0, {0}}}));
+  CHECK((of("other", {3}, {4, 3}) == Kept{{0, {0}}}));
   CHECK_THAT(message([&] { of("other", {4}, {4, 4}); }),
              ContainsSubstring("optimizer state 'other' of w must say which dimensions of the parameter it has"));
   CHECK_THAT(
@@ -416,7 +416,7 @@ TEST_CASE("Options follow the shapes", "[surgery]") {
       Surgery surgery(named_tensors(*c.module));
       surgery.apply(c.cuts);
       auto changed = resize_modules(*c.module, surgery)[""];
-      CHECK(changed == c.changed);
+      CHECK((changed == c.changed));
       CHECK(torch::isfinite(c.run()).all().item<bool>());
     }
     c.module->pretty_print(after);
@@ -466,12 +466,15 @@ TEST_CASE("Layers of rarefy::nn are cut with their fake quantizers, and clone af
   }
   const auto scale = net->named_buffers()["0.quant.weight.scale"].clone();
   prune(*net, cuts);
-  CHECK(torch::equal(net->named_buffers()["0.quant.weight.scale"], scale.index_select(0, index(kept))));
+  CHECK((torch::equal(net->named_buffers()["0.quant.weight.scale"], scale.index_select(0, index(kept)))));
   CHECK(net->named_buffers()["1.quant.weight.scale"].size(0) == 4);
   net->forward(x).sum().backward();
   net->eval();
   const auto copy = std::dynamic_pointer_cast<torch::nn::SequentialImpl>(net->clone());
   CHECK(torch::equal(copy->forward(x), net->forward(x)));
+  rarefy::quantization::convert(*net);
+  CHECK_THAT(message([&] { prune(*net, {{"1.weight", 0, {1, 2}}, {"1.bias", 0, {1, 2}}}); }),
+             ContainsSubstring("Conv2d must not be converted yet: prune before convert"));
 }
 
 TEST_CASE("A parameter with a mask must be finalized first", "[surgery]") {
@@ -490,13 +493,13 @@ TEST_CASE("A pruned model is saved and loaded into the original class", "[manife
   Manifest manifest;
   prune(*net, net_cuts(), &manifest);
   prune(*net, net_cuts({0, 1, 4}), &manifest);
-  CHECK(manifest.tensors.at("conv1.weight") == TensorRecord{{8, 3, 3, 3}, {{0, {0, 2, 7}}}});
-  CHECK(manifest.attributes.at("depthwise") ==
-        std::map<std::string, std::string>{{"groups", "3"}, {"in_channels", "3"}, {"out_channels", "3"}});
+  CHECK((manifest.tensors.at("conv1.weight") == TensorRecord{{8, 3, 3, 3}, {{0, {0, 2, 7}}}}));
+  CHECK((manifest.attributes.at("depthwise") ==
+         std::map<std::string, std::string>{{"groups", "3"}, {"in_channels", "3"}, {"out_channels", "3"}}));
   save_pruned(*net, manifest, file);
 
   Net fresh;
-  CHECK(load_pruned(*fresh, file) == manifest);
+  CHECK((load_pruned(*fresh, file) == manifest));
   net->eval();
   fresh->eval();
   const auto x = torch::randn({2, 3, 2, 2});
@@ -517,7 +520,7 @@ TEST_CASE("A pruned model is saved and loaded into the original class", "[manife
              ContainsSubstring("someone must set 'heads' of module 'body' to 3"));
   CHECK_THAT(message([&] { load_pruned(*target, file, [](auto&&...) { return false; }); }),
              ContainsSubstring("set_attribute must take 'heads' of module 'body', 3"));
-  CHECK(snapshot(*target, {}) == before);
+  CHECK((snapshot(*target, {}) == before));
   CHECK(target->conv1->options.out_channels() == 8);
   std::string heads;
   load_pruned(*target, file, [&](const std::string& module, const std::string& name, const std::string& value) {
@@ -534,7 +537,7 @@ TEST_CASE("A pruned model is saved and loaded into the original class", "[manife
 TEST_CASE("What is no manifest is refused", "[manifest]") {
   const auto reason = [](const std::string& text) { return message([&] { Manifest::from_json(text, "f"); }); };
   const std::string tensor = R"({"format": 1, "kept": [[0, 2]], "tensors": {"w": {"shape": [3], "kept": [[0, 0]]}}})";
-  CHECK(Manifest::from_json(tensor, "f").tensors.at("w").kept == Kept{{0, {0, 2}}});
+  CHECK((Manifest::from_json(tensor, "f").tensors.at("w").kept == Kept{{0, {0, 2}}}));
   CHECK_THAT(reason("{}"), ContainsSubstring("[load_pruned] f: the manifest must say its format"));
   CHECK_THAT(reason(R"({"format": 2})"), ContainsSubstring("must be of format 1, got 2"));
   CHECK_THAT(reason(R"({"format": 1)"), ContainsSubstring("must be JSON with '}'"));
@@ -553,5 +556,5 @@ TEST_CASE("What is no manifest is refused", "[manifest]") {
       R"({"format": 1, "modules": {"m": {"a": -1.5e3, "b": [1, "x\"]", null], "c": {"d": true}}}})", "f");
   CHECK(values.attributes.at("m").at("a") == "-1.5e3");
   CHECK(values.attributes.at("m").at("b") == R"([1, "x\"]", null])");
-  CHECK(Manifest::from_json(values.to_json(), "f") == values);
+  CHECK((Manifest::from_json(values.to_json(), "f") == values));
 }
