@@ -1534,14 +1534,14 @@ class MultiheadAttention(nn.Module):
 
 @structure(lambda: (sequence()()[0], sequence(4, 9)()[0]))
 class MultiheadAttentionCross(nn.Module):
-    """Keys and values of other widths, and a bias in their place."""
+    """Keys and values of another width."""
 
     def __init__(self):
         super().__init__()
         self.embed = nn.Linear(5, 8)
         self.keys = nn.Linear(4, 6)
-        self.values = nn.Linear(4, 10)
-        self.attention = nn.MultiheadAttention(8, 4, kdim=6, vdim=10, batch_first=True)
+        self.values = nn.Linear(4, 6)
+        self.attention = nn.MultiheadAttention(8, 4, kdim=6, vdim=6, batch_first=True)
         self.out = nn.Linear(8, 3)
 
     def forward(self, x, context):
