@@ -5,6 +5,7 @@ Pruning: schedules, reports and what a pruner computes.
 
 from __future__ import annotations
 import collections.abc
+import os
 import torch
 import typing
 
@@ -55,7 +56,9 @@ __all__: list[str] = [
     "make_report",
     "mask_key",
     "masked_fraction",
+    "read_pruned",
     "select_parameters",
+    "write_pruned",
 ]
 
 class ConstantSchedule:
@@ -510,6 +513,11 @@ def masked_fraction(state: PruningState) -> float:
     The fraction of elements that the masks prune.
     """
 
+def read_pruned(path: os.PathLike | str | bytes) -> tuple:
+    """
+    Tensors, records and attributes of a file.
+    """
+
 def select_parameters(
     names: collections.abc.Sequence[str],
     values: collections.abc.Sequence[torch.Tensor],
@@ -517,6 +525,26 @@ def select_parameters(
 ) -> tuple[list[int], list[LeftAlone]]:
     """
     Indices of the parameters to prune, and what is left alone.
+    """
+
+def write_pruned(
+    names: collections.abc.Sequence[str],
+    tensors: collections.abc.Sequence[torch.Tensor],
+    records: collections.abc.Mapping[
+        str,
+        tuple[
+            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+            collections.abc.Mapping[
+                typing.SupportsInt | typing.SupportsIndex,
+                collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+            ],
+        ],
+    ],
+    attributes: collections.abc.Mapping[str, collections.abc.Mapping[str, str]],
+    path: os.PathLike | str | bytes,
+) -> None:
+    """
+    Writes tensors with what was removed from them: original shapes, kept indices by dimension.
     """
 
 STEP_KEY: str = "pruning_step"
