@@ -2,20 +2,20 @@
 
 import rarefy.quantization  # noqa: F401  (rarefy.nn, which the surgery knows, takes its fake quantizers from there)
 from rarefy._core.pruning import (
+    Channels,
     ConstantSchedule,
     Cut,
-    LeftAlone,
-    PolynomialSchedule,
-    PrunedTensor,
-    PruningReport,
-)
-    Channels,
     Group,
+    LeftAlone,
     Macs,
     Member,
     Parameters,
     Pinned,
+    PolynomialSchedule,
+    PrunedTensor,
+    PruningReport,
     Structure,
+)
 from rarefy.pruning import importance
 from rarefy.pruning.magnitude import MagnitudePruner
 from rarefy.pruning.surgery import Surgery
