@@ -18,6 +18,7 @@ void init_pruning_surgery(py::module_& m);
 void init_pruning_structure(py::module_& pruning);
 void init_importance(py::module_& pruning);
 void init_choice(py::module_& pruning);
+void init_structured(py::module_& pruning);
 void init_pruning_latency(py::module_& m);
 void init_quantization(py::module_& m);
 void init_distillation(py::module_& m);

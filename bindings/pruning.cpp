@@ -172,6 +172,7 @@ void init_pruning(py::module_& parent) {
   init_pruning_structure(m);
   init_importance(m);
   init_choice(m);
+  init_structured(m);
 }
 
 }  // namespace rarefy::python

@@ -35,4 +35,13 @@ bool matches_parameter(const std::string& pattern, const std::string& name) {
   return matches(pattern, name) || (!module.empty() && matches(pattern, module));
 }
 
+bool matches_tree(const std::string& pattern, const std::string& name) {
+  for (auto path = name; !path.empty(); path = module_of(path)) {
+    if (matches(pattern, path)) {
+      return true;
+    }
+  }
+  return false;
+}
+
 }  // namespace rarefy::pruning

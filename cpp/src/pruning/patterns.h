@@ -8,4 +8,7 @@ namespace rarefy::pruning {
 /// for any characters, dots too, and ? for one.
 bool matches_parameter(const std::string& pattern, const std::string& name);
 
+/// The same for a tensor or any module around it: "encoder" names everything inside of the encoder.
+bool matches_tree(const std::string& pattern, const std::string& name);
+
 }  // namespace rarefy::pruning

@@ -582,6 +582,30 @@ void Run::visit(const Node& node) {
       });
       return;
     }
+    case Kind::along: {
+      const bool normalizes = node.op.name.find("softmax") != std::string::npos;
+      if (!normalizes) {
+        break;
+      }
+      const int64_t x = node.input(0), given = node.inputs[1].toInt();
+      norm(node, given < 0 ? given + rank(x) : given, {}, -1, [](torch::jit::Stack&, const RemovedPlaces&) {});
+      return;
+    }
+    case Kind::weight_norm: {
+      // The length of what is kept: removed columns do not count.
+      auto stack = stack_of(node);
+      const int64_t v = node.input(0), dim = node.inputs[2].toInt();
+      for (const auto& places : removed_.of(v)) {
+        stack[0] = places.dim == dim ? stack[0] : IValue(select(stack[0].toTensor(), &places));
+      }
+      auto results = call(node, std::move(stack));
+      for (const auto& places : removed_.of(v)) {
+        results[0] = places.dim == dim ? results[0] : scatter(results[0], places.dim, &places, {});
+      }
+      store(node, results);
+      set_constant(node, true);
+      return;
+    }
     case Kind::embedding: {
       auto results = call(node, stack_of(node));
       const int64_t last = rank(node.outputs[0]) - 1;

@@ -2,6 +2,7 @@
 
 #include <rarefy/graph/graph.h>
 #include <rarefy/pruning/structure.h>
+#include <rarefy/pruning/structured_report.h>
 
 #include <functional>
 #include <string>
@@ -11,14 +12,6 @@
 // weights that produce removed channels at zero, consumers that ignore them, and normalizations whose statistics leave
 // them out. The physically smaller model must give the same outputs.
 namespace rarefy::pruning {
-
-/// What a constant of removed channels adds to a parameter or buffer of their consumer.
-struct Fold {
-  std::string tensor;      // a bias, or the running mean of the batch norm behind a convolution without one
-  std::string weight;      // of the consumer
-  int64_t channels = 0;    // removed channels with a constant that is not zero
-  at::Tensor delta;        // [channels of the tensor before the cut], to be added
-};
 
 struct Reference {
   std::vector<at::Tensor> outputs;  // of the model, at full size

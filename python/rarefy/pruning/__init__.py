@@ -15,9 +15,11 @@ from rarefy._core.pruning import (
     PrunedTensor,
     PruningReport,
     Structure,
+    StructuredReport,
 )
 from rarefy.pruning import importance
 from rarefy.pruning.magnitude import MagnitudePruner
+from rarefy.pruning.structured import StructuredPruner
 from rarefy.pruning.surgery import Surgery
 
 __all__ = [
@@ -34,7 +36,9 @@ __all__ = [
     "PolynomialSchedule",
     "PrunedTensor",
     "PruningReport",
-    "Surgery",
     "Structure",
+    "StructuredPruner",
+    "StructuredReport",
+    "Surgery",
     "importance",
 ]

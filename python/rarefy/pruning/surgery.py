@@ -200,6 +200,23 @@ class Surgery:
                         result.append(Cut(key, 0, cut.kept))
         return result
 
+    def add(self, name: str, delta: Tensor) -> None:
+        """Add to a parameter or buffer, until it is rolled back.
+
+        Args:
+            name: of the tensor.
+            delta: one element per index of the tensor's first dimension as it was before ``apply``.
+        """
+        tensor = self._tensors[name]
+        kept = self._core.kept(tensor, 0)
+        with torch.no_grad():
+            if kept is not None:
+                tensor.add_(delta[torch.tensor(kept, device=delta.device)])
+            else:
+                before = tensor.clone()
+                self._undo.append(lambda: tensor.data.copy_(before))
+                tensor.add_(delta)
+
     def set_attribute(self, module: nn.Module, name: str, value: object) -> None:
         """Set an attribute that code of the model reads a size from, until it is rolled back; saved by ``save_pruned``.
 

@@ -85,7 +85,6 @@ class RAREFY_API StructuredTransaction {
   const graph::Graph& recording();
 
  private:
-  struct Attempt;
   void refresh();
   Choice choose_units(const std::vector<GroupScore>& scores);
   bool attempt(const Choice& choice, StructuredReport& report);
