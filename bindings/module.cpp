@@ -32,6 +32,7 @@ PYBIND11_MODULE(_core, m) {
   py::register_local_exception_translator(&translate);
   init_config(m);
   init_graph(m);
+  init_graph_timing(m);
   init_pruning(m);
   init_pruning_surgery(m);
   init_pruning_latency(m);
