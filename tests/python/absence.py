@@ -157,6 +157,7 @@ REPLACED: dict[Any, Callable[..., Any]] = {
     aten._softmax.default: softmax,
     aten._safe_softmax.default: softmax,
     aten.linalg_vector_norm.default: vector_norm,
+    aten.norm.ScalarOpt_dim: vector_norm,
     aten.native_layer_norm.default: layer_norm,
     aten.native_group_norm.default: group_norm,
     aten._fused_rms_norm.default: rms_norm,
