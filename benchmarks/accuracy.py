@@ -1,12 +1,16 @@
-"""Accuracy that quantization to int8 keeps: after training (PTQ), and with training (QAT), beside FP32.
+"""Accuracy that quantization to int8 keeps, after training (PTQ) and with training (QAT), or that pruning keeps.
 
 Images: ResNet-20 on the CIFAR-10 subset, or on scikit-learn's digits. Sentences: a small Transformer on SST-2, or on
 docstrings of Python's standard library. PTQ and QAT begin at the same FP32 model and are evaluated after `convert`, that
 is in integers. QAT continues for a few epochs at a low learning rate; "FP32 continued" does the same without
 quantization, so that the extra epochs are not counted as a merit of QAT.
 
-    python benchmarks/accuracy.py [--data DIR] [--task images|sentences|all] [--seeds 0 1 2] [--cache DIR] [--threads 2]
-                                  [--continued] [--quick] [--json]
+With --structured: half of the multiply-accumulates of ResNet-20 removed as channels, by the default importance, by L1 with
+the same share of every layer ("uniform L1"), and at random, each fine-tuned with the same schedule and the same batches;
+and a model that is pruned to a time in milliseconds, asked for beside measured.
+
+    python benchmarks/accuracy.py [--data DIR] [--task images|sentences|all] [--structured] [--seeds 0 1 2] [--cache DIR]
+                                  [--threads 2] [--continued] [--quick] [--json]
 
 Three seeds of both tasks with --data take about 25 minutes of processor time (images 400 s and sentences 80 s a seed).
 """
@@ -19,19 +23,26 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 import models
 import torch
 import torch.nn.functional as F
+from timing import interleaved
 from torch import Tensor, nn
 
 import rarefy as rf
 from rarefy.quantization import QConfig
 
 BATCH = 128
+PRUNED = "half the MACs"  # the row of pruning that has a goal, and those that it is compared with
+UNIFORM = "half the MACs, uniform L1"
+RANDOM = "half the MACs, random"
+PRUNED_GOAL = 1.5  # points that it may lose
+LATENCY_SHARE = 0.6  # of the time before, asked for in milliseconds
+LATENCY_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,18 @@ class Task:
     epochs: int
     fine_epochs: int
     goals: dict[str, float]  # points that each kind may lose
+    prune_rate: float = 0.0  # highest learning rate after pruning
+    prune_epochs: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """One kind of model: per cent of right answers, seconds to make it, and what else there is to say."""
+
+    kind: str
+    percent: float
+    seconds: float
+    more: dict[str, object] = field(default_factory=dict)
 
 
 def shift_and_flip(x: Tensor) -> Tensor:
@@ -77,7 +100,8 @@ def make_task(name: str, data: Path | None, quick: bool) -> Task:
         augment = shift_and_flip if data is not None else (lambda x: x)
         return Task(
             lambda: models.ResNet20(split.classes, channels).to(memory_format=torch.channels_last), split, augment, sgd,
-            0.2, 0.005, 1 if quick else 8, 1, {"PTQ": 0.5, "QAT": 0.1},
+            0.2, 0.005, 1 if quick else 8, 1, {"PTQ": 0.5, "QAT": 0.1, PRUNED: PRUNED_GOAL},
+            0.1, 1 if quick else 4,
         )  # fmt: skip
     split, tokenizer = datasets.sentences(data)
     if quick:
@@ -148,38 +172,101 @@ def float_model(task: Task, seed: int, cache: Path | None) -> nn.Module:
     return model
 
 
-def run(task: Task, seed: int, cache: Path | None, with_continued: bool) -> Iterator[tuple[str, float, float]]:
-    """Kind, accuracy and seconds of each kind of model."""
+def quantized(task: Task, seed: int, cache: Path | None, with_continued: bool) -> Iterator[Result]:
+    """Each kind of quantized model."""
     split, config = task.split, QConfig.int8()
     example = split.train_x[:2]
 
     start = time.perf_counter()
     model = float_model(task, seed, cache)
-    yield "FP32", accuracy(model, split), time.perf_counter() - start
+    yield Result("FP32", accuracy(model, split), time.perf_counter() - start)
 
     if with_continued:
         start = time.perf_counter()
         torch.manual_seed(1000 + seed)
         continued = copy.deepcopy(model)
         train(continued, task, task.fine_rate, task.fine_epochs, warmup=0, autocast=True)
-        yield "FP32 continued", accuracy(continued, split), time.perf_counter() - start
+        yield Result("FP32 continued", accuracy(continued, split), time.perf_counter() - start)
 
     start = time.perf_counter()
     prepared = rf.quantization.prepare(model, config, example)
     rf.quantization.calibrate(prepared, split.train_x[: 8 * BATCH].split(BATCH))
-    yield "PTQ", accuracy(rf.quantization.convert(prepared), split), time.perf_counter() - start
+    yield Result("PTQ", accuracy(rf.quantization.convert(prepared), split), time.perf_counter() - start)
 
     start = time.perf_counter()
     torch.manual_seed(1000 + seed)
     prepared = rf.quantization.prepare_qat(model, config, example)
     train(prepared, task, task.fine_rate, task.fine_epochs, warmup=0, autocast=False)
-    yield "QAT", accuracy(rf.quantization.convert(prepared), split), time.perf_counter() - start
+    yield Result("QAT", accuracy(rf.quantization.convert(prepared), split), time.perf_counter() - start)
+
+
+def prune_and_tune(model: nn.Module, task: Task, seed: int, **options: object) -> tuple[nn.Module, dict[str, object]]:
+    """A copy with half of the multiply-accumulates, fine-tuned; and its accuracy before that."""
+    pruned = copy.deepcopy(model)
+    before = rf.pruning.StructuredPruner(pruned, task.split.train_x[:2], macs=0.5, **options).prune()
+    at_once = accuracy(pruned, task.split)
+    torch.manual_seed(1000 + seed)  # the same batches for every kind
+    train(pruned, task, task.prune_rate, task.prune_epochs, warmup=0.1, autocast=True)
+    return pruned, {"before_fine_tuning": round(at_once, 3), "macs_removed": round(before.achieved, 4)}
+
+
+def prune_to_latency(model: nn.Module, task: Task) -> tuple[nn.Module, dict[str, object]]:
+    """A copy that is asked to take a share of the time, and what it takes when both are timed in turn."""
+    x = task.split.test_x[:LATENCY_BATCH]
+    pruned = copy.deepcopy(model).eval()
+    whole = model.eval()
+    no_grad = torch.no_grad()
+
+    def forward(net: nn.Module) -> None:
+        with no_grad:
+            net(x)
+
+    before = interleaved({"before": lambda: forward(whole)}, 31, 5)["before"]
+    rf.pruning.StructuredPruner(pruned, x, latency_ms=LATENCY_SHARE * before * 1e3).prune()
+    seconds = interleaved({"before": lambda: forward(whole), "after": lambda: forward(pruned)}, 31, 5)
+    share = seconds["after"] / seconds["before"]
+    return pruned, {
+        "asked_milliseconds": round(LATENCY_SHARE * before * 1e3, 3),
+        "milliseconds": round(seconds["after"] * 1e3, 3),
+        "milliseconds_before": round(seconds["before"] * 1e3, 3),
+        "measured_to_asked": round(share / LATENCY_SHARE, 3),
+        "within_10_percent": abs(share / LATENCY_SHARE - 1) <= 0.1,
+    }
+
+
+def structured(task: Task, seed: int, cache: Path | None, with_continued: bool) -> Iterator[Result]:
+    """Each kind of pruned model."""
+    start = time.perf_counter()
+    model = float_model(task, seed, cache)
+    yield Result("FP32", accuracy(model, task.split), time.perf_counter() - start)
+
+    if with_continued:
+        start = time.perf_counter()
+        torch.manual_seed(1000 + seed)
+        continued = copy.deepcopy(model)
+        train(continued, task, task.prune_rate, task.prune_epochs, warmup=0.1, autocast=True)
+        yield Result("FP32 continued", accuracy(continued, task.split), time.perf_counter() - start)
+
+    kinds: dict[str, dict[str, object]] = {
+        PRUNED: {},
+        UNIFORM: {"importance": "l1", "scope": "local"},
+        RANDOM: {"importance": rf.pruning.importance.Random(seed)},
+    }
+    for kind, options in kinds.items():
+        start = time.perf_counter()
+        pruned, more = prune_and_tune(model, task, seed, **options)
+        yield Result(kind, accuracy(pruned, task.split), time.perf_counter() - start, more)
+
+    start = time.perf_counter()
+    pruned, more = prune_to_latency(model, task)
+    yield Result("latency, not fine-tuned", accuracy(pruned, task.split), time.perf_counter() - start, more)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with cifar10_subset.npz and sst2/*.tsv")
     parser.add_argument("--task", choices=["images", "sentences", "all"], default="all")
+    parser.add_argument("--structured", action="store_true", help="structured pruning instead of quantization; images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cache", type=Path, help="folder that keeps the FP32 models, so that a rerun only quantizes")
     parser.add_argument("--continued", action="store_true", help="also continue FP32 as long as QAT does")
@@ -189,19 +276,28 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
+    run = structured if arguments.structured else quantized
 
-    for name in ("images", "sentences") if arguments.task == "all" else (arguments.task,):
+    if arguments.structured and arguments.task == "sentences":
+        parser.error("--structured prunes the network of the images")
+    names = ["images", "sentences"] if arguments.task == "all" else [arguments.task]
+    for name in names[:1] if arguments.structured else names:
         task = make_task(name, arguments.data, arguments.quick)
         results: dict[str, list[float]] = {}
         for seed in seeds:
-            for kind, percent, seconds in run(task, seed, arguments.cache, arguments.continued):
-                results.setdefault(kind, []).append(percent)
-                record = {"benchmark": "accuracy", "data": task.split.name, "seed": seed, "kind": kind}
-                record |= {"accuracy": round(percent, 3), "seconds": round(seconds, 1)}
+            for result in run(task, seed, arguments.cache, arguments.continued):
+                results.setdefault(result.kind, []).append(result.percent)
+                record = {"benchmark": "accuracy", "data": task.split.name, "seed": seed, "kind": result.kind}
+                record |= {"accuracy": round(result.percent, 3), "seconds": round(result.seconds, 1)} | result.more
                 if arguments.json:
                     print(json.dumps(record), flush=True)
                 else:
-                    print(f"{task.split.name}, seed {seed}: {kind:14} {percent:7.2f} %  {seconds:7.1f} s", flush=True)
+                    more = "".join(f"  {key} {value}" for key, value in result.more.items())
+                    print(
+                        f"{task.split.name}, seed {seed}: {result.kind:26} {result.percent:7.2f} %  "
+                        f"{result.seconds:7.1f} s{more}",
+                        flush=True,
+                    )
         mean = {kind: statistics.fmean(values) for kind, values in results.items()}
         for kind in results:
             lost, goal = mean["FP32"] - mean[kind], task.goals.get(kind)
@@ -210,12 +306,15 @@ def main() -> None:
             record |= {"points_lost": round(lost, 3), "goal": goal}
             if goal is not None and not arguments.quick:
                 record["reached"] = lost <= goal
+            if kind == PRUNED and not arguments.quick:
+                record |= {"above_random": round(mean[PRUNED] - mean[RANDOM], 3)}
+                record |= {"above_uniform_l1": round(mean[PRUNED] - mean[UNIFORM], 3)}
             if arguments.json:
                 print(json.dumps(record), flush=True)
             else:
                 wanted = "" if goal is None else f"  (goal: at most {goal})"
                 print(
-                    f"{task.split.name}, mean of {len(seeds)}: {kind:14} {mean[kind]:7.2f} %  lost {lost:+.2f}{wanted}"
+                    f"{task.split.name}, mean of {len(seeds)}: {kind:26} {mean[kind]:7.2f} %  lost {lost:+.2f}{wanted}"
                 )
         sys.stdout.flush()
 

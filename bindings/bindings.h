@@ -13,6 +13,12 @@ namespace py = pybind11;
 void init_config(py::module_& m);
 void init_graph(py::module_& m);
 void init_pruning(py::module_& m);
+void init_pruning_surgery(py::module_& m);
+void init_pruning_structure(py::module_& pruning);
+void init_importance(py::module_& pruning);
+void init_choice(py::module_& pruning);
+void init_structured(py::module_& pruning);
+void init_pruning_latency(py::module_& m);
 void init_quantization(py::module_& m);
 void init_distillation(py::module_& m);
 

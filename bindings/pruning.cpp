@@ -168,6 +168,11 @@ void init_pruning(py::module_& parent) {
         return report;
       },
       py::arg("state"), py::arg("options"), py::arg("left_alone"), py::arg("finalized"));
+
+  init_pruning_structure(m);
+  init_importance(m);
+  init_choice(m);
+  init_structured(m);
 }
 
 }  // namespace rarefy::python

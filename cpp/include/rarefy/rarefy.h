@@ -19,7 +19,13 @@
 #include <rarefy/ops/mask.h>
 #include <rarefy/ops/quantized_linear.h>
 #include <rarefy/ops/relu.h>
+#include <rarefy/pruning/manifest.h>
+#include <rarefy/pruning/optimizer_state.h>
+#include <rarefy/pruning/choice.h>
+#include <rarefy/pruning/importance.h>
 #include <rarefy/pruning/pruner.h>
+#include <rarefy/pruning/resize.h>
+#include <rarefy/pruning/surgery.h>
 #include <rarefy/quantization/batch_norm.h>
 #include <rarefy/quantization/fake_quantizer.h>
 #include <rarefy/quantization/prepare.h>

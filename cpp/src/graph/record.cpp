@@ -78,6 +78,7 @@ class Recorder {
       TORCH_CHECK_VALUE(output.defined(), "[record] the model returned an undefined tensor");
       const int64_t id = id_of(output);
       graph_.values[id].is_output = true;
+      graph_.values[id].tensor = output;
       graph_.outputs.push_back(id);
     }
   }

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "pruning/html.h"
+
 namespace rarefy::pruning {
 namespace {
 
@@ -22,14 +24,6 @@ std::string title(const PruningReport& report) {
   return fmt::format("sparsity {:.4f} (target {}) after {} steps{}{}", report.sparsity(), report.target, report.step,
                      report.finalized ? ", finalized" : "",
                      report.target == 0.0 ? "; the target is 0, so nothing is pruned" : "");
-}
-
-std::string escaped(const std::string& text) {
-  std::string out;
-  for (const char c : text) {
-    out += c == '<' ? "&lt;" : c == '>' ? "&gt;" : c == '&' ? "&amp;" : std::string(1, c);
-  }
-  return out;
 }
 
 }  // namespace

@@ -4,24 +4,11 @@
 
 #include <algorithm>
 #include <map>
-#include <sstream>
 #include <unordered_map>
 
 #include "propagation.h"
 
 namespace rarefy::pruning {
-
-const char* name(Role role) {
-  switch (role) {
-    case Role::output:
-      return "output";
-    case Role::input:
-      return "input";
-    case Role::affine:
-      return "affine";
-  }
-  return "";
-}
 
 namespace {
 
@@ -187,20 +174,6 @@ std::vector<Cut> cuts(const Structure& structure, const Removal& removal) {
     }
   }
   return out;
-}
-
-std::string Structure::to_string() const {
-  std::ostringstream out;
-  for (const auto& group : groups) {
-    out << group.name << ": " << group.units << " units\n";
-    for (const auto& member : group.members) {
-      out << "    " << member.tensor << " dim " << member.dim << ' ' << name(member.role) << '\n';
-    }
-  }
-  for (const auto& pin : pinned) {
-    out << "stays: " << pin.tensor << " dim " << pin.dim << " (" << pin.size << "): " << pin.reason << '\n';
-  }
-  return out.str();
 }
 
 }  // namespace rarefy::pruning

@@ -9,18 +9,49 @@ import torch
 import typing
 
 __all__: list[str] = [
+    "Activation",
+    "Baseline",
+    "BatchNormScale",
+    "Channels",
+    "Choice",
+    "ChoiceOptions",
     "ConstantSchedule",
+    "Cut",
+    "Cost",
+    "Counts",
+    "Fisher",
+    "FisherAccumulator",
+    "GeometricMedian",
+    "Group",
+    "GroupOutcome",
+    "GroupScore",
+    "Lamp",
     "LeftAlone",
+    "Macs",
+    "Magnitude",
     "MagnitudePrunerOptions",
+    "Member",
+    "Parameters",
+    "Pinned",
     "PolynomialSchedule",
     "PrunedTensor",
     "PruningReport",
     "PruningState",
+    "Random",
     "STEP_KEY",
+    "Surgery",
+    "Structure",
+    "Taylor",
     "advance",
     "apply_masks",
+    "at_step",
     "check_existing",
+    "choose",
+    "choose_widths",
+    "count",
+    "custom_importance",
     "full_mask",
+    "importance",
     "make_report",
     "mask_key",
     "masked_fraction",
@@ -191,6 +222,199 @@ class PruningState:
         step: torch.Tensor,
     ) -> None: ...
 
+class Cut:
+    """
+    The slices of one dimension of one tensor that stay, ascending.
+class Member:
+    A dimension of a parameter or buffer that shrinks when units are removed.
+    """
+    def __init__(
+        self,
+        tensor: str,
+        dim: typing.SupportsInt | typing.SupportsIndex,
+        kept: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        role: str,
+        unit_of_index: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def kept(self) -> list[int]: ...
+    @property
+    def tensor(self) -> str: ...
+
+class Surgery:
+    """
+    The removal of slices from tensors, as a transaction.
+    def __init__(
+        self,
+        names: collections.abc.Sequence[str],
+        values: collections.abc.Sequence[torch.Tensor],
+        state_parameters: collections.abc.Sequence[str],
+        state_names: collections.abc.Sequence[str],
+        state: collections.abc.Sequence[torch.Tensor],
+    ) -> None: ...
+    def apply(self, cuts: collections.abc.Sequence[Cut]) -> None: ...
+    def commit(self) -> None: ...
+    def is_cut(self, tensor: torch.Tensor) -> bool: ...
+    def kept(self, tensor: torch.Tensor, dim: typing.SupportsInt | typing.SupportsIndex) -> list[int] | None:
+        """
+        The indices that stay; None when all do.
+    def rollback(self) -> None: ...
+    def role(self) -> str:
+        output, input or affine.
+    def unit_of_index(self) -> tuple:
+        For each index along dim the unit of the group, -1 for another's.
+class Group:
+    Channels that can only be removed together.
+        self, name: str, units: typing.SupportsInt | typing.SupportsIndex, members: collections.abc.Sequence[Member]
+    def __repr__(self) -> str: ...
+    def members(self) -> tuple: ...
+    def name(self) -> str:
+        Of the first member that produces it.
+    def units(self) -> int: ...
+class Pinned:
+    Slices that stay, and why.
+        tensor: str,
+        dim: typing.SupportsInt | typing.SupportsIndex,
+        size: typing.SupportsInt | typing.SupportsIndex,
+        reason: str,
+        node: typing.SupportsInt | typing.SupportsIndex = -1,
+    def dim(self) -> int: ...
+    def node(self) -> int:
+        The operator that pins them, -1 when none does.
+    def reason(self) -> str: ...
+    def size(self) -> int:
+        How many of the dimension's slices stay for this reason.
+class Cost:
+    Multiply-accumulates of one operator: factor times the product of what is left on each axis.
+        factor: typing.SupportsFloat | typing.SupportsIndex,
+        axes: collections.abc.Sequence[
+            collections.abc.Sequence[
+                tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]
+            ]
+        ],
+    def axes(self) -> list[list[tuple[int, int]]]:
+        For each axis and index: group and unit, (-1, -1) for one that stays.
+    def factor(self) -> float: ...
+    def node(self) -> int: ...
+class Structure:
+    Dependency groups, pinned slices and costs of a recorded model.
+        groups: collections.abc.Sequence[Group],
+        pinned: collections.abc.Sequence[Pinned] = [],
+        costs: collections.abc.Sequence[Cost] = [],
+    def _repr_html_(self) -> str: ...
+    def costs(self) -> tuple: ...
+    def groups(self) -> tuple: ...
+    def pinned(self) -> tuple: ...
+class Magnitude:
+    The L_p norm of a unit's slices; p = 1 and 2 are usual, math.inf gives the largest magnitude (arXiv:1608.08710).
+    def __eq__(self, arg0: Magnitude) -> bool: ...
+    def __getstate__(self) -> tuple[float]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self, p: typing.SupportsFloat | typing.SupportsIndex = 1.0) -> None: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    def p(self) -> float: ...
+class BatchNormScale:
+    |gamma| of the normalization that a channel passes (network slimming, arXiv:1708.06519). Groups without one are left alone.
+    def __eq__(self, arg0: BatchNormScale) -> bool: ...
+    def __getstate__(self) -> tuple[()]: ...
+    def __init__(self) -> None: ...
+class Taylor:
+    |sum w * grad| over a unit's slices, or sum |w * grad| with joint=False (arXiv:1906.10771). Needs gradients.
+    def __eq__(self, arg0: Taylor) -> bool: ...
+    def __getstate__(self) -> tuple[bool]: ...
+    def __init__(self, joint: bool = True) -> None: ...
+    def joint(self) -> bool: ...
+class Fisher:
+    1/2 (sum w * grad)^2 over a unit's slices (arXiv:1801.05787), of the gradients that are there; FisherAccumulator takes the mean over many. Needs gradients.
+    def __eq__(self, arg0: Fisher) -> bool: ...
+class GeometricMedian:
+    The sum of distances to the filters of all other units (FPGM, arXiv:1811.00250).
+    def __eq__(self, arg0: GeometricMedian) -> bool: ...
+class Activation:
+    The mean |activation| of a unit's channels, from ActivationStatistics.
+    def __eq__(self, arg0: Activation) -> bool: ...
+class Lamp:
+    Squared L_2 norm over the sum of those that are not smaller (arXiv:2010.07611), per group; normalizes by itself.
+    def __eq__(self, arg0: Lamp) -> bool: ...
+class Random:
+    Uniform in [0, 1), from the seed, the group's name and the unit alone.
+    def __eq__(self, arg0: Random) -> bool: ...
+    def __getstate__(self) -> tuple[int]: ...
+    def __init__(self, seed: typing.SupportsInt | typing.SupportsIndex = 0) -> None: ...
+    def seed(self) -> int: ...
+class GroupScore:
+    Scores of a group's units; None with a reason when there are none.
+    def __init__(self, values: torch.Tensor | None, reason: str = "") -> None: ...
+    def values(self) -> torch.Tensor | None: ...
+class FisherAccumulator:
+    The mean of Fisher over backward passes.
+    def __init__(self, structure: Structure) -> None: ...
+    def importance(self, reduction: str = "mean", normalization: str = "mean") -> list[GroupScore]: ...
+    def update(self, parameters: collections.abc.Mapping[str, torch.Tensor]) -> None: ...
+    def batches(self) -> int: ...
+class Channels:
+    The fraction of units to remove, in [0, 1), of all groups together.
+    def __eq__(self, arg0: Channels) -> bool: ...
+    def __init__(self, fraction: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    def fraction(self) -> float: ...
+class Parameters:
+    The fraction of parameter elements to remove, in [0, 1).
+    def __eq__(self, arg0: Parameters) -> bool: ...
+class Macs:
+    The fraction of multiply-accumulates to remove, in [0, 1).
+    def __eq__(self, arg0: Macs) -> bool: ...
+class Counts:
+    Units of all groups, parameter elements and multiply-accumulates of a model.
+    __hash__: typing.ClassVar[None] = None
+    def __eq__(self, arg0: Counts) -> bool: ...
+        channels: typing.SupportsInt | typing.SupportsIndex,
+        parameters: typing.SupportsInt | typing.SupportsIndex,
+        macs: typing.SupportsFloat | typing.SupportsIndex,
+    def channels(self) -> int: ...
+    def macs(self) -> float: ...
+    def parameters(self) -> int: ...
+class Baseline:
+    Sizes before the first of several steps, which fractions refer to.
+        structure: Structure,
+        shapes: collections.abc.Mapping[str, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]],
+    def counts(self) -> Counts: ...
+    def units(self) -> tuple: ...
+class ChoiceOptions:
+    Checked options of a choice.
+        target: Channels | Parameters | Macs,
+        scope: str = "global",
+        round_to: typing.SupportsInt | typing.SupportsIndex = 1,
+        min_width: typing.SupportsInt | typing.SupportsIndex = 1,
+        limits: collections.abc.Sequence[tuple[str, typing.SupportsFloat | typing.SupportsIndex]] = [],
+        strict: bool = False,
+    def limits(self) -> list[tuple[str, float]]: ...
+    def min_width(self) -> int: ...
+    def round_to(self) -> int: ...
+    def scope(self) -> str: ...
+    def strict(self) -> bool: ...
+    def target(self) -> Channels | Parameters | Macs: ...
+class GroupOutcome:
+    What becomes of a group.
+    def __eq__(self, arg0: GroupOutcome) -> bool: ...
+    def name(self) -> str: ...
+    def reason(self) -> str:
+        Why none, or fewer than asked; empty otherwise.
+    def removed(self) -> int: ...
+class Choice:
+    Units to remove, what that achieves, and a reason for every group left alone.
+    def achieved(self) -> float: ...
+    def after(self) -> Counts: ...
+    def before(self) -> Counts: ...
+    def channels_removed(self) -> float: ...
+    def macs_removed(self) -> float: ...
+    def parameters_removed(self) -> float: ...
+    def removal(self) -> list[list[int]]:
+        For each group the units removed, ascending.
+    def target(self) -> Channels | Parameters | Macs | None: ...
+
 def advance(state: PruningState, options: MagnitudePrunerOptions) -> None:
     """
     One step: grow the masks when the schedule says so, apply them, count.
@@ -201,14 +425,73 @@ def apply_masks(state: PruningState) -> None:
     Set what the masks prune to zero, in values and gradients.
     """
 
+def at_step(
+    target: Channels | Parameters | Macs,
+    step: typing.SupportsInt | typing.SupportsIndex,
+    steps: typing.SupportsInt | typing.SupportsIndex,
+) -> Channels | Parameters | Macs:
+    """
+    The target after `step` of `steps` equal steps.
+    """
+
 def check_existing(existing: collections.abc.Sequence[str], parameters: collections.abc.Sequence[str]) -> bool:
     """
     True when a model's pruning buffers are those of the parameters, False when it has none; ValueError otherwise.
     """
 
+def choose(
+    structure: Structure,
+    shapes: collections.abc.Mapping[str, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]],
+    scores: collections.abc.Sequence[GroupScore],
+    options: ChoiceOptions,
+    baseline: Baseline | None = None,
+) -> Choice:
+    """
+    The units to remove so that the target is met.
+    """
+
+def choose_widths(
+    structure: Structure,
+    shapes: collections.abc.Mapping[str, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]],
+    scores: collections.abc.Sequence[GroupScore],
+    widths: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    baseline: Baseline | None = None,
+) -> Choice:
+    """
+    The units to remove so that each group keeps its width.
+    """
+
+def count(
+    structure: Structure,
+    shapes: collections.abc.Mapping[str, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]],
+    removal: collections.abc.Sequence[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]] = [],
+) -> Counts:
+    """
+    Exact Counts after a removal: for each group the units removed, ascending.
+    """
+
+def custom_importance(
+    structure: Structure, score: collections.abc.Callable[[Group], torch.Tensor], normalization: str = "mean"
+) -> list[GroupScore]:
+    """
+    One GroupScore per group from a callable that gives one value per unit.
+    """
+
 def full_mask(x: torch.Tensor) -> torch.Tensor:
     """
     The packed mask of x that keeps every element.
+    """
+
+def importance(
+    structure: Structure,
+    parameters: collections.abc.Mapping[str, torch.Tensor],
+    criterion: Magnitude | BatchNormScale | Taylor | Fisher | GeometricMedian | Activation | Lamp | Random,
+    reduction: str = "mean",
+    normalization: str = "mean",
+    statistics: collections.abc.Mapping[tuple[str, typing.SupportsInt | typing.SupportsIndex], torch.Tensor] = {},
+) -> list[GroupScore]:
+    """
+    One GroupScore per group.
     """
 
 def make_report(

@@ -2,6 +2,7 @@
 
 from rarefy.nn._base import IntegerWeight, QuantizableLayer, QuantState, WeightedLayer
 from rarefy.nn.add import Add
+from rarefy.nn.attention import MultiheadAttention
 from rarefy.nn.cat import Cat
 from rarefy.nn.conv import Conv1d, Conv2d, Conv3d, ConvLayer
 from rarefy.nn.conv_bn import (
@@ -48,6 +49,7 @@ __all__ = [
     "IntegerWeight",
     "Linear",
     "Mul",
+    "MultiheadAttention",
     "QuantState",
     "QuantizableLayer",
     "QuantizedConv",

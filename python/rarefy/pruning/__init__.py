@@ -1,13 +1,47 @@
-"""Pruning: weights held at zero by packed masks beside untouched parameters."""
+"""Pruning: weights held at zero by packed masks beside untouched parameters, and channels that are removed."""
 
-from rarefy._core.pruning import ConstantSchedule, LeftAlone, PolynomialSchedule, PrunedTensor, PruningReport
+import rarefy.quantization  # noqa: F401  (rarefy.nn, which the surgery knows, takes its fake quantizers from there)
+from rarefy._core.pruning import (
+    Channels,
+    ConstantSchedule,
+    Cut,
+    Group,
+    LeftAlone,
+    Macs,
+    Member,
+    Parameters,
+    Pinned,
+    PolynomialSchedule,
+    PrunedTensor,
+    PruningReport,
+    Structure,
+    StructuredReport,
+)
+from rarefy.pruning import importance
 from rarefy.pruning.magnitude import MagnitudePruner
+from rarefy.pruning.structured import StructuredPruner
+from rarefy.pruning.manifest import load_pruned, save_pruned
+from rarefy.pruning.surgery import Surgery
 
 __all__ = [
+    "Channels",
     "ConstantSchedule",
+    "Cut",
+    "Group",
     "LeftAlone",
+    "Macs",
     "MagnitudePruner",
+    "Member",
+    "Parameters",
+    "Pinned",
     "PolynomialSchedule",
     "PrunedTensor",
     "PruningReport",
+    "Structure",
+    "StructuredPruner",
+    "StructuredReport",
+    "Surgery",
+    "importance",
+    "load_pruned",
+    "save_pruned",
 ]

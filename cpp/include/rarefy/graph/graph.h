@@ -30,7 +30,7 @@ struct RAREFY_API Value {
   std::string name;  // path of a parameter or buffer, "input.<n>" of an input; empty otherwise
   std::vector<int64_t> sizes;
   at::ScalarType dtype = at::kFloat;
-  at::Tensor tensor;               // defined for everything but floating-point intermediates, which are not kept
+  at::Tensor tensor;               // undefined for floating-point intermediates, which are not kept unless returned
   int64_t producer = -1;           // the node that made it; -1 when none did
   std::vector<int64_t> consumers;  // the nodes that read it, in order
   bool is_output = false;          // the model returned it

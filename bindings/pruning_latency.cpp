@@ -1,0 +1,124 @@
+#include <ATen/Parallel.h>
+#include <pybind11/functional.h>
+#include <rarefy/graph/timing.h>
+#include <rarefy/pruning/latency.h>
+
+#include "bindings.h"
+
+namespace rarefy::python {
+namespace {
+
+using namespace rarefy::pruning;
+
+graph::TimingOptions timing_options(double seconds, int64_t runs, int64_t warmup, const at::Device& device,
+                                    const std::function<double()>& clock) {
+  graph::TimingOptions options;
+  options.seconds = seconds;
+  options.runs = runs;
+  options.warmup = warmup;
+  options.device = device;
+  options.clock = clock;
+  options.validate();
+  return options;
+}
+
+void init_timing(py::module_& m) {
+  py::class_<graph::Timing>(m, "Timing", "How long a call takes on this machine.")
+      .def_readonly("milliseconds", &graph::Timing::milliseconds, "The median.")
+      .def_readonly("spread", &graph::Timing::spread, "Distance between the quartiles over the median.")
+      .def_readonly("runs", &graph::Timing::runs)
+      .def_readonly("threads", &graph::Timing::threads, "Of torch, inside an operator.")
+      .def("__repr__", [](const graph::Timing& self) { return "Timing(" + self.to_string() + ")"; });
+  m.def(
+      "measure",
+      [](const std::function<void()>& call, double seconds, int64_t runs, int64_t warmup, const at::Device& device,
+         const std::function<double()>& clock) {
+        return graph::measure(call, timing_options(seconds, runs, warmup, device, clock));
+      },
+      py::arg("call"), py::kw_only(), py::arg("seconds") = 0.5, py::arg("runs") = 7, py::arg("warmup") = 3,
+      py::arg("device") = at::Device(at::kCPU), py::arg("clock") = py::none(),
+      "The time of a call without arguments, under no-grad: the median of at least `runs` runs that take at least\n"
+      "`seconds` together, after `warmup` runs. Runs end when the device has done what they asked of it. `clock` gives\n"
+      "seconds, for tests.");
+}
+
+void init_table(py::module_& m) {
+  py::class_<OperatorTime>(m, "OperatorTime", "The time of one operator as a function of the widths of groups.")
+      .def(py::init([](double milliseconds, std::vector<std::pair<int32_t, int64_t>> output, int64_t output_size,
+                       std::vector<int64_t> outputs, std::vector<std::pair<int32_t, int64_t>> input, int64_t input_size,
+                       std::vector<int64_t> inputs, std::vector<double> relative) {
+             OperatorTime time;
+             time.milliseconds = milliseconds;
+             time.output = {output_size, std::move(output)};
+             time.input = {input_size, std::move(input)};
+             TORCH_CHECK_VALUE(relative.size() == outputs.size() * inputs.size(), "[OperatorTime] relative must have ",
+                               outputs.size() * inputs.size(), " values, got ", relative.size());
+             time.outputs = std::move(outputs);
+             time.inputs = std::move(inputs);
+             time.relative = std::move(relative);
+             return time;
+           }),
+           py::arg("milliseconds"), py::arg("output"), py::arg("output_size"), py::arg("outputs"), py::arg("input"),
+           py::arg("input_size"), py::arg("inputs"), py::arg("relative"))
+      .def_readonly("node", &OperatorTime::node)
+      .def_readonly("milliseconds", &OperatorTime::milliseconds, "In the model, at full width.")
+      .def_readonly("outputs", &OperatorTime::outputs, "Numbers of output channels that were measured.")
+      .def_readonly("inputs", &OperatorTime::inputs, "Numbers of input channels that were measured.")
+      .def_readonly("relative", &OperatorTime::relative, "Time at each of them over that at full width, row by row.");
+
+  py::class_<LatencyTable>(m, "LatencyTable", "How the time of a model depends on the widths of its groups.")
+      .def(py::init([](Widths units, std::vector<Widths> widths, std::vector<OperatorTime> operators, double rest,
+                       double noise) {
+             TORCH_CHECK_VALUE(units.size() == widths.size(), "[LatencyTable] there must be widths for each of the ",
+                               units.size(), " groups, got ", widths.size());
+             LatencyTable table;
+             table.units = std::move(units);
+             table.widths = std::move(widths);
+             table.operators = std::move(operators);
+             table.rest = rest;
+             table.noise = noise;
+             table.threads = at::get_num_threads();
+             table.whole = table.predict(table.units);
+             return table;
+           }),
+           py::arg("units"), py::arg("widths"), py::arg("operators"), py::arg("rest") = 0.0, py::arg("noise") = 0.03)
+      .def_readonly("units", &LatencyTable::units)
+      .def_readonly("widths", &LatencyTable::widths)
+      .def_readonly("operators", &LatencyTable::operators)
+      .def_readonly("whole", &LatencyTable::whole, "Milliseconds of the model at full width.")
+      .def_readonly("rest", &LatencyTable::rest, "Milliseconds of them that no operator explains.")
+      .def_readonly("threads", &LatencyTable::threads)
+      .def(
+          "predict", [](const LatencyTable& self, const Widths& widths) { return self.predict(widths); },
+          py::arg("widths"), "Milliseconds of the model at these widths.");
+}
+
+}  // namespace
+
+void init_pruning_latency(py::module_& parent) {
+  auto m = parent.attr("pruning").cast<py::module_>();
+  init_timing(m);
+  init_table(m);
+  py::class_<LatencyTry>(m, "LatencyTry", "One attempt at a time: what was asked, predicted and measured.")
+      .def_readonly("widths", &LatencyTry::widths)
+      .def_readonly("asked", &LatencyTry::asked)
+      .def_readonly("predicted", &LatencyTry::predicted)
+      .def_readonly("measured", &LatencyTry::measured);
+  py::class_<LatencyResult>(m, "LatencyResult", "The widths that were found for a time, and what they take.")
+      .def_readonly("widths", &LatencyResult::widths)
+      .def_readonly("target", &LatencyResult::target)
+      .def_readonly("measured", &LatencyResult::measured)
+      .def_readonly("before", &LatencyResult::before)
+      .def_readonly("threads", &LatencyResult::threads)
+      .def_readonly("tries", &LatencyResult::tries)
+      .def("__repr__", [](const LatencyResult& self) { return "LatencyResult(" + self.to_string() + ")"; });
+  m.def("useful_widths", &useful_widths, py::arg("table"),
+        "The widths of each group that are faster than the next larger one by more than noise, and the full one.");
+  m.def("widths_for_latency", &widths_for_latency, py::arg("table"), py::arg("scores"), py::arg("target"),
+        "The widths that lose least importance among those whose predicted time is at most `target` milliseconds.");
+  m.def("reach_latency", &reach_latency, py::arg("table"), py::arg("scores"), py::arg("target"),
+        py::arg("measure_pruned"), py::arg("tries") = 5, py::arg("tolerance") = 0.05,
+        "Choose, measure and correct until the measured time is at most `target` and not far below.");
+}
+
+}  // namespace rarefy::python

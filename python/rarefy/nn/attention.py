@@ -1,0 +1,232 @@
+"""Multi-head attention whose heads need not add up to the width of its input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _additive(mask: Tensor | None, name: str, dtype: torch.dtype) -> Tensor | None:
+    """A mask as what is added to the scores: True becomes -inf."""
+    if mask is None or torch.is_floating_point(mask):
+        return mask
+    if mask.dtype != torch.bool:
+        raise TypeError(f"[MultiheadAttention] {name} must be bool or floating point, got {mask.dtype}")
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` with heads of any width: what is left of one when heads are removed.
+
+    With h heads:
+
+        head_i = softmax(scale * (x Wq_i)(x Wk_i)^T + mask) x Wv_i,    output = [head_1, ..., head_h] Wo
+
+    Parameters have the names that ``nn.MultiheadAttention`` gives them, and these shapes, with k = h * head_dim and
+    v = h * v_head_dim:
+
+    | name | shape |
+    |---|---|
+    | ``in_proj_weight``, where query, key and value have one width | [k + k + v, embed_dim] |
+    | ``q_proj_weight``, ``k_proj_weight``, ``v_proj_weight``, otherwise | [k, embed_dim], [k, kdim], [v, vdim] |
+    | ``in_proj_bias`` | [k + k + v] |
+    | ``bias_k``, ``bias_v`` | [1, 1, k], [1, 1, v] |
+    | ``out_proj.weight``, ``out_proj.bias`` | [embed_dim, v], [embed_dim] |
+
+    With ``head_dim = embed_dim // num_heads`` it computes what ``nn.MultiheadAttention`` computes.
+    ``nn.TransformerEncoderLayer`` calls it in evaluation too, where it would read the weights of torch's own type by itself;
+    ``nn.TransformerEncoder`` needs ``use_nested_tensor = False``.
+
+    Args:
+        embed_dim: width of query and result.
+        num_heads: number of heads; need not divide ``embed_dim`` where ``head_dim`` is given.
+        head_dim: width of a head's query and key; ``embed_dim // num_heads`` if None.
+        v_head_dim: width of a head's value; ``head_dim`` if None.
+        scale: what scores are multiplied with; ``head_dim ** -0.5`` if None.
+        dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as of ``nn.MultiheadAttention``.
+
+    Raises:
+        ValueError: sizes below 1; no ``head_dim`` and heads that do not divide ``embed_dim``.
+    """
+
+    v_head_dim: int
+    scale: float
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        head_dim: int | None = None,
+        v_head_dim: int | None = None,
+        scale: float | None = None,
+    ) -> None:
+        if num_heads < 1 or (head_dim is None and embed_dim % num_heads != 0):
+            raise ValueError(
+                f"[MultiheadAttention] num_heads must divide embed_dim where head_dim is not given, got {num_heads} heads "
+                f"for {embed_dim}"
+            )
+        nn.Module.__init__(self)
+        self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
+        self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
+        self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        self.v_head_dim = self.head_dim if v_head_dim is None else v_head_dim
+        self.batch_first, self.add_zero_attn = batch_first, add_zero_attn
+        if min(self.embed_dim, self.head_dim, self.v_head_dim, self.kdim, self.vdim) < 1:
+            raise ValueError(
+                f"[MultiheadAttention] sizes must be at least 1, got embed_dim {embed_dim}, head_dim {self.head_dim}, "
+                f"v_head_dim {self.v_head_dim}, kdim {self.kdim}, vdim {self.vdim}"
+            )
+        self.scale = self.head_dim**-0.5 if scale is None else scale
+        keys, values = num_heads * self.head_dim, num_heads * self.v_head_dim
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        if self.kdim == self.vdim == embed_dim:
+            self.in_proj_weight = parameter(2 * keys + values, embed_dim)
+            for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                self.register_parameter(name, None)
+        else:
+            self.q_proj_weight = parameter(keys, embed_dim)
+            self.k_proj_weight = parameter(keys, self.kdim)
+            self.v_proj_weight = parameter(values, self.vdim)
+            self.register_parameter("in_proj_weight", None)
+        self.register_parameter("in_proj_bias", parameter(2 * keys + values) if bias else None)
+        self.out_proj = nn.modules.linear.NonDynamicallyQuantizableLinear(
+            values, embed_dim, bias=bias, device=device, dtype=dtype
+        )
+        self.bias_k = parameter(1, 1, keys) if add_bias_kv else None
+        self.bias_v = parameter(1, 1, values) if add_bias_kv else None
+        self._reset_parameters()
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        # What torch's encoder layers ask before they take the path that reads the weights by itself.
+        return False
+
+    def _reset_parameters(self) -> None:
+        for weight in (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
+            if weight is not None:
+                nn.init.xavier_uniform_(weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+        for bias in (self.bias_k, self.bias_v):
+            if bias is not None:
+                nn.init.xavier_normal_(bias)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values = self.num_heads * self.head_dim, self.num_heads * self.v_head_dim
+        sizes = [keys, keys, values]
+        bias = self.in_proj_bias
+        if self.in_proj_weight is not None and query is key and key is value:
+            return F.linear(query, self.in_proj_weight, bias).split(sizes, dim=-1)
+        if self.in_proj_weight is not None:
+            weights = self.in_proj_weight.split(sizes)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = (None, None, None) if bias is None else bias.split(sizes)
+        q, k, v = (F.linear(x, weight, b) for x, weight, b in zip((query, key, value), weights, biases, strict=True))
+        return q, k, v
+
+    def _check_masks(
+        self, attn_mask: Tensor | None, padding: Tensor | None, batch: int, target: int, source: int
+    ) -> None:
+        shapes = ((target, source), (batch * self.num_heads, target, source))
+        if attn_mask is not None and tuple(attn_mask.shape) not in shapes:
+            raise ValueError(
+                f"[MultiheadAttention] attn_mask must have shape {shapes[0]} or {shapes[1]}, got {tuple(attn_mask.shape)}"
+            )
+        if padding is not None and tuple(padding.shape) != (batch, source):
+            raise ValueError(
+                f"[MultiheadAttention] key_padding_mask must have shape {(batch, source)}, got {tuple(padding.shape)}"
+            )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention of each query over the keys: as ``nn.MultiheadAttention.forward``, argument by argument.
+
+        Raises:
+            ValueError: masks of other shapes than ``nn.MultiheadAttention`` takes, ``is_causal`` without ``attn_mask``,
+                inputs that are not all batched or all without a batch, nested tensors.
+        """
+        batched = query.dim() == 3
+        if query.is_nested:
+            raise ValueError(
+                "[MultiheadAttention] inputs must not be nested tensors: set use_nested_tensor = False on the "
+                "nn.TransformerEncoder that makes them"
+            )
+        if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
+            raise ValueError(
+                f"[MultiheadAttention] query, key and value must all have 3 dimensions, or 2 without a batch, got "
+                f"{query.dim()}, {key.dim()} and {value.dim()}"
+            )
+        if is_causal and attn_mask is None:
+            raise ValueError("[MultiheadAttention] attn_mask must be given where is_causal says what it is")
+        attn_mask = _additive(attn_mask, "attn_mask", query.dtype)
+        key_padding_mask = _additive(key_padding_mask, "key_padding_mask", query.dtype)
+        # The hint replaces the mask where nothing else needs the scores.
+        causal = is_causal and key_padding_mask is None and not need_weights
+        if causal:
+            attn_mask = None
+        q, k, v = self._project(query, key, value)
+        if not batched:
+            q, k, v = (x.unsqueeze(0) for x in (q, k, v))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        batch, heads = q.shape[0], self.num_heads
+        self._check_masks(attn_mask, key_padding_mask, batch, q.shape[1], k.shape[1])
+        more = 0
+        if self.bias_k is not None and self.bias_v is not None:
+            k = torch.cat([k, self.bias_k.expand(batch, 1, -1)], dim=1)
+            v = torch.cat([v, self.bias_v.expand(batch, 1, -1)], dim=1)
+            more += 1
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+            more += 1
+        mask = None  # broadcast to [batch, heads, target, source]
+        if attn_mask is not None:
+            attn_mask = F.pad(attn_mask, (0, more))
+            mask = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads))
+        if key_padding_mask is not None:
+            padding = F.pad(key_padding_mask, (0, more))[:, None, None, :]
+            mask = padding if mask is None else mask + padding
+        q, k = (x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2) for x in (q, k))
+        v = v.unflatten(-1, (heads, self.v_head_dim)).transpose(1, 2)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = torch.matmul(q * self.scale, k.transpose(-2, -1))
+            weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+            weights = F.dropout(weights, dropout)
+            y = torch.matmul(weights, v)
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=self.scale)
+        y = self.out_proj(y.transpose(1, 2).flatten(2))
+        if not batched:
+            return y.squeeze(0), None if weights is None else weights.squeeze(0)
+        return (y if self.batch_first else y.transpose(0, 1)), weights
