@@ -154,10 +154,10 @@ class StructuredPruner:
 
     # --- what the transaction calls ---
 
-    def _record(self) -> tuple[Graph, str]:
+    def _record(self, shapes_only: bool) -> tuple[Graph, str]:
         partial = Graph()
         try:
-            graph = record(self._model, self._inputs, self._forward, partial)
+            graph = record(self._model, self._inputs, self._forward, partial, shapes_only)
         except Exception as error:  # of the model's own code: the transaction reports it or tries another way
             return partial, f"{type(error).__name__}: {error}".strip()
         if self._surgery is None:
