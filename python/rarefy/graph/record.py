@@ -105,4 +105,6 @@ def record(
     ]
     location = _Location(model)
     with evaluation(model), location.attached():
-        return _core.graph.record(lambda: tensors_of(run(model, example_inputs)), tensors, location, partial, shapes_only)
+        return _core.graph.record(
+            lambda: tensors_of(run(model, example_inputs)), tensors, location, partial, shapes_only
+        )
