@@ -17,7 +17,8 @@ Origin parse_origin(const std::string& text) {
       return origin;
     }
   }
-  TORCH_CHECK_VALUE(false, "[record] origin must be input, parameter, buffer, constant or intermediate, got '", text, "'");
+  TORCH_CHECK_VALUE(false, "[record] origin must be input, parameter, buffer, constant or intermediate, got '", text,
+                    "'");
 }
 
 using Tensors = std::vector<at::Tensor>;
@@ -42,19 +43,20 @@ void init_graph(py::module_& parent) {
       .def_readonly("consumers", &Value::consumers)
       .def_readonly("is_output", &Value::is_output)
       .def("__repr__", [](const Value& self) {
-        return "Value(" + std::string(name(self.origin)) + (self.name.empty() ? "" : " " + self.name) + ", shape=" +
-               py::repr(py::tuple(py::cast(self.sizes))).cast<std::string>() + ")";
+        return "Value(" + std::string(name(self.origin)) + (self.name.empty() ? "" : " " + self.name) +
+               ", shape=" + py::repr(py::tuple(py::cast(self.sizes))).cast<std::string>() + ")";
       });
   py::class_<Node>(m, "Node", "One call of an operator.")
       .def_property_readonly("op", [](const Node& self) { return self.op.name; })
       .def_property_readonly("overload", [](const Node& self) { return self.op.overload_name; })
-      .def_property_readonly("inputs", [](const Node& self) {
-        py::list out;
-        for (size_t i = 0; i < self.inputs.size(); ++i) {
-          out.append(torch::jit::toPyObject(self.inputs[i]));
-        }
-        return out;
-      })
+      .def_property_readonly("inputs",
+                             [](const Node& self) {
+                               py::list out;
+                               for (size_t i = 0; i < self.inputs.size(); ++i) {
+                                 out.append(torch::jit::toPyObject(self.inputs[i]));
+                               }
+                               return out;
+                             })
       .def_readonly("input_values", &Node::input_values)
       .def_readonly("outputs", &Node::outputs)
       .def_readonly("parent", &Node::parent)
@@ -68,12 +70,14 @@ void init_graph(py::module_& parent) {
       .def_readonly("inputs", &Graph::inputs)
       .def_readonly("outputs", &Graph::outputs)
       .def_readonly("schedule", &Graph::schedule)
-      .def("find", &Graph::find, py::arg("name"), "The value of a parameter or buffer; -1 when the run did not touch it.")
+      .def("find", &Graph::find, py::arg("name"),
+           "The value of a parameter or buffer; -1 when the run did not touch it.")
       .def("__str__", &Graph::to_string);
   m.def(
       "record",
       [](const std::function<Tensors()>& forward, const std::vector<NamedTensor>& tensors,
-         const std::function<std::pair<std::string, std::string>()>& location, const std::shared_ptr<Graph>& partial, bool shapes_only) {
+         const std::function<std::pair<std::string, std::string>()>& location, const std::shared_ptr<Graph>& partial,
+         bool shapes_only) {
         RecordOptions options;
         options.shapes_only = shapes_only;
         if (location) {

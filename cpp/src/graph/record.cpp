@@ -32,7 +32,7 @@ class Recorder {
     }
     const int64_t id = add(named.value, named.origin);
     graph_.values[id].name = named.name;
-    graph_.values[id].tensor = named.value;
+    graph_.values[id].tensor = named.value.detach();  // the data of this moment, also when the model is cut later
     return id;
   }
 
@@ -92,6 +92,7 @@ class Recorder {
     value.sizes = tensor.sizes().vec();
     value.dtype = tensor.scalar_type();
     graph_.values.push_back(std::move(value));
+    first_seen_.push_back(static_cast<int64_t>(graph_.nodes.size()));
     ids_[tensor.unsafeGetTensorImpl()] = id;
     // A weak reference keeps the address from being used again without keeping the data.
     alive_.emplace_back(tensor.getIntrusivePtr());
@@ -153,7 +154,11 @@ class Recorder {
       // An operator that changes the shape in place (unsqueeze_) makes a new value of the same tensor.
       const bool known = found != ids_.end() && graph_.values[found->second].sizes == tensor.sizes();
       const int64_t id = known ? found->second : add(tensor, Origin::intermediate);
-      if (!known) {
+      // An operator may hand its result to others before it returns it.
+      const bool made_inside = known && graph_.values[id].origin == Origin::constant && first_seen_[id] > node;
+      if (!known || made_inside) {
+        graph_.values[id].origin = Origin::intermediate;
+        graph_.values[id].tensor = at::Tensor();
         graph_.values[id].producer = node;
         if (!tensor.is_floating_point() && !tensor.is_complex()) {
           graph_.values[id].tensor = tensor;  // an index or a mask, which later operators may use as a constant
@@ -185,6 +190,7 @@ class Recorder {
   Graph& graph_;
   const RecordOptions& options_;
   std::vector<int64_t> open_;
+  std::vector<int64_t> first_seen_;  // of each value: how many nodes had begun
   std::unordered_map<const c10::TensorImpl*, int64_t> ids_;
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> alive_;
 };
@@ -236,7 +242,8 @@ bool is_composite(const c10::OperatorName& op) {
 }
 
 /// Appends to the schedule what computes the outputs of nodes [begin, end) at one level of nesting.
-void make_schedule(Graph& graph, int64_t begin, int64_t end, const std::function<bool(const c10::OperatorName&)>& keep) {
+void make_schedule(Graph& graph, int64_t begin, int64_t end,
+                   const std::function<bool(const c10::OperatorName&)>& keep) {
   for (int64_t i = begin; i < end; i = std::max(graph.nodes[i].children_end, i + 1)) {
     const Node& node = graph.nodes[i];
     if (!keep(node.op) && node.children_end > i + 1 && is_composite(node.op)) {

@@ -120,8 +120,9 @@ torch::jit::Stack OperatorCalls::arguments(const graph::Graph& graph, const grap
   const int64_t input_channels = transposed ? across : inside * groups;
   const int64_t output_channels = transposed ? inside * groups : across;
 
-  const auto options = at::TensorOptions().dtype(weight.dtype).device(
-      weight.tensor.defined() ? weight.tensor.device() : c10::Device(at::kCPU));
+  const auto options = at::TensorOptions()
+                           .dtype(weight.dtype)
+                           .device(weight.tensor.defined() ? weight.tensor.device() : c10::Device(at::kCPU));
   const bool last = channels_last(weight);
   torch::jit::Stack stack = node.inputs;
   stack.at(op.input_argument) = view(with(input.sizes, op.input_channel_dim, input_channels),
@@ -138,9 +139,7 @@ torch::jit::Stack OperatorCalls::arguments(const graph::Graph& graph, const grap
 }
 
 void OperatorCalls::call(const graph::Node& node, torch::jit::Stack stack) {
-  c10::Dispatcher::singleton()
-      .findSchemaOrThrow(node.op.name.c_str(), node.op.overload_name.c_str())
-      .callBoxed(&stack);
+  c10::Dispatcher::singleton().findSchemaOrThrow(node.op.name.c_str(), node.op.overload_name.c_str()).callBoxed(&stack);
 }
 
 std::string OperatorCalls::key(const graph::Graph& graph, const graph::Node& node, const WeightedOperator& op) {

@@ -46,8 +46,9 @@ struct RAREFY_API RecordOptions {
 /// what had been recorded, its last node being the operator that failed.
 /// Throws c10::ValueError when an input or a parameter is undefined or sparse, and when a recording runs already on
 /// this thread.
-RAREFY_API Graph record(const std::function<std::vector<at::Tensor>()>& forward, const std::vector<NamedTensor>& tensors,
-                        const RecordOptions& options = {}, Graph* partial = nullptr);
+RAREFY_API Graph record(const std::function<std::vector<at::Tensor>()>& forward,
+                        const std::vector<NamedTensor>& tensors, const RecordOptions& options = {},
+                        Graph* partial = nullptr);
 
 /// Records model.forward for a module of one or more tensor inputs, in evaluation mode (restored afterwards).
 /// `forward` calls it: [&] { return std::vector{net->forward(x)}; }
