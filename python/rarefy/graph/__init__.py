@@ -1,6 +1,33 @@
 """A recording of one eager forward pass: every operator, its tensors and its constants."""
 
-from rarefy._core.graph import Graph, Node, Value
+from rarefy._core.graph import (
+    ConvBnPair,
+    Cost,
+    Costs,
+    Graph,
+    ModuleCost,
+    Node,
+    OperatorCost,
+    Value,
+    constant_nodes,
+    conv_bn_pairs,
+    count_costs,
+    fold_constants,
+)
 from rarefy.graph.record import record
 
-__all__ = ["Graph", "Node", "Value", "record"]
+__all__ = [
+    "ConvBnPair",
+    "Cost",
+    "Costs",
+    "Graph",
+    "ModuleCost",
+    "Node",
+    "OperatorCost",
+    "Value",
+    "constant_nodes",
+    "conv_bn_pairs",
+    "count_costs",
+    "fold_constants",
+    "record",
+]
