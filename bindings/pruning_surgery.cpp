@@ -71,6 +71,7 @@ void init_pruning_surgery(py::module_& parent) {
       .def_readonly("tensor", &Cut::tensor)
       .def_readonly("dim", &Cut::dim)
       .def_readonly("kept", &Cut::kept)
+      .def("__len__", [](const Cut& self) { return self.kept.size(); })
       .def("__repr__", [](const Cut& self) {
         return "Cut(tensor='" + self.tensor + "', dim=" + std::to_string(self.dim) + ", " +
                std::to_string(self.kept.size()) + " kept)";

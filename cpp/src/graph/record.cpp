@@ -7,7 +7,9 @@
 
 #include <unordered_map>
 
+#include "evaluation.h"
 #include "operators.h"
+#include "shapes_only.h"
 
 // Whoever compiles this file must define NDEBUG: RecordFunction asserts in its own accessors otherwise, from the second
 // callback on.
@@ -318,6 +320,10 @@ Graph record(const std::function<std::vector<at::Tensor>()>& forward, const std:
   try {
     const at::NoGradGuard no_grad;
     const Attached attached(recorder);
+    std::optional<ShapesOnly> shapes_only;
+    if (options.shapes_only) {
+      shapes_only.emplace();
+    }
     outputs = forward();
   } catch (...) {
     if (partial) {
@@ -341,35 +347,6 @@ std::vector<NamedTensor> named_tensors(const torch::nn::Module& model) {
   }
   return out;
 }
-
-namespace {
-
-/// Evaluation mode of a module and all inside of it for as long as it lives.
-class Evaluation {
- public:
-  explicit Evaluation(torch::nn::Module& model) {
-    modes_.emplace_back(&model, model.is_training());
-    // The model itself need not belong to a shared pointer.
-    for (const auto& module : model.modules(/*include_self=*/false)) {
-      modes_.emplace_back(module.get(), module->is_training());
-    }
-    model.eval();
-  }
-  Evaluation(const Evaluation&) = delete;
-  Evaluation& operator=(const Evaluation&) = delete;
-  ~Evaluation() {
-    for (auto& [module, training] : modes_) {
-      if (module->is_training() != training) {
-        module->train(training);
-      }
-    }
-  }
-
- private:
-  std::vector<std::pair<torch::nn::Module*, bool>> modes_;  // outer modules before those inside of them
-};
-
-}  // namespace
 
 Graph record(const torch::nn::Module& model, const std::function<std::vector<at::Tensor>()>& forward,
              const std::vector<at::Tensor>& inputs) {

@@ -189,6 +189,10 @@ bool with(torch::nn::Module& module, const Resize& resize) {
 
 void resize(torch::nn::Module& module, Resizer& to) {
   using namespace torch::nn;
+  if (const auto* layer = dynamic_cast<const rarefy::nn::Quantizable*>(&module)) {
+    TORCH_CHECK_VALUE(layer->mode() != rarefy::nn::Quantizable::Mode::converted, "[resize_modules] ", layer->kind(),
+                      " must not be converted yet: prune before convert");
+  }
   const auto linear = [&](auto& m) { to.linear(m); };
   const auto conv = [&](auto& m) { to.conv(m, /*transposed=*/false); };
   const auto transposed = [&](auto& m) { to.conv(m, /*transposed=*/true); };

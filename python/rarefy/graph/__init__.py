@@ -8,11 +8,13 @@ from rarefy._core.graph import (
     ModuleCost,
     Node,
     OperatorCost,
+    Timing,
     Value,
     constant_nodes,
     conv_bn_pairs,
     count_costs,
     fold_constants,
+    measure,
 )
 from rarefy.graph.record import record
 
@@ -24,10 +26,12 @@ __all__ = [
     "ModuleCost",
     "Node",
     "OperatorCost",
+    "Timing",
     "Value",
     "constant_nodes",
     "conv_bn_pairs",
     "count_costs",
     "fold_constants",
+    "measure",
     "record",
 ]

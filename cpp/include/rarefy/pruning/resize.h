@@ -31,7 +31,8 @@ RAREFY_API std::vector<Cut> quantizer_cuts(const torch::nn::Module& model, const
 ///
 /// Returns what was changed, under the names that Python has for it. Throws c10::ValueError for shapes that no options
 /// describe: groups of different sizes, layers of a recurrent network with different hidden sizes, attention whose heads do
-/// not add up to its width or have lost channels (torch::nn::MultiheadAttention computes its scale from the width).
+/// not add up to its width or have lost channels (torch::nn::MultiheadAttention computes its scale from the width); a converted layer of
+/// rarefy::nn.
 RAREFY_API Attributes resize_modules(torch::nn::Module& model, Surgery& surgery);
 
 }  // namespace rarefy::pruning
