@@ -1,8 +1,8 @@
 #include <ATen/Functions.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <algorithm>
 
+#include "graph/call.h"
 #include "propagation.h"
 
 // Operators that put elements elsewhere: they run on the labels themselves.
@@ -20,39 +20,15 @@ std::vector<at::Tensor> Propagator::run_on_labels(const Node& node, const at::Te
     const auto shape = labels.sizes().vec();
     return {labels.reshape({shape[0], groups, shape[1] / groups, -1}).transpose(1, 2).reshape(shape)};
   }
-  torch::jit::Stack stack;
-  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(node.op.name.c_str(), node.op.overload_name.c_str());
-  for (size_t i = 0; i < node.inputs.size(); ++i) {
-    const auto& ids = node.input_values[i];
-    if (i == 0) {
-      stack.emplace_back(labels);
-    } else if (ids.empty()) {
-      stack.push_back(node.inputs[i]);
-    } else if (op.schema().arguments()[i].type()->kind() == c10::TypeKind::ListType) {
-      c10::List<std::optional<at::Tensor>> list;
-      for (auto id : ids) {
-        list.push_back(id < 0 ? std::nullopt : std::optional<at::Tensor>(graph_.values[id].tensor));
-      }
-      stack.emplace_back(list);
-    } else if (ids[0] < 0) {
-      stack.emplace_back();
-    } else {
-      TORCH_CHECK(graph_.values[ids[0]].tensor.defined(), "its argument is not a constant");
-      stack.emplace_back(graph_.values[ids[0]].tensor);
+  auto stack = graph::arguments(node, [&](int64_t id, bool) -> at::Tensor {
+    if (id == node.input(0)) {
+      return labels;
     }
-  }
-  op.callBoxed(stack);
-  std::vector<at::Tensor> out;
-  for (const auto& result : stack) {
-    if (result.isTensor()) {
-      out.push_back(result.toTensor());
-    } else if (result.isTensorList()) {
-      for (const at::Tensor& tensor : result.toTensorVector()) {
-        out.push_back(tensor);
-      }
-    }
-  }
-  return out;
+    TORCH_CHECK(graph_.values[id].tensor.defined(), "its argument is not a constant");
+    return graph_.values[id].tensor;
+  });
+  stack.at(0) = labels;
+  return graph::call(node, std::move(stack));
 }
 
 void Propagator::movement(const Node& node) {

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "graph/call.h"
 #include "propagation.h"
 #include "slices.h"
 
@@ -192,57 +193,12 @@ class Run {
 
   /// The arguments of a node by position, to be changed and called.
   torch::jit::Stack stack_of(const Node& node) {
-    torch::jit::Stack stack;
-    const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(node.op.name.c_str(), node.op.overload_name.c_str());
-    const auto& arguments = op.schema().arguments();
-    for (size_t i = 0; i < node.inputs.size(); ++i) {
-      const auto& ids = node.input_values[i];
-      const auto& type = *arguments[i].type();
-      if (ids.empty()) {
-        stack.push_back(node.inputs[i]);
-        continue;
+    return graph::arguments(node, [&](int64_t id, bool written) {
+      if (written && graph_.values[id].origin != Origin::intermediate && env_[id].is_same(graph_.values[id].tensor)) {
+        env_[id] = env_[id].clone();  // the model's own tensor stays as it is
       }
-      for (auto id : ids) {
-        if (id >= 0 && arguments[i].alias_info() && arguments[i].alias_info()->isWrite() &&
-            graph_.values[id].origin != Origin::intermediate && env_[id].is_same(graph_.values[id].tensor)) {
-          env_[id] = env_[id].clone();  // the model's own tensor stays as it is
-        }
-      }
-      if (type.kind() == c10::TypeKind::ListType) {
-        if (type.cast<c10::ListType>()->getElementType()->kind() == c10::TypeKind::OptionalType) {
-          c10::List<std::optional<at::Tensor>> list;
-          for (auto id : ids) {
-            list.push_back(id < 0 ? std::nullopt : std::optional<at::Tensor>(env_[id]));
-          }
-          stack.emplace_back(list);
-        } else {
-          c10::List<at::Tensor> list;
-          for (auto id : ids) {
-            list.push_back(env_[id]);
-          }
-          stack.emplace_back(list);
-        }
-      } else {
-        ids[0] < 0 ? stack.emplace_back() : stack.emplace_back(env_[ids[0]]);
-      }
-    }
-    return stack;
-  }
-
-  std::vector<at::Tensor> call(const Node& node, torch::jit::Stack stack) {
-    const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(node.op.name.c_str(), node.op.overload_name.c_str());
-    op.callBoxed(stack);
-    std::vector<at::Tensor> out;
-    for (const auto& result : stack) {
-      if (result.isTensor()) {
-        out.push_back(result.toTensor());
-      } else if (result.isTensorList()) {
-        for (const at::Tensor& item : result.toTensorVector()) {
-          out.push_back(item);
-        }
-      }
-    }
-    return out;
+      return env_[id];
+    });
   }
 
   void store(const Node& node, const std::vector<at::Tensor>& results) {
@@ -372,7 +328,7 @@ class Run {
       }
     }
     adjust(stack);
-    auto results = call(node, std::move(stack));
+    auto results = graph::call(node, std::move(stack));
     if (constant_part.defined()) {
       std::vector<int64_t> shape(results[0].dim(), 1);
       shape[result_dim] = -1;
@@ -407,7 +363,7 @@ class Run {
         stack[i] = adds_first ? IValue(at::zeros({1}, values.options())) : IValue();
       }
     }
-    return call(node, std::move(stack))[0].reshape({-1});
+    return graph::call(node, std::move(stack))[0].reshape({-1});
   }
 
   void convolution(const Node& node, bool transposed) {
@@ -451,7 +407,7 @@ class Run {
     for (auto id : tensors(node)) {
       from_weights = from_weights || !dependent(id);
     }
-    auto results = call(node, std::move(stack));
+    auto results = graph::call(node, std::move(stack));
     const auto* out = result_dim < 0 ? nullptr : removed_.along(node.outputs[0], result_dim);
     if (out && from_weights) {
       results[0] = scatter(select(results[0], out), result_dim, out,
@@ -480,7 +436,7 @@ class Run {
       }
       adjust(stack, *places);
     }
-    auto results = call(node, std::move(stack));
+    auto results = graph::call(node, std::move(stack));
     if (places) {
       const auto fill = shift >= 0 && env_[shift].dim() == 1 ? env_[shift] : at::Tensor();
       results[0] = scatter(results[0], dim, places, fill);
@@ -507,7 +463,7 @@ class Run {
         stack[i] = c10::List<at::Tensor>(masked);
       }
     }
-    store(node, call(node, std::move(stack)));
+    store(node, graph::call(node, std::move(stack)));
     set_constant(node, false);
   }
 
@@ -534,7 +490,7 @@ class Run {
         consumed = true;
       }
     }
-    store(node, call(node, std::move(stack)));
+    store(node, graph::call(node, std::move(stack)));
     set_constant(node, constant_[x] && !consumed);
   }
 
@@ -639,7 +595,7 @@ void Run::visit(const Node& node) {
       for (const auto& places : removed_.of(v)) {
         stack[0] = places.dim == dim ? stack[0] : IValue(select(stack[0].toTensor(), &places));
       }
-      auto results = call(node, std::move(stack));
+      auto results = graph::call(node, std::move(stack));
       for (const auto& places : removed_.of(v)) {
         results[0] = places.dim == dim ? results[0] : scatter(results[0], places.dim, &places, {});
       }
@@ -648,7 +604,7 @@ void Run::visit(const Node& node) {
       return;
     }
     case Kind::embedding: {
-      auto results = call(node, stack_of(node));
+      auto results = graph::call(node, stack_of(node));
       const int64_t last = rank(node.outputs[0]) - 1;
       const auto* out = removed_.along(node.outputs[0], last);
       results[0] = out ? ignored(results[0], last, out) : results[0];
@@ -667,7 +623,7 @@ void Run::visit(const Node& node) {
   }
   // Everything else acts place by place, or only moves. A result is constant in its removed places when all that meets
   // there is.
-  store(node, call(node, stack_of(node)));
+  store(node, graph::call(node, stack_of(node)));
   bool constant = true;
   const auto kind = graph::kind_of(node.op);
   const bool joins = kind == Kind::concatenation || kind == Kind::stacking;
