@@ -33,8 +33,8 @@ PYBIND11_MODULE(_core, m) {
   init_config(m);
   init_graph(m);
   init_graph_timing(m);
+  init_pruning_surgery(m);  // plans of the next one hold cuts
   init_pruning(m);
-  init_pruning_surgery(m);
   init_pruning_latency(m);
   init_quantization(m);
   init_distillation(m);

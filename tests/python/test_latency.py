@@ -119,7 +119,7 @@ class TestChoice:
         assert all(width % 16 == 0 for width in widths)
         for group, width in enumerate(widths):
             if width < FULL:
-                wider = widths[:group] + [width + 16] + widths[group + 1 :]
+                wider = [*widths[:group], width + 16, *widths[group + 1 :]]
                 assert table.predict(wider) > target
 
     @pytest.mark.parametrize("seed", range(5))
@@ -150,9 +150,17 @@ class TestChoice:
         [
             (ones(2), 0.0, "target must be positive milliseconds, got 0"),
             (ones(2), float("nan"), "target must be positive milliseconds, got nan"),
-            (ones(2), 0.6, "target must be reachable, got 0.6 ms; the fastest widths are estimated at 1.0625 ms of 3.5 ms"),
+            (
+                ones(2),
+                0.6,
+                "target must be reachable, got 0.6 ms; the fastest widths are estimated at 1.0625 ms of 3.5 ms",
+            ),
             (ones(1), 2.0, "scores for each of the 2 groups, got 1"),
-            ([torch.ones(FULL), torch.ones(3)], 2.0, r"scores of group 1 must have shape \[64\] \(one per unit\), got \[3\]"),
+            (
+                [torch.ones(FULL), torch.ones(3)],
+                2.0,
+                r"scores of group 1 must have shape \[64\] \(one per unit\), got \[3\]",
+            ),
             ([torch.ones(FULL), torch.full((FULL,), float("inf"))], 2.0, "scores of group 1 must be finite, got inf"),
         ],
     )
@@ -177,12 +185,13 @@ class TestReach:
         assert 0.9 * target <= result.measured <= 1.1 * target
         assert result.measured in measured
         assert [one.measured for one in result.tries] == measured
-        assert result.target == target and result.before == table.whole
+        assert result.target == target
+        assert result.before == table.whole
         assert result.threads == torch.get_num_threads()
         assert f"{len(measured)} tr" in repr(result)
 
     def test_says_the_fastest_time_of_a_target_that_no_try_meets(self):
-        with pytest.raises(ValueError, match="got 2 ms; the fastest of . tries took 3 ms of 3.5 ms before"):
+        with pytest.raises(ValueError, match=r"got 2 ms; the fastest of . tries took 3 ms of 3.5 ms before"):
             _core.pruning.reach_latency(chain(2), ones(2), 2.0, lambda widths: 3.0)
 
     def test_errors_of_the_caller_pass_through(self):

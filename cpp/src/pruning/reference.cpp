@@ -114,32 +114,18 @@ at::Tensor indices(const std::vector<int64_t>& values, const at::Tensor& like) {
   return at::tensor(values, at::TensorOptions().dtype(at::kLong).device(like.device()));
 }
 
-at::Tensor select(const at::Tensor& x, const RemovedPlaces* places) {
-  return places ? x.index_select(places->dim, indices(places->kept, x)) : x;
-}
-
 at::Tensor select(const at::Tensor& x, int64_t dim, const RemovedPlaces* places) {
-  return places && x.defined() ? x.index_select(dim, indices(places->kept, x)) : x;
+  return places && x.defined() ? take(x, {{dim, places->kept}}) : x;
 }
 
-/// x at its full size again: what was kept in its places, `fill` (per removed place along dim; undefined: zero) in the
-/// others.
+at::Tensor select(const at::Tensor& x, const RemovedPlaces* places) { return places ? select(x, places->dim, places) : x; }
+
+/// x at its full size again: what was kept in its places, `fill` (of each place along dim; undefined: zero) in the others.
 at::Tensor scatter(const at::Tensor& x, int64_t dim, const RemovedPlaces* places, const at::Tensor& fill) {
   if (!places) {
     return x;
   }
-  auto sizes = x.sizes().vec();
-  sizes[dim] = static_cast<int64_t>(places->kept.size() + places->removed.size());
-  auto out = at::zeros(sizes, x.options());
-  out.index_copy_(dim, indices(places->kept, x), x);
-  if (fill.defined()) {
-    std::vector<int64_t> shape(sizes.size(), 1);
-    shape[dim] = static_cast<int64_t>(places->removed.size());
-    sizes[dim] = shape[dim];
-    out.index_copy_(dim, indices(places->removed, x),
-                    fill.index_select(0, indices(places->removed, x)).to(x.scalar_type()).view(shape).expand(sizes));
-  }
-  return out;
+  return spread(x, dim, places->kept, static_cast<int64_t>(places->kept.size() + places->removed.size()), fill);
 }
 
 class Run {

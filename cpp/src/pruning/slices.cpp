@@ -2,9 +2,11 @@
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cstring>
@@ -123,6 +125,61 @@ at::Tensor take(const at::Tensor& x, const Kept& kept) {
       return take_by_index_select(x, kept);
   }
   return out;
+}
+
+namespace {
+
+template <typename Element>
+void spread_contiguous(const at::Tensor& x, const at::Tensor& out, int64_t dim, const std::vector<int64_t>& from,
+                       const std::vector<Element>& values) {
+  const int64_t inner = out.stride(dim), size = out.size(dim), kept = x.size(dim);
+  const int64_t outer = out.numel() / (inner * size);
+  const auto* source = static_cast<const Element*>(x.const_data_ptr());
+  auto* target = static_cast<Element*>(out.mutable_data_ptr());
+  const int64_t grain = std::max<int64_t>(1, 32768 / (inner * size));
+  at::parallel_for(0, outer, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      const auto* rows = source + o * kept * inner;
+      auto* places = target + o * size * inner;
+      for (int64_t i = 0; i < size; ++i) {
+        if (inner == 1) {
+          places[i] = from[i] < 0 ? values[i] : rows[from[i]];
+        } else if (from[i] < 0) {
+          std::fill_n(places + i * inner, inner, values[i]);
+        } else {
+          std::memcpy(places + i * inner, rows + from[i] * inner, static_cast<size_t>(inner) * sizeof(Element));
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+at::Tensor spread(const at::Tensor& x, int64_t dim, const std::vector<int64_t>& kept, int64_t size, const at::Tensor& fill) {
+  auto sizes = x.sizes().vec();
+  sizes[dim] = size;
+  const auto values = fill.defined() ? fill.to(x.scalar_type()) : at::zeros({size}, x.options());
+  if (x.is_cpu() && x.is_contiguous() && x.numel() > 0 && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble)) {
+    std::vector<int64_t> from(size, -1);
+    for (size_t i = 0; i < kept.size(); ++i) {
+      from[kept[i]] = static_cast<int64_t>(i);
+    }
+    auto out = at::empty(sizes, x.options());
+    const auto flat = values.contiguous();
+    if (x.scalar_type() == at::kFloat) {
+      const auto* data = flat.const_data_ptr<float>();
+      spread_contiguous<float>(x, out, dim, from, {data, data + size});
+    } else {
+      const auto* data = flat.const_data_ptr<double>();
+      spread_contiguous<double>(x, out, dim, from, {data, data + size});
+    }
+    return out;
+  }
+  std::vector<int64_t> shape(sizes.size(), 1);
+  shape[dim] = size;
+  auto out = values.view(shape).expand(sizes).contiguous();
+  return out.index_copy_(dim, at::tensor(kept, at::TensorOptions().dtype(at::kLong)).to(x.device()), x);
 }
 
 }  // namespace rarefy::pruning

@@ -238,7 +238,11 @@ StructuredTransaction::StructuredTransaction(PrunableModel model, StructuredOpti
 
 const graph::Graph& StructuredTransaction::recording() {
   if (!graph_) {
-    auto recording = model_.record();
+    auto recording = model_.record(!real_);
+    if (!recording.failure.empty() && !real_) {
+      real_ = true;  // on zeros in place of values it may fail where it does not on values
+      recording = model_.record(false);
+    }
     TORCH_CHECK_VALUE(recording.failure.empty(), "[StructuredPruner] the model must run on its example inputs: ",
                       recording.failure);
     graph_ = std::move(recording.graph);
@@ -307,7 +311,7 @@ bool StructuredTransaction::attempt(const Choice& choice, StructuredReport& repo
   std::optional<std::pair<int64_t, std::string>> culprit;
   std::string failure;
   try {
-    const auto after = model_.record();
+    const auto after = model_.record(false);
     failure = after.failure;
     if (failure.empty()) {
       std::vector<at::Tensor> found;
@@ -329,6 +333,12 @@ bool StructuredTransaction::attempt(const Choice& choice, StructuredReport& repo
     return true;
   }
   model_.rollback();
+  if (!real_) {
+    // The model may have looked at values that the first recording left out.
+    real_ = true;
+    graph_.reset();
+    return false;
+  }
   if (culprit) {
     const bool again = std::any_of(pins_.nodes.begin(), pins_.nodes.end(),
                                    [&](const auto& pin) { return pin.first == culprit->first; });
@@ -345,7 +355,7 @@ StructuredReport StructuredTransaction::prune() {
   TORCH_CHECK_VALUE(step_ < options_.steps, "[StructuredPruner.prune] all ", options_.steps, " steps are done");
   graph_.reset();
   attempts_ = 0;
-  while (true) {
+  while (true) {  // until an attempt succeeds or throws
     refresh();
     const auto scores = model_.score(*structure_);
     if (options_.latency_ms) {

@@ -52,7 +52,7 @@ struct StructuredPruner::State {
   Attributes attributes;
   std::optional<StructuredTransaction> transaction;
 
-  Recording record() {
+  Recording record(bool shapes_only) {
     auto tensors = graph::named_tensors(model);
     for (size_t i = 0; i < inputs.size(); ++i) {
       tensors.push_back({"input." + std::to_string(i), inputs[i], graph::Origin::input});
@@ -60,8 +60,10 @@ struct StructuredPruner::State {
     const graph::Evaluation evaluation(model);
     Recording out;
     graph::Graph partial;
+    graph::RecordOptions options;
+    options.shapes_only = shapes_only;
     try {
-      out.graph = graph::record(forward, tensors, {}, &partial);
+      out.graph = graph::record(forward, tensors, options, &partial);
     } catch (const std::exception& error) {  // of the model's own code: the transaction reports it or tries another way
       out.graph = std::move(partial);
       out.failure = error.what();
@@ -110,7 +112,7 @@ StructuredPruner::StructuredPruner(torch::nn::Module& model, std::function<std::
                        std::move(follow), {}, {}, nullptr, {}, std::nullopt}) {
   auto* state = state_.get();
   PrunableModel subject;
-  subject.record = [state] { return state->record(); };
+  subject.record = [state](bool shapes_only) { return state->record(shapes_only); };
   subject.tensors = [state] { return graph::named_tensors(state->model); };
   subject.score = [state](const Structure& structure) {
     return state->score ? importance(structure, state->score, state->importance_options.normalization)

@@ -6,8 +6,9 @@ A recording of one eager forward pass.
 from __future__ import annotations
 import collections.abc
 import torch
+import typing
 
-__all__: list[str] = ["Graph", "NamedTensor", "Node", "Value", "record"]
+__all__: list[str] = ["Graph", "NamedTensor", "Node", "Timing", "Value", "measure", "record"]
 
 class NamedTensor:
     """
@@ -81,6 +82,44 @@ class Graph:
     def schedule(self) -> list[int]: ...
     @property
     def values(self) -> list[Value]: ...
+
+class Timing:
+    """
+    How long a call takes on this machine.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def milliseconds(self) -> float:
+        """
+        The median.
+        """
+    @property
+    def runs(self) -> int: ...
+    @property
+    def spread(self) -> float:
+        """
+        Distance between the quartiles over the median.
+        """
+    @property
+    def threads(self) -> int:
+        """
+        Of torch, inside an operator.
+        """
+
+def measure(
+    call: collections.abc.Callable[[], None],
+    *,
+    seconds: typing.SupportsFloat | typing.SupportsIndex = 0.5,
+    runs: typing.SupportsInt | typing.SupportsIndex = 7,
+    warmup: typing.SupportsInt | typing.SupportsIndex = 3,
+    device: torch.device = ...,
+    clock: collections.abc.Callable[[], float] = None,
+) -> Timing:
+    """
+    The time of a call without arguments, under no-grad: the median of at least `runs` runs that take at least
+    `seconds` together, after `warmup` runs. Runs end when the device has done what they asked of it. `clock` gives
+    seconds, for tests.
+    """
 
 def record(
     forward: collections.abc.Callable[[], list[torch.Tensor]],

@@ -19,8 +19,8 @@ from rarefy._core.pruning import (
 )
 from rarefy.pruning import importance
 from rarefy.pruning.magnitude import MagnitudePruner
-from rarefy.pruning.structured import StructuredPruner
 from rarefy.pruning.manifest import load_pruned, save_pruned
+from rarefy.pruning.structured import StructuredPruner
 from rarefy.pruning.surgery import Surgery
 
 __all__ = [

@@ -15,7 +15,9 @@ from rarefy.pruning.surgery import Surgery
 _SIZE = re.compile(
     r"head|dim|size|channel|feature|width|hidden|embed|group|inner|planes|units|d_model|d_ff|d_kv|n_embd|nf$|^d$|^c$|^h$"
 )
-_OTHER = re.compile(r"vocab|patch|kernel|window|image|max_|position|layer|batch|stride|padding|bucket|dilation|pad_|chunk_size")
+_OTHER = re.compile(
+    r"vocab|patch|kernel|window|image|max_|position|layer|batch|stride|padding|bucket|dilation|pad_|chunk_size"
+)
 
 
 _HEADS = re.compile(r"heads?$|groups?$")  # how many, as against how wide

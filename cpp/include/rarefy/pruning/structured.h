@@ -53,8 +53,8 @@ struct RAREFY_API Plan {
 
 /// A model as the pruner sees it, in either language.
 struct RAREFY_API PrunableModel {
-  /// Runs the model on the example inputs and records it.
-  std::function<Recording()> record;
+  /// Runs the model on the example inputs and records it; with shapes_only as RecordOptions says.
+  std::function<Recording(bool shapes_only)> record;
   /// Its parameters and buffers.
   std::function<std::vector<graph::NamedTensor>()> tensors;
   /// Scores of the units of each group.
@@ -100,6 +100,7 @@ class RAREFY_API StructuredTransaction {
   std::optional<Baseline> baseline_;
   int64_t step_ = 0;
   int64_t attempts_ = 0;
+  bool real_ = false;  // the recording computed: the model may look at values
 };
 
 /// Sets sizes that the code of a model keeps itself (heads_, width_) for a plan, and returns what undoes it. Sizes of
