@@ -70,6 +70,7 @@ class Recorder {
     }
     graph_.nodes.push_back(std::move(node));
     open_.push_back(index);
+    known_.push_back(static_cast<int64_t>(graph_.values.size()));
   }
 
   void end(const at::RecordFunction& fn) {
@@ -81,6 +82,10 @@ class Recorder {
     graph_.nodes[index].failed = fn.outputs().size() < returns;
     for (const IValue& result : last(fn.outputs(), returns)) {
       add_results(result, index);
+    const int64_t known = known_.back();
+    known_.pop_back();
+    for (const IValue& result : fn.outputs()) {
+      add_results(result, index, known);
     }
   }
 
@@ -187,7 +192,8 @@ class Recorder {
     return argument;
   }
 
-  void add_results(const IValue& result, int64_t node) {
+  /// `known_before`: how many values there were before the operator did anything.
+  void add_results(const IValue& result, int64_t node, int64_t known_before) {
     if (result.isTensor()) {
       const at::Tensor& tensor = result.toTensor();
       if (!tensor.defined()) {
@@ -210,11 +216,18 @@ class Recorder {
       } else if (graph_.values[id].producer >= 0 && graph_.nodes[node].children_end > graph_.values[id].producer &&
                  graph_.values[id].producer > node) {
         graph_.values[id].producer = node;  // the composite operator around the one that made it
+      } else if (graph_.values[id].origin == Origin::constant && id >= known_before) {
+        // The operator made it without calling another one, and had others write into it (roll, mean).
+        graph_.values[id].origin = Origin::intermediate;
+        graph_.values[id].producer = node;
+        if (tensor.is_floating_point() || tensor.is_complex()) {
+          graph_.values[id].tensor = at::Tensor();
+        }
       }
       graph_.nodes[node].outputs.push_back(id);
     } else if (result.isTensorList()) {
       for (const at::Tensor& tensor : result.toTensorVector()) {
-        add_results(tensor, node);
+        add_results(tensor, node, known_before);
       }
     }
   }
@@ -235,6 +248,8 @@ class Recorder {
   const RecordOptions& options_;
   std::vector<int64_t> open_;
   std::vector<int64_t> first_seen_;  // of each value: how many nodes had begun
+  std::vector<int64_t> open_;   // the nodes that are running
+  std::vector<int64_t> known_;  // of each: how many values there were when it started
   std::unordered_map<const c10::TensorImpl*, int64_t> ids_;
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> alive_;
 

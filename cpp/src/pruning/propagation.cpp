@@ -707,7 +707,7 @@ void Propagator::run(const Pins& pins) {
     visit(index);
     for (const auto& [node, why] : pins.nodes) {
       if (node == index) {
-        const auto pin_reason = labels_.add_reason(index, why);
+        const auto pin_reason = reason(why);
         for (auto id : tensors(graph_.nodes[index])) {
           pin_all(fields(id), pin_reason);
         }
