@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 import torch
-from written_structures import convolutional
 from torch import nn
+from written_structures import convolutional
 
 import rarefy as rf
 from rarefy import _core

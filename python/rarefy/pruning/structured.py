@@ -25,7 +25,7 @@ from rarefy._core.pruning import (
 )
 from rarefy.graph.record import call, evaluation, record
 from rarefy.pruning.follow import Follower
-from rarefy.pruning.importance import Importance, Normalization, Reduction, importance
+from rarefy.pruning.importance import Importance, Normalization, Reduction, score
 from rarefy.pruning.surgery import Surgery
 
 
@@ -171,7 +171,7 @@ class StructuredPruner:
         ]
 
     def _score(self, structure: Structure) -> list[GroupScore]:
-        return importance(structure, self._model, self._importance, self._reduction, self._normalize)
+        return score(structure, self._model, self._importance, self._reduction, self._normalize)
 
     def _apply(self, plan: Plan) -> None:
         surgery = Surgery(self._model, self._optimizers)
