@@ -101,7 +101,7 @@ def make_task(name: str, data: Path | None, quick: bool) -> Task:
         return Task(
             lambda: models.ResNet20(split.classes, channels).to(memory_format=torch.channels_last), split, augment, sgd,
             0.2, 0.005, 1 if quick else 8, 1, {"PTQ": 0.5, "QAT": 0.1, PRUNED: PRUNED_GOAL},
-            0.1, 1 if quick else 4,
+            0.1, 1 if quick else 2,
         )  # fmt: skip
     split, tokenizer = datasets.sentences(data)
     if quick:

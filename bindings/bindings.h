@@ -12,6 +12,7 @@ namespace py = pybind11;
 
 void init_config(py::module_& m);
 void init_graph(py::module_& m);
+void init_graph_timing(py::module_& m);
 void init_pruning(py::module_& m);
 void init_pruning_surgery(py::module_& m);
 void init_pruning_structure(py::module_& pruning);

@@ -73,8 +73,9 @@ void init_graph(py::module_& parent) {
   m.def(
       "record",
       [](const std::function<Tensors()>& forward, const std::vector<NamedTensor>& tensors,
-         const std::function<std::pair<std::string, std::string>()>& location, const std::shared_ptr<Graph>& partial) {
+         const std::function<std::pair<std::string, std::string>()>& location, const std::shared_ptr<Graph>& partial, bool shapes_only) {
         RecordOptions options;
+        options.shapes_only = shapes_only;
         if (location) {
           options.location = [&] {
             auto [module, source] = location();
@@ -84,6 +85,7 @@ void init_graph(py::module_& parent) {
         return std::make_shared<Graph>(record(forward, tensors, options, partial.get()));
       },
       py::arg("forward"), py::arg("tensors"), py::arg("location"), py::arg("partial") = nullptr,
+      py::arg("shapes_only") = false,
       "Run `forward` once under no-grad and record every operator that it calls on this thread.");
 }
 

@@ -32,8 +32,9 @@ PYBIND11_MODULE(_core, m) {
   py::register_local_exception_translator(&translate);
   init_config(m);
   init_graph(m);
+  init_graph_timing(m);
+  init_pruning_surgery(m);  // plans of the next one hold cuts
   init_pruning(m);
-  init_pruning_surgery(m);
   init_pruning_latency(m);
   init_quantization(m);
   init_distillation(m);

@@ -1,6 +1,5 @@
 #include <ATen/Parallel.h>
 #include <pybind11/functional.h>
-#include <rarefy/graph/timing.h>
 #include <rarefy/pruning/latency.h>
 
 #include "bindings.h"
@@ -9,38 +8,6 @@ namespace rarefy::python {
 namespace {
 
 using namespace rarefy::pruning;
-
-graph::TimingOptions timing_options(double seconds, int64_t runs, int64_t warmup, const at::Device& device,
-                                    const std::function<double()>& clock) {
-  graph::TimingOptions options;
-  options.seconds = seconds;
-  options.runs = runs;
-  options.warmup = warmup;
-  options.device = device;
-  options.clock = clock;
-  options.validate();
-  return options;
-}
-
-void init_timing(py::module_& m) {
-  py::class_<graph::Timing>(m, "Timing", "How long a call takes on this machine.")
-      .def_readonly("milliseconds", &graph::Timing::milliseconds, "The median.")
-      .def_readonly("spread", &graph::Timing::spread, "Distance between the quartiles over the median.")
-      .def_readonly("runs", &graph::Timing::runs)
-      .def_readonly("threads", &graph::Timing::threads, "Of torch, inside an operator.")
-      .def("__repr__", [](const graph::Timing& self) { return "Timing(" + self.to_string() + ")"; });
-  m.def(
-      "measure",
-      [](const std::function<void()>& call, double seconds, int64_t runs, int64_t warmup, const at::Device& device,
-         const std::function<double()>& clock) {
-        return graph::measure(call, timing_options(seconds, runs, warmup, device, clock));
-      },
-      py::arg("call"), py::kw_only(), py::arg("seconds") = 0.5, py::arg("runs") = 7, py::arg("warmup") = 3,
-      py::arg("device") = at::Device(at::kCPU), py::arg("clock") = py::none(),
-      "The time of a call without arguments, under no-grad: the median of at least `runs` runs that take at least\n"
-      "`seconds` together, after `warmup` runs. Runs end when the device has done what they asked of it. `clock` gives\n"
-      "seconds, for tests.");
-}
 
 void init_table(py::module_& m) {
   py::class_<OperatorTime>(m, "OperatorTime", "The time of one operator as a function of the widths of groups.")
@@ -97,7 +64,6 @@ void init_table(py::module_& m) {
 
 void init_pruning_latency(py::module_& parent) {
   auto m = parent.attr("pruning").cast<py::module_>();
-  init_timing(m);
   init_table(m);
   py::class_<LatencyTry>(m, "LatencyTry", "One attempt at a time: what was asked, predicted and measured.")
       .def_readonly("widths", &LatencyTry::widths)

@@ -64,6 +64,9 @@ void init_pruning_structure(py::module_& m) {
       .def_property_readonly("costs", [](const Structure& self) { return py::tuple(py::cast(self.costs)); })
       .def("__repr__", &Structure::to_string)
       .def("_repr_html_", &to_html);
+  m.def(
+      "find_structure", [](const graph::Graph& graph) { return find_structure(graph); }, py::arg("graph"),
+      "The dependency groups of a recorded model.");
 }
 
 }  // namespace rarefy::python

@@ -8,13 +8,13 @@ namespace {
 
 using namespace rarefy::pruning;
 
-PrunableModel make_model(const std::function<std::pair<std::shared_ptr<graph::Graph>, std::string>()>& record,
+PrunableModel make_model(const std::function<std::pair<std::shared_ptr<graph::Graph>, std::string>(bool)>& record,
                          std::function<std::vector<graph::NamedTensor>()> tensors, const py::function& score,
                          std::function<void(const Plan&)> apply, std::function<void()> rollback,
                          std::function<void()> commit, std::function<void()> run) {
   PrunableModel model;
-  model.record = [record] {
-    auto [graph, failure] = record();
+  model.record = [record](bool shapes_only) {
+    auto [graph, failure] = record(shapes_only);
     return Recording{std::move(*graph), std::move(failure)};
   };
   model.tensors = std::move(tensors);
@@ -88,7 +88,7 @@ void init_structured(py::module_& m) {
            py::arg("choice"), py::arg("latency_ms"), py::arg("ignore"), py::arg("steps"), py::arg("fold_constants"),
            py::arg("tolerance"));
   py::class_<StructuredTransaction>(m, "StructuredTransaction", "The transaction that both languages share.")
-      .def(py::init([](const std::function<std::pair<std::shared_ptr<graph::Graph>, std::string>()>& record,
+      .def(py::init([](const std::function<std::pair<std::shared_ptr<graph::Graph>, std::string>(bool)>& record,
                        std::function<std::vector<graph::NamedTensor>()> tensors, const py::function& score,
                        std::function<void(const Plan&)> apply, std::function<void()> rollback,
                        std::function<void()> commit, std::function<void()> run, StructuredOptions options) {

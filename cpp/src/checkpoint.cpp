@@ -8,20 +8,10 @@
 #include <unordered_map>
 #include <utility>
 
+#include "checkpoint_state.h"
+
 namespace rarefy {
 namespace {
-
-std::vector<std::pair<std::string, torch::Tensor>> state_of(const torch::nn::Module& model) {
-  std::vector<std::pair<std::string, torch::Tensor>> state;
-  for (const auto& items : {model.named_parameters(), model.named_buffers()}) {
-    for (const auto& item : items) {
-      if (item.value().defined()) {
-        state.emplace_back(item.key(), item.value());
-      }
-    }
-  }
-  return state;
-}
 
 /// Equal for names of one tensor: the same elements of the same memory, read in the same way.
 auto identity(const torch::Tensor& tensor) {
@@ -51,28 +41,47 @@ std::string described(const torch::Tensor& tensor) {
 
 }  // namespace
 
-void save_safetensors(const torch::nn::Module& model, const std::filesystem::path& path, const Metadata& metadata) {
-  auto state = state_of(model);
+State state_of(const torch::nn::Module& model) {
+  State state;
+  for (const auto& items : {model.named_parameters(), model.named_buffers()}) {
+    for (const auto& item : items) {
+      if (item.value().defined()) {
+        state.emplace_back(item.key(), item.value());
+      }
+    }
+  }
+  return state;
+}
+
+NamedTensors without_duplicates(State state, Metadata& metadata) {
   std::sort(state.begin(), state.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
   NamedTensors kept;
-  Metadata text = metadata;
   std::map<Identity, std::string> names;
   for (const auto& [name, tensor] : state) {
     if (tensor.numel() > 0) {
       const auto [position, is_new] = names.emplace(identity(tensor), name);
       if (!is_new) {
-        text.emplace(name, position->second);
+        metadata.emplace(name, position->second);
         continue;
       }
     }
     kept.insert(name, tensor);
   }
-  save_safetensors(kept, path, text);
+  return kept;
+}
+
+void save_safetensors(const torch::nn::Module& model, const std::filesystem::path& path, const Metadata& metadata) {
+  Metadata text = metadata;
+  const auto tensors = without_duplicates(state_of(model), text);
+  save_safetensors(tensors, path, text);
 }
 
 LoadResult load_safetensors(torch::nn::Module& model, const std::filesystem::path& path, bool strict) {
-  const auto file = path.string();
-  const auto checkpoint = load_safetensors(path);
+  return load_into(model, load_safetensors(path), path.string(), strict);
+}
+
+LoadResult load_into(torch::nn::Module& model, const Checkpoint& checkpoint, const std::string& file, bool strict,
+                     const std::function<void()>& before_copying) {
   const auto state = state_of(model);
 
   LoadResult result;
@@ -112,6 +121,9 @@ LoadResult load_safetensors(torch::nn::Module& model, const std::filesystem::pat
                     ": names must be those of the model, but missing are: ", listed(result.missing),
                     "; unexpected are: ", listed(result.unexpected));
 
+  if (before_copying != nullptr) {
+    before_copying();
+  }
   const torch::NoGradGuard no_grad;
   for (auto& [target, source] : copies) {
     target.copy_(*source);

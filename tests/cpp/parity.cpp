@@ -7,6 +7,9 @@
 //   OUT.results: `losses`, and `evaluated` and `converted`, the scores of batch 0 before and after conversion.
 // rarefy_parity --continue MODEL BATCH OUT: loads the prepared network's MODEL, writes it again to OUT, and its output on
 //   the tensor `x` of BATCH to OUT.evaluated, of test_checkpoint.py.
+// rarefy_parity --pruned FILE BATCH OUT: loads the pruned small network's FILE into a fresh one, removes channel 0 of what is
+//   left of `fc`'s input, writes it to OUT, and its output on the tensor `x` of BATCH before that to OUT.evaluated, of
+//   test_manifest.py.
 // rarefy_parity --read FILE...: one line per file, its tensors' sum of bytes or why it is refused.
 #include "parity.h"
 
@@ -71,6 +74,32 @@ int continue_checkpoint(char** argv) {
   return 0;
 }
 
+int load_and_prune(char** argv) {
+  namespace pruning = rarefy::pruning;
+  Parity model;
+  auto manifest = pruning::load_pruned(*model, argv[2]);
+  const torch::NoGradGuard no_grad;
+  model->eval();
+  rarefy::NamedTensors results;
+  results.insert("evaluated", model(rarefy::load_safetensors(argv[3]).tensors["x"]));
+  rarefy::save_safetensors(results, std::string(argv[4]) + ".evaluated");
+
+  const auto tensors = rarefy::graph::named_tensors(*model);
+  std::vector<int64_t> kept(static_cast<size_t>(model->fc->weight.size(1) - 1));
+  std::iota(kept.begin(), kept.end(), 1);
+  std::vector<pruning::Cut> cuts{{"fc.weight", 1, kept}, {"plain.weight", 1, kept}};
+  for (const auto* name : {"conv.weight", "conv.bn.weight", "conv.bn.bias", "conv.bn.running_mean",
+                           "conv.bn.running_var", "plain.weight", "plain.bias"}) {
+    cuts.push_back({name, 0, kept});
+  }
+  pruning::Surgery surgery(tensors);
+  surgery.apply(cuts);
+  manifest.record(surgery, tensors, pruning::resize_modules(*model, surgery));
+  surgery.commit();
+  pruning::save_pruned(*model, manifest, argv[4]);
+  return 0;
+}
+
 int read_all(int argc, char** argv) {
   for (int i = 2; i < argc; ++i) {
     try {
@@ -99,10 +128,13 @@ int main(int argc, char** argv) {
   if (mode == "--continue" && argc == 5) {
     return continue_checkpoint(argv);
   }
+  if (mode == "--pruned" && argc == 5) {
+    return load_and_prune(argv);
+  }
   if (mode == "--read") {
     return read_all(argc, argv);
   }
   std::cerr << "usage: rarefy_parity --train EXECUTION MODEL DATA FIRST LAST OUT | --continue MODEL BATCH OUT | "
-               "--read FILE...\n";
+               "--pruned FILE BATCH OUT | --read FILE...\n";
   return 2;
 }

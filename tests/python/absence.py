@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 Tensor = torch.Tensor
 Kept = Mapping[str, Mapping[int, Iterable[int]]]  # of each tensor and dimension: the slices that stay
@@ -157,6 +157,7 @@ REPLACED: dict[Any, Callable[..., Any]] = {
     aten._softmax.default: softmax,
     aten._safe_softmax.default: softmax,
     aten.linalg_vector_norm.default: vector_norm,
+    aten.norm.ScalarOpt_dim: vector_norm,
     aten.native_layer_norm.default: layer_norm,
     aten.native_group_norm.default: group_norm,
     aten._fused_rms_norm.default: rms_norm,
@@ -169,6 +170,78 @@ class Absence(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return REPLACED.get(func, func)(*args, **(kwargs or {}))
+
+
+# What a producer leaves in channels whose weights are zero: the position of what it adds, or nothing.
+ADDED = {
+    aten.mm.default: None,
+    aten.bmm.default: None,
+    aten.mv.default: None,
+    aten.addmm.default: 0,
+    aten.baddbmm.default: 0,
+    aten.addmv.default: 0,
+    aten.convolution.default: 2,
+}
+# What a normalization leaves in channels that its statistics do not count: the position of its shift, or nothing.
+SHIFTS = {
+    aten.native_layer_norm.default: 3,
+    aten.native_group_norm.default: 2,
+    aten._fused_rms_norm.default: None,
+    aten._softmax.default: None,
+    aten._safe_softmax.default: None,
+    aten.embedding.default: None,
+}
+
+
+class Constants(Absence):
+    """Runs every operator twice: on what is there, and on twins that hold a constant in the place of what is not.
+
+    A removed channel without weights is the bias of its layer, and what operators on single elements make of it. The
+    consumers whose weights are in ``folded`` sum over these constants as well; all others over what is there.
+    """
+
+    def __init__(self, twins: Iterable[tuple[Tensor, Tensor]], folded: Iterable[Tensor]):
+        super().__init__()
+        self.twins = {id(x): (x, twin) for x, twin in twins}  # with the tensor, so that its id stays its own
+        self.folded = {id(x): x for x in folded}
+
+    def twin(self, value: Any) -> Any:
+        return self.twins[id(value)][1] if isinstance(value, Tensor) and id(value) in self.twins else value
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        consumes = any(id(x) in self.folded for x in tensors)
+        twin_args, twin_kwargs = tree_map(self.twin, (args, kwargs))
+        found = REPLACED.get(func, func)(*args, **kwargs)
+        if func in ADDED:
+            if consumes:
+                full = func(*twin_args, **twin_kwargs)
+                found = torch.where(found.isnan(), NAN, full)
+            twin = self.filled(func, found, twin_args, ADDED[func], kwargs.get("beta", 1))
+        elif func in SHIFTS:
+            several = isinstance(found, tuple)
+            first = self.filled(func, found[0] if several else found, twin_args, SHIFTS[func], 1)
+            twin = (first, *found[1:]) if several else first
+        else:
+            twin = func(*twin_args, **twin_kwargs)
+            if func in REPLACED:
+                twin = tree_map(lambda x, y: torch.where(x.isnan(), y, x), found, twin)
+        for x, y in zip(tree_leaves(found), tree_leaves(twin), strict=True):
+            if isinstance(x, Tensor) and id(x) not in self.twins:
+                self.twins[id(x)] = (x, y.clone() if y is x else y)
+                if consumes and func not in ADDED:
+                    self.folded[id(x)] = x  # the weight, transposed
+        return found
+
+    @staticmethod
+    def filled(func: Any, found: Tensor, twins: Any, position: int | None, factor: float) -> Tensor:
+        added = None if position is None or position >= len(twins) else twins[position]
+        if added is None:
+            return zeroed(found)
+        if func in (aten.convolution.default, aten.native_group_norm.default):
+            added = added.reshape(-1, *[1] * (found.dim() - 2))
+        return torch.where(found.isnan(), added * factor, found)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -203,14 +276,27 @@ def run(model: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any], Any] 
 
 
 def run_without(
-    model: nn.Module, kept: Kept, inputs: Any, forward: Callable[[nn.Module, Any], Any] = call
+    model: nn.Module,
+    kept: Kept,
+    inputs: Any,
+    forward: Callable[[nn.Module, Any], Any] = call,
+    folded: Iterable[str] = (),
 ) -> list[Tensor]:
-    """The outputs of the model where every slice that is not kept is not there."""
+    """The outputs of the model where every slice that is not kept is not there.
+
+    Consumers whose weights are named in ``folded`` see the constants of the removed channels.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), Absence():
-            return run(without(model, kept), inputs, forward)
+        masked, mode = without(model, kept), Absence()
+        if folded := list(folded):
+            tensors, originals = named_tensors(masked), named_tensors(copy.deepcopy(model))
+            twins = [(x, originals[name]) for name, x in tensors.items()]
+            twins += [(x, x.clone()) for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+            mode = Constants(twins, (tensors[name] for name in folded))
+        with sdpa_kernel(SDPBackend.MATH), mode:
+            return run(masked, inputs, forward)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 

@@ -93,14 +93,18 @@ def prune(subject: Subject, seed: int = 0, trained: bool = False, **options: Any
     return Pruned(subject, original, model, report, kept_slices(report), optimizer, moments)
 
 
-def check_function(pruned: Pruned, folded: tuple[str, ...] = ()) -> None:
-    """What is left are slices of what was there, and computes what the original computes without the others."""
-    assert_slices(pruned.original, pruned.model, pruned.kept, folded)
+def check_function(pruned: Pruned) -> None:
+    """What is left are slices of what was there, and computes what the original computes without the others.
+
+    Constants of removed channels were added where the report says it, and nowhere else.
+    """
+    folds = pruned.report.folds
+    assert_slices(pruned.original, pruned.model, pruned.kept, {fold.tensor for fold in folds})
     assert ties(pruned.model) == ties(pruned.original)
     forward = pruned.subject.forward
     for seed in (0, 50, 51):
         inputs = pruned.subject.make_inputs(seed)
-        expected = run_without(pruned.original, pruned.kept, inputs, forward)
+        expected = run_without(pruned.original, pruned.kept, inputs, forward, {fold.weight for fold in folds})
         assert_same(expected, run(pruned.model, inputs, forward))
 
 

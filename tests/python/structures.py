@@ -983,10 +983,11 @@ class SoftmaxChannels(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Linear(5, 8)
-        self.out = nn.Linear(8, 3)
+        self.mix = nn.Linear(8, 6)
+        self.out = nn.Linear(6, 3)
 
     def forward(self, x):
-        return self.out(self.embed(x).softmax(-1))
+        return self.out(self.mix(self.embed(x).softmax(-1)).relu())
 
 
 # Gates

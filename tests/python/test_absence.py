@@ -175,3 +175,49 @@ def test_nothing_removed(name):
     structure = STRUCTURES[name]
     model, inputs = structure.build(), structure.make_inputs()
     assert_same(run(model, inputs), run_without(model, {}, inputs), 1e-12)
+
+
+def test_constants():
+    """A hidden unit without weights is its bias: folded by hand into the next layer, and seen by it in the reference."""
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 3), nn.Linear(3, 2)).double()
+    x = (torch.randn(4, 5, dtype=torch.float64),)
+    kept, gone = [0, 2, 5], [1, 3, 4]
+    cuts = {"0.weight": {0: kept}, "0.bias": {0: kept}, "2.weight": {1: kept}}
+    folded = cut(original, cuts)
+    with torch.no_grad():
+        constants = nn.functional.gelu(original[0].bias[gone])
+        folded[2].bias += original[2].weight[:, gone] @ constants
+        assert_same(run_without(original, cuts, x, folded=["2.weight"]), run(folded, x))
+        masked = copy.deepcopy(original)
+        masked[0].weight[gone] = 0
+        assert_same(run(masked, x), run(folded, x))
+    with pytest.raises(AssertionError, match="differs by"):
+        assert_same(run_without(original, cuts, x), run(folded, x))
+
+
+def test_constants_behind_a_norm():
+    """The shift of a batch norm goes into the running mean of the next one; that of a layer norm into a bias."""
+    torch.manual_seed(0)
+    original = STRUCTURES["residual_bottleneck"].build()
+    x = STRUCTURES["residual_bottleneck"].make_inputs()
+    assert_same(run_without(original, {}, x, folded=["fc.weight"]), run(original, x), 1e-12)
+    norm = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 3)).double()
+    nn.init.normal_(norm[1].bias)
+    x = (torch.randn(4, 5, dtype=torch.float64),)
+    kept, gone = [0, 2, 5], [1, 3, 4]
+    cuts = {name: {0: kept} for name in ("0.weight", "0.bias", "1.weight", "1.bias")} | {"3.weight": {1: kept}}
+    folded = cut(norm, cuts)
+    folded[1].normalized_shape = (3,)
+    with torch.no_grad():
+        folded[3].bias += norm[3].weight[:, gone] @ norm[1].bias[gone].relu()
+    assert_same(run_without(norm, cuts, x, folded=["3.weight"]), run(folded, x))
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_nothing_removed_nothing_folded(name):
+    """Without a removed slice there are no constants, whatever is said to see them."""
+    structure = STRUCTURES[name]
+    model, inputs = structure.build(), structure.make_inputs()
+    weights = [n for n, p in model.named_parameters() if p.dim() > 1]
+    assert_same(run(model, inputs), run_without(model, {}, inputs, folded=weights), 1e-12)

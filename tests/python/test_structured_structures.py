@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from absence import assert_same, run
+from absence import assert_same, named_tensors, run
 from structured_checks import check_attributes, check_expectations, check_function, check_training, prune
 from structures import EXPECTATIONS, STRUCTURES, read_expectations
 
@@ -20,25 +20,43 @@ def test_table():
     assert list(STRUCTURES) == list(read_expectations()), f"the models are not those of {EXPECTATIONS.name}, in order"
 
 
+@pytest.mark.parametrize("fold", [False, True], ids=["ignored", "folded"])
 @pytest.mark.parametrize("scope", ["local", "global"])
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_same_function(name, scope):
+def test_same_function(name, scope, fold):
     structure = STRUCTURES[name]
-    removed = 0
-    for channels in (0.3, 0.5):
-        for seed in range(3):
-            options = {"channels": channels, "scope": scope, "importance": importance.Random(seed)}
-            pruned = prune(structure, seed, fold_constants=False, **options)
-            check_function(pruned)
-            check_attributes(pruned.model)
-            removed += pruned.removed
-    assert removed > 0
-    check_expectations(pruned, structure.groups, structure.pins)
+    for seed, channels in enumerate((0.3, 0.5)):
+        options = {"channels": channels, "scope": scope, "importance": importance.Random(seed)}
+        pruned = prune(structure, seed, fold_constants=fold, **options)
+        assert fold or not pruned.report.folds
+        check_function(pruned)
+        check_attributes(pruned.model)
+        check_expectations(pruned, structure.groups, structure.pins)
+
+
+# Of each model: where the constants of removed channels go, and through what.
+FOLDED = {
+    "chain": {("fc.bias", "fc.weight")},
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_constants_are_folded(name):
+    pruned = prune(STRUCTURES[name], channels=0.5, scope="local", importance=importance.Random(0))
+    assert {(fold.tensor, fold.weight) for fold in pruned.report.folds} == FOLDED[name]
+    check_function(pruned)
+    before, after = named_tensors(pruned.original), named_tensors(pruned.model)
+    for fold in pruned.report.folds:
+        expected = before[fold.tensor] + fold.delta
+        for dim, kept in pruned.kept.get(fold.tensor, {}).items():
+            expected = expected.index_select(dim, torch.tensor(kept))
+        torch.testing.assert_close(after[fold.tensor], expected, rtol=0, atol=1e-15)
+        assert not torch.equal(after[fold.tensor], before[fold.tensor][: len(expected)])
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_training_goes_on(name):
-    pruned = prune(STRUCTURES[name], trained=True, channels=0.5, importance="l1", scope="local", fold_constants=False)
+    pruned = prune(STRUCTURES[name], trained=True, channels=0.5, importance="l1", scope="local")
     assert pruned.removed > 0
     check_function(pruned)
     check_training(pruned)

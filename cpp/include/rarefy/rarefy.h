@@ -5,6 +5,8 @@
 #include <rarefy/config.h>
 #include <rarefy/distillation/loss.h>
 #include <rarefy/distillation/trainer.h>
+#include <rarefy/graph/graph.h>
+#include <rarefy/graph/record.h>
 #include <rarefy/nn/add.h>
 #include <rarefy/nn/cat.h>
 #include <rarefy/nn/conv.h>
@@ -19,10 +21,14 @@
 #include <rarefy/ops/mask.h>
 #include <rarefy/ops/quantized_linear.h>
 #include <rarefy/ops/relu.h>
-#include <rarefy/pruning/optimizer_state.h>
 #include <rarefy/pruning/choice.h>
 #include <rarefy/pruning/importance.h>
+#include <rarefy/pruning/latency.h>
+#include <rarefy/pruning/manifest.h>
+#include <rarefy/pruning/optimizer_state.h>
 #include <rarefy/pruning/pruner.h>
+#include <rarefy/pruning/resize.h>
+#include <rarefy/pruning/structured.h>
 #include <rarefy/pruning/surgery.h>
 #include <rarefy/quantization/batch_norm.h>
 #include <rarefy/quantization/fake_quantizer.h>

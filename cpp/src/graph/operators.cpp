@@ -71,6 +71,7 @@ const Table& table() {
     add(Kind::rms_norm, {"rms_norm", "_fused_rms_norm"});
     add(Kind::embedding, {"embedding", "embedding_bag", "_embedding_bag"});
     add(Kind::glu, {"glu"});
+    add(Kind::weight_norm, {"_weight_norm_interface"});
     add(Kind::prelu, {"prelu", "_prelu_kernel"});
     add(Kind::recurrent, {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"});
     // Pointwise in what they do to places, whether or not torch tags them.

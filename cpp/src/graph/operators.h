@@ -25,7 +25,8 @@ enum class Kind {
   transposed_convolution, general_convolution,  // the latter says by an argument whether it is transposed
   attention,      // scaled_dot_product_attention
   batch_norm, instance_norm, layer_norm, group_norm, rms_norm,
-  embedding, index, glu, prelu, recurrent, fake_quantize
+  embedding, index, glu, prelu, recurrent, fake_quantize,
+  weight_norm,    // a direction scaled to a length per index of one dimension
 };
 
 /// Kind::unknown for what is not in the table and not tagged as pointwise.

@@ -8,6 +8,7 @@
 #include <unordered_map>
 
 #include "operators.h"
+#include "shapes_only.h"
 
 // Whoever compiles this file must define NDEBUG: RecordFunction asserts in its own accessors otherwise, from the second
 // callback on.
@@ -263,6 +264,10 @@ Graph record(const std::function<std::vector<at::Tensor>()>& forward, const std:
   try {
     const at::NoGradGuard no_grad;
     const Attached attached(recorder);
+    std::optional<ShapesOnly> shapes_only;
+    if (options.shapes_only) {
+      shapes_only.emplace();
+    }
     outputs = forward();
   } catch (...) {
     if (partial) {

@@ -13,7 +13,9 @@ namespace rarefy::pruning {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kMissed = 1.1;  // a measured time above this multiple of the target does not reach it
+constexpr double kClose = 0.1;   // of the target: a time that is farther above it does not reach it
+constexpr double kNudge = 0.02;  // by which to ask for more or less when the same widths come again
+constexpr int kNudges = 10;
 
 /// For each group, the operators whose time it changes.
 std::vector<std::vector<size_t>> operators_of_groups(const LatencyTable& table) {
@@ -78,7 +80,7 @@ std::vector<Loss> losses(const LatencyTable& table, const std::vector<at::Tensor
 class Search {
  public:
   Search(const LatencyTable& table, const std::vector<Loss>& losses)
-      : widths(table.units), time(table.predict(table.units)), table_(table), losses_(losses),
+      : widths(table.units), time(table.predict(table.units)), table_(&table), losses_(&losses),
         operators_(operators_of_groups(table)), useful_(useful_widths(table)) {
     for (size_t g = 0; g < useful_.size(); ++g) {
       if (!losses[g].may_change()) {
@@ -100,10 +102,10 @@ class Search {
           }
           const auto [before, after] = times_of(g, width);
           const double saved = before - after;
-          if (saved <= table_.noise * before) {
+          if (saved <= table_->noise * before) {
             continue;
           }
-          const double price = (losses_[g].at(width) - losses_[g].at(widths[g])) / saved;
+          const double price = ((*losses_)[g].at(width) - (*losses_)[g].at(widths[g])) / saved;
           if (price < best || (price == best && saved > best_saved)) {
             best = price, best_saved = saved, best_group = g, best_width = width;
           }
@@ -133,7 +135,7 @@ class Search {
           if (time + (after - before) > target) {
             continue;
           }
-          const double gain = losses_[g].at(widths[g]) - losses_[g].at(width);
+          const double gain = (*losses_)[g].at(widths[g]) - (*losses_)[g].at(width);
           const double worth = after <= before ? kInfinity : gain / (after - before);
           if (worth > best) {
             best = worth, best_group = g, best_width = width;
@@ -149,7 +151,7 @@ class Search {
 
   void move_to(const Widths& there) {
     widths = there;
-    time = table_.predict(widths);
+    time = table_->predict(widths);
   }
 
   /// The next useful width of every group that has one; false when none has.
@@ -174,23 +176,23 @@ class Search {
     const int64_t now = widths[group];
     double before = 0, after = 0;
     for (auto i : operators_[group]) {
-      before += table_.predict(table_.operators[i], widths);
+      before += table_->predict(table_->operators[i], widths);
     }
     widths[group] = width;
     for (auto i : operators_[group]) {
-      after += table_.predict(table_.operators[i], widths);
+      after += table_->predict(table_->operators[i], widths);
     }
     widths[group] = now;
-    return {table_.scale * before, table_.scale * after};
+    return {table_->scale * before, table_->scale * after};
   }
 
   void set(size_t group, int64_t width) {
     widths[group] = width;
-    time = table_.predict(widths);
+    time = table_->predict(widths);
   }
 
-  const LatencyTable& table_;
-  const std::vector<Loss>& losses_;
+  const LatencyTable* table_;
+  const std::vector<Loss>* losses_;
   std::vector<std::vector<size_t>> operators_;
   std::vector<Widths> useful_;
 };
@@ -213,6 +215,20 @@ Search fastest_state(const LatencyTable& table, const std::vector<Loss>& losses)
 void check_target(double target) {
   TORCH_CHECK_VALUE(std::isfinite(target) && target > 0, "[widths_for_latency] target must be positive milliseconds, got ",
                     target);
+}
+
+/// How bad a time is: close below the target is best, then close above it, then far below.
+double miss(double time, double target) {
+  const double far = std::abs(time - target) / target;
+  if (far <= kClose) {
+    return time <= target ? far : kClose + far;
+  }
+  return time <= target ? 2 * kClose + far : 2 + far;
+}
+
+bool tried(const LatencyResult& result, const Widths& widths) {
+  return std::any_of(result.tries.begin(), result.tries.end(),
+                     [&](const LatencyTry& one) { return one.widths == widths; });
 }
 
 /// Widths for a target; the fastest ones when it cannot be reached.
@@ -287,33 +303,32 @@ LatencyResult reach_latency(const LatencyTable& table, const std::vector<at::Ten
   result.target = target;
   result.before = table.whole;
   result.threads = table.threads;
-  // Above the target, less is better; below it, more.
-  const auto penalty = [&](double time) { return time <= target ? (target - time) / target : time / target; };
-  double asked = target * (1 - tolerance / 2), ratio = 1;
+  double asked = target * (1 - tolerance / 2);
   const LatencyTry* best = nullptr;
   result.tries.reserve(static_cast<size_t>(tries));
   while (static_cast<int64_t>(result.tries.size()) < tries) {
     auto search = search_widths(table, loss, asked);
-    const bool again = std::any_of(result.tries.begin(), result.tries.end(),
-                                   [&](const LatencyTry& one) { return one.widths == search.widths; });
-    if (again) {
-      break;  // the steps are too coarse to come closer
+    // Widths come in steps: what was tried already is left in the direction in which the target lies.
+    for (int nudges = 0; nudges < kNudges && tried(result, search.widths); ++nudges) {
+      asked *= result.tries.back().measured > target ? 1 - kNudge : 1 + kNudge;
+      search = search_widths(table, loss, asked);
     }
-    LatencyTry one{search.widths, asked, search.time, search.widths == table.units ? table.whole
-                                                                                  : measure_pruned(search.widths)};
-    TORCH_CHECK_VALUE(one.measured > 0, "[reach_latency] measure_pruned must return positive milliseconds, got ",
-                      one.measured);
-    result.tries.push_back(one);
-    if (!best || penalty(one.measured) < penalty(best->measured)) {
-      best = &result.tries.back();
-    }
-    if (one.measured <= target && one.measured >= (1 - tolerance) * target) {
+    if (tried(result, search.widths)) {
       break;
     }
-    ratio = one.measured / one.predicted;
-    asked = target * (1 - tolerance / 2) / ratio;
+    const bool whole = search.widths == table.units;
+    const double measured = whole ? table.whole : measure_pruned(search.widths);
+    TORCH_CHECK_VALUE(measured > 0, "[reach_latency] measure_pruned must return positive milliseconds, got ", measured);
+    result.tries.push_back({search.widths, asked, search.time, measured});
+    if (!best || miss(measured, target) < miss(best->measured, target)) {
+      best = &result.tries.back();
+    }
+    if (measured <= target && measured >= (1 - tolerance) * target) {
+      break;
+    }
+    asked = target * (1 - tolerance / 2) * search.time / measured;
   }
-  TORCH_CHECK_VALUE(best->measured <= kMissed * target, "[reach_latency] target must be reachable, got ", target,
+  TORCH_CHECK_VALUE(best->measured <= (1 + kClose) * target, "[reach_latency] target must be reachable, got ", target,
                     " ms; the fastest of ", result.tries.size(), " tries took ", best->measured, " ms of ", table.whole,
                     " ms before, on ", table.threads, " threads");
   result.widths = best->widths;

@@ -48,7 +48,8 @@ Widths grid(const Group& group, int64_t smallest, const LatencyOptions& options)
   while (channels > 1 && group.units * slices < 8 * channels) {
     channels /= 2;
   }
-  int64_t step = std::lcm(channels / std::gcd(channels, slices), options.round_to);
+  const int64_t multiple = std::lcm(channels, options.round_to);
+  int64_t step = multiple / std::gcd(multiple, slices);
   while ((group.units + step - 1) / step > options.points) {
     step *= 2;
   }

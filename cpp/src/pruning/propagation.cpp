@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <set>
+#include <unordered_map>
 
 namespace rarefy::pruning {
 
@@ -104,7 +105,9 @@ void Propagator::pin_all(const Fields& fields, int32_t reason) {
   }
 }
 
-Operand Propagator::operand(int64_t value) { return {sizes(value), fields(value)}; }
+Operand Propagator::operand(int64_t value) {
+  return {sizes(value), fields(value), !out_.depends_on_input[value]};
+}
 
 Operand Propagator::operand(int64_t value, int64_t rank) {
   Operand out = operand(value);
@@ -154,6 +157,42 @@ void Propagator::set_role(const Field& field, Role role) {
 
 // --- rules -----------------------------------------------------------------------------------------------------------
 
+namespace {
+
+/// Labels numbered by their first place: equal for fields that divide a tensor alike.
+at::Tensor pattern(const Field& field) {
+  auto out = field.labels.clone(at::MemoryFormat::Contiguous);
+  std::unordered_map<int32_t, int32_t> numbers;
+  auto* data = out.mutable_data_ptr<int32_t>();
+  for (int64_t i = 0; i < out.numel(); ++i) {
+    data[i] = numbers.try_emplace(data[i], static_cast<int32_t>(numbers.size())).first->second;
+  }
+  return out;
+}
+
+/// The fields of another operand that a field meets. Where several lie along one dimension, as heads and their width do
+/// once they are flattened, each meets the one that divides it alike.
+std::vector<Field*> partners(const Field& field, const Operand& own, Operand& other) {
+  std::vector<Field*> met;
+  for (auto& candidate : other.fields) {
+    if (overlap(field, candidate)) {
+      met.push_back(&candidate);
+    }
+  }
+  const auto own_count = std::count_if(own.fields.begin(), own.fields.end(), [&](const Field& mine) { return overlap(field, mine); });
+  if (met.size() > 1 || (met.size() == 1 && own_count > 1)) {
+    const auto mine = pattern(field);
+    for (auto* candidate : met) {
+      if (at::equal(mine, pattern(*candidate))) {
+        return {candidate};
+      }
+    }
+  }
+  return met;
+}
+
+}  // namespace
+
 Propagator::Fields Propagator::combine(std::vector<Operand> operands) {
   const auto refresh = [&](Operand& operand) {
     std::erase_if(operand.fields, [&](Field& field) {
@@ -180,11 +219,12 @@ Propagator::Fields Propagator::combine(std::vector<Operand> operands) {
             continue;
           }
           const bool part = full.size() < dims.size();
+          // A vector of parameters that all heads share says nothing against removing a head.
+          const bool shared = part && operands[j].constant;
           bool matched = false;
-          for (auto& other : operands[j].fields) {
-            // A vector of parameters that all heads share says nothing against removing a head.
-            if (overlap(field, other) && !(part && other.leaf >= 0)) {
-              unite(labels_, field, other);
+          for (auto* other : partners(field, operands[i], operands[j])) {
+            if (!shared && overlap(field, *other)) {
+              unite(labels_, field, *other);
               matched = true;
               if (!update(labels_, field, one_unit())) {
                 break;
@@ -210,7 +250,7 @@ Propagator::Fields Propagator::combine(std::vector<Operand> operands) {
   for (auto& operand : operands) {
     refresh(operand);
     for (auto& field : operand.fields) {
-      const auto same = std::find_if(out.begin(), out.end(), [&](const Field& other) { return overlap(field, other); });
+      const auto same = std::find_if(out.begin(), out.end(), [&](const Field& other) { return at::equal(field.labels, other.labels); });
       if (same == out.end()) {
         out.push_back(field);
       } else {
@@ -256,6 +296,28 @@ Propagator::Fields Propagator::contract(std::vector<Operand> operands, double fa
   for (const auto& operand : operands) {
     for (const auto& field : operand.fields) {
       set_role(field, field.varies(rank - 1) ? Role::input : Role::output);
+    }
+  }
+  // What meets along the sum goes with its head, as heads keep their width.
+  for (auto& operand : operands) {
+    for (auto& field : operand.fields) {
+      if (field.varies(rank - 1) && field.dims().size() > 1) {
+        unite_along(labels_, field, {rank - 1});
+      }
+    }
+  }
+  // One head of keys and values for all heads of the queries: heads of queries go, and what they share keeps its width.
+  for (size_t i = 0; i < 2; ++i) {
+    const auto &mine = operands[i], &other = operands[1 - i];
+    if (mine.constant || other.constant) {
+      continue;
+    }
+    for (const auto& field : mine.fields) {
+      for (int64_t d = 0; d + 3 < rank; ++d) {
+        if (field.varies(d) && other.sizes[d] == 1) {
+          pin_all(other.fields, reason("shares them among heads, whose width stays"));
+        }
+      }
     }
   }
   std::vector<int64_t> full(rank, 1);
@@ -361,7 +423,17 @@ void Propagator::along(const Node& node) {
   const int64_t in_rank = rank(input);
   const int64_t dim = dim_argument.toInt() < 0 ? dim_argument.toInt() + in_rank : dim_argument.toInt();
   auto fields = this->fields(input);
-  reduce(fields, {dim}, false);
+  const bool normalizes = node.op.name.find("softmax") != std::string::npos;
+  if (normalizes) {
+    // Over what is kept, as the normalizations.
+    for (auto& field : fields) {
+      if (field.varies(dim) && field.dims().size() > 1) {
+        unite_along(labels_, field, {dim});
+      }
+    }
+  } else {
+    reduce(fields, {dim}, false);
+  }
   for (auto id : node.outputs) {
     auto mine = fields;
     if (id >= 0 && rank(id) < in_rank) {
@@ -567,6 +639,12 @@ void Propagator::visit(int64_t index) {
     case Kind::fake_quantize:
       fake_quantize(node);
       break;
+    case Kind::weight_norm: {
+      auto fields = combine({operand(node.input(0)), operand(node.input(1))});
+      set(node.outputs[0], std::move(fields));
+      set(node.outputs[1], this->fields(node.input(1)));
+      break;
+    }
     case Kind::unknown:
       unknown(node);
       break;

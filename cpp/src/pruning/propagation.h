@@ -43,6 +43,7 @@ struct Provenance {
 struct Operand {
   std::vector<int64_t> sizes;
   std::vector<Field> fields;
+  bool constant = false;  // computed from parameters alone
 };
 
 /// Pushes labels through a recording, operator by operator.

@@ -103,14 +103,14 @@ void Propagator::convolution(const Node& node, bool is_transposed) {
     }
   }
   reduce(input_fields, others, false);
-  Operand input{{in}, {}};
+  Operand input{{in}, {}, false};
   for (auto& field : input_fields) {
     field.labels = field.labels.reshape({-1});
     field.version = -1;
     input.fields.push_back(std::move(field));
   }
   // The weight's dimensions: [rows, columns] are [out, in per group], transposed [in, out per group].
-  Operand rows{{sizes(weight)[0]}, {}}, columns{{sizes(weight)[1]}, {}};
+  Operand rows{{sizes(weight)[0]}, {}, true}, columns{{sizes(weight)[1]}, {}, true};
   const auto kernel = reason("is a kernel's extent");
   for (auto& field : fields(weight)) {
     const auto dims = field.dims();
@@ -124,7 +124,7 @@ void Propagator::convolution(const Node& node, bool is_transposed) {
     field.version = -1;
     side.fields.push_back(std::move(field));
   }
-  Operand added{{out}, {}};
+  Operand added{{out}, {}, true};
   if (bias >= 0) {
     for (auto& field : fields(bias)) {
       set_role(field, Role::output);
@@ -151,6 +151,12 @@ void Propagator::convolution(const Node& node, bool is_transposed) {
   out_.costs.push_back(std::move(cost));
 
   Fields result_fields;
+  const auto with_bias = [&](std::vector<Operand> operands, const Operand& vector) {
+    if (bias >= 0) {
+      operands.push_back(vector);
+    }
+    return operands;
+  };
   const auto per_group = [](Operand operand, int64_t groups) {  // [groups * n] as [groups, n]
     operand.sizes = {groups, operand.sizes[0] / groups};
     for (auto& field : operand.fields) {
@@ -168,11 +174,11 @@ void Propagator::convolution(const Node& node, bool is_transposed) {
   };
   if (groups == 1) {
     combine({input, is_transposed ? rows : columns});
-    result_fields = combine({is_transposed ? columns : rows, added});
+    result_fields = combine(with_bias({is_transposed ? columns : rows}, added));
   } else if (in_per_group == 1) {
     // A group is one input channel with all of its outputs: it goes as a whole.
     const auto group = [&](const Operand& operand) { return per_group(operand, groups); };
-    Fields shared = combine({group(input), group(rows), group(added)});
+    Fields shared = combine(with_bias({group(input), group(rows)}, group(added)));
     for (auto& field : shared) {
       unite_along(labels_, field, {1});
     }
@@ -181,7 +187,8 @@ void Propagator::convolution(const Node& node, bool is_transposed) {
         pin(labels_, field, reason("gives every group the same number of channels"));
       }
     }
-    result_fields = flat(combine({group(is_transposed ? input : rows), group(added), group(input)}), groups, out_per_group);
+    result_fields =
+        flat(combine(with_bias({group(is_transposed ? input : rows), group(input)}, group(added))), groups, out_per_group);
   } else {
     // All groups keep the same places, so that they stay equally wide.
     const auto same_places = [&](const Operand& operand) {
@@ -202,10 +209,10 @@ void Propagator::convolution(const Node& node, bool is_transposed) {
     }
     if (is_transposed) {
       combine({same_places(input), same_places(rows)});
-      result_fields = flat(combine({slots, same_places(added)}), groups, out_per_group);
+      result_fields = flat(combine(with_bias({slots}, same_places(added))), groups, out_per_group);
     } else {
       combine({same_places(input), slots});
-      result_fields = flat(combine({same_places(rows), same_places(added)}), groups, out_per_group);
+      result_fields = flat(combine(with_bias({same_places(rows)}, same_places(added))), groups, out_per_group);
     }
   }
   std::vector<int64_t> shape(rank(result), 1);
@@ -245,7 +252,7 @@ void Propagator::attention(const Node& node) {
   const bool own_scale = !argument(node, "scale").isNone();
   auto scores = contract(std::move(scored), 1, own_scale);
   reduce(scores, {r - 2, r - 1}, false);  // along the keys by the softmax; queries come in no channels
-  Operand weights{sizes(query), scores};
+  Operand weights{sizes(query), scores, false};
   weights.sizes[r - 1] = v.sizes[r - 2];
   auto out = contract({unsqueezed(std::move(weights), r - 1), unsqueezed(transposed(std::move(v), r - 2, r - 1), r - 2)}, 1);
   set(result, std::move(out));
@@ -297,7 +304,7 @@ void Propagator::recurrent(const Node& node) {
       return;
     }
     auto all = fields(value);
-    Operand mine{{size}, {}};
+    Operand mine{{size}, {}, false};
     for (auto& field : all) {
       if (field.varies(dim)) {
         std::vector<int64_t> others;
@@ -313,7 +320,7 @@ void Propagator::recurrent(const Node& node) {
         mine.fields.push_back(field);
       }
     }
-    combine({mine, Operand{{size}, {channels}}});
+    combine({mine, Operand{{size}, {channels}, false}});
   };
   for (int64_t layer = 0; layer < layers; ++layer) {
     for (int64_t direction = 0; direction < directions; ++direction) {

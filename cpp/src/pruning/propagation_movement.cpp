@@ -15,6 +15,11 @@ std::vector<at::Tensor> Propagator::run_on_labels(const Node& node, const at::Te
   if (std::find(reshapes.begin(), reshapes.end(), node.op.name) != reshapes.end()) {
     return {at::reshape(labels, sizes(node.outputs[0]))};  // a view of the model's tensor need not be one of the labels
   }
+  if (node.op.name.ends_with("channel_shuffle")) {
+    const int64_t groups = node.inputs[1].toInt();
+    const auto shape = labels.sizes().vec();
+    return {labels.reshape({shape[0], groups, shape[1] / groups, -1}).transpose(1, 2).reshape(shape)};
+  }
   torch::jit::Stack stack;
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(node.op.name.c_str(), node.op.overload_name.c_str());
   for (size_t i = 0; i < node.inputs.size(); ++i) {
@@ -57,6 +62,29 @@ void Propagator::movement(const Node& node) {
   if (node.op.overload_name == "dtype") {
     unknown(node);  // the bits read as another type have other places
     return;
+  }
+  // What divides channels into equal parts does so afterwards too: all parts lose the same places.
+  static const auto equal_parts = {"chunk", "unsafe_chunk", "tensor_split", "channel_shuffle", "native_channel_shuffle"};
+  const bool by_number = (name == "split" || name == "unsafe_split") && node.inputs[1].isInt();
+  if ((by_number || std::find(equal_parts.begin(), equal_parts.end(), name) != equal_parts.end()) && node.inputs[1].isInt()) {
+    const bool shuffle = name.ends_with("channel_shuffle");
+    const auto dim_argument = argument(node, "dim");
+    const int64_t given = shuffle ? 1 : dim_argument.isInt() ? dim_argument.toInt() : 0;
+    const int64_t dim = given < 0 ? given + rank(input) : given;
+    const int64_t parts = shuffle ? node.inputs[1].toInt() : static_cast<int64_t>(node.outputs.size());
+    if (parts > 1 && sizes(input)[dim] % parts == 0) {
+      for (auto& field : inputs) {
+        if (field.varies(dim)) {
+          auto shape = field.labels.sizes().vec();
+          shape[dim] /= parts;
+          shape.insert(shape.begin() + dim, parts);
+          Field divided = field;
+          divided.labels = field.labels.reshape(shape);
+          divided.version = -1;
+          unite_along(labels_, divided, {dim});
+        }
+      }
+    }
   }
   const bool by_index = node.input_values.size() > 1 && std::any_of(node.input_values.begin() + 1, node.input_values.end(),
                                                                     [](const auto& ids) { return !ids.empty(); });

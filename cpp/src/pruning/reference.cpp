@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "propagation.h"
+#include "slices.h"
 
 namespace rarefy::pruning {
 
@@ -113,32 +114,18 @@ at::Tensor indices(const std::vector<int64_t>& values, const at::Tensor& like) {
   return at::tensor(values, at::TensorOptions().dtype(at::kLong).device(like.device()));
 }
 
-at::Tensor select(const at::Tensor& x, const RemovedPlaces* places) {
-  return places ? x.index_select(places->dim, indices(places->kept, x)) : x;
-}
-
 at::Tensor select(const at::Tensor& x, int64_t dim, const RemovedPlaces* places) {
-  return places && x.defined() ? x.index_select(dim, indices(places->kept, x)) : x;
+  return places && x.defined() ? take(x, {{dim, places->kept}}) : x;
 }
 
-/// x at its full size again: what was kept in its places, `fill` (per removed place along dim; undefined: zero) in the
-/// others.
+at::Tensor select(const at::Tensor& x, const RemovedPlaces* places) { return places ? select(x, places->dim, places) : x; }
+
+/// x at its full size again: what was kept in its places, `fill` (of each place along dim; undefined: zero) in the others.
 at::Tensor scatter(const at::Tensor& x, int64_t dim, const RemovedPlaces* places, const at::Tensor& fill) {
   if (!places) {
     return x;
   }
-  auto sizes = x.sizes().vec();
-  sizes[dim] = static_cast<int64_t>(places->kept.size() + places->removed.size());
-  auto out = at::zeros(sizes, x.options());
-  out.index_copy_(dim, indices(places->kept, x), x);
-  if (fill.defined()) {
-    std::vector<int64_t> shape(sizes.size(), 1);
-    shape[dim] = static_cast<int64_t>(places->removed.size());
-    sizes[dim] = shape[dim];
-    out.index_copy_(dim, indices(places->removed, x),
-                    fill.index_select(0, indices(places->removed, x)).to(x.scalar_type()).view(shape).expand(sizes));
-  }
-  return out;
+  return spread(x, dim, places->kept, static_cast<int64_t>(places->kept.size() + places->removed.size()), fill);
 }
 
 class Run {
@@ -332,19 +319,30 @@ class Run {
     const auto* rows = removed_.along(weight, out_dim);
     const auto* out = removed_.along(node.outputs[0], result_dim);
     auto stack = stack_of(node);
-    at::Tensor selected = env_[weight];
-    bool folded = false;
+    Kept kept;
+    if (rows) {
+      kept[out_dim] = rows->kept;
+    }
+    at::Tensor constant_part;  // what constants of removed inputs add to every place, [kept outputs]
     if (in && fold_ && exact_constants) {
       const auto values = constants(x, x_dim, *in);
       const auto [target, sign] = takes_constants(node, bias);
       if (values.defined() && target >= 0 && values.ne(0).any().item<bool>()) {
-        auto columns = env_[weight].index_select(in_dim, indices(in->removed, selected)).movedim(in_dim, 0);
-        const auto sums = columns.reshape({columns.size(0), columns.size(1), -1}).sum(2);  // over the kernel
-        const auto delta = at::matmul(values.to(at::kDouble), sums.to(at::kDouble)) * sign;
+        auto of_removed = kept;
+        of_removed[in_dim] = in->removed;
+        const auto columns = take(env_[weight], of_removed);
+        constant_part = of_constants(node, x, weight, values, columns);
+        // The kernel summed over its extent.
+        const auto by_input = columns.movedim(in_dim, 0);
+        const auto sums = by_input.reshape({by_input.size(0), by_input.size(1), -1}).sum(2);
+        auto delta = at::matmul(values, sums) * sign;
+        delta = scatter(delta, 0, rows, {});
         folds_.push_back({graph_.values[target].name, graph_.values[weight].name,
                           values.ne(0).sum().item<int64_t>(), delta.to(env_[target].scalar_type())});
-        folded = true;
       }
+    }
+    if (const auto* columns = removed_.along(weight, in_dim)) {
+      kept[in_dim] = columns->kept;
     }
     for (size_t i = 0; i < node.input_values.size(); ++i) {
       const int64_t id = node.input(i);
@@ -352,21 +350,49 @@ class Run {
         continue;
       }
       if (id == weight) {
-        if (!folded) {
-          selected = select(selected, removed_.along(weight, in_dim));
-        }
-        stack[i] = select(selected, rows);
-      } else if (id == x && !folded) {
+        stack[i] = kept.empty() ? env_[weight] : take(env_[weight], kept);
+      } else if (id == x) {
         stack[i] = select(env_[x], in);
-      } else if (id == bias && bias >= 0) {
+      } else if (id == bias) {
         stack[i] = select(env_[bias], 0, removed_.along(bias, 0));
       }
     }
     adjust(stack);
     auto results = call(node, std::move(stack));
+    if (constant_part.defined()) {
+      std::vector<int64_t> shape(results[0].dim(), 1);
+      shape[result_dim] = -1;
+      results[0].add_(constant_part.view(shape));
+    }
     results[0] = scatter(results[0], result_dim, out, tensor(bias));
     store(node, results);
     set_constant(node, out != nullptr);
+  }
+
+  /// The operator on one place that holds nothing but constants of removed channels, without its bias: [kept outputs].
+  at::Tensor of_constants(const Node& node, int64_t x, int64_t weight, const at::Tensor& values, const at::Tensor& columns) {
+    std::vector<int64_t> shape{1, values.size(0)}, column{1, values.size(0)};
+    if (rank(weight) > 2) {
+      const auto dilation = node.inputs[5].toIntVector();
+      for (int64_t d = 2; d < rank(weight); ++d) {
+        const auto factor = dilation[std::min<size_t>(d - 2, dilation.size() - 1)];
+        shape.push_back((graph_.values[weight].sizes[d] - 1) * factor + 1);
+        column.push_back(1);
+      }
+    }
+    auto stack = stack_of(node);
+    const bool adds_first = graph::kind_of(node.op) == Kind::addmm;
+    for (size_t i = 0; i < node.input_values.size(); ++i) {
+      const int64_t id = node.input(i);
+      if (id == weight) {
+        stack[i] = columns;
+      } else if (id == x) {
+        stack[i] = values.view(column).expand(shape).contiguous();
+      } else if (id >= 0) {
+        stack[i] = adds_first ? IValue(at::zeros({1}, values.options())) : IValue();
+      }
+    }
+    return call(node, std::move(stack))[0].reshape({-1});
   }
 
   void convolution(const Node& node, bool transposed) {
@@ -580,6 +606,30 @@ void Run::visit(const Node& node) {
           stack[1] = static_cast<int64_t>(places.kept.size());
         }
       });
+      return;
+    }
+    case Kind::along: {
+      const bool normalizes = node.op.name.find("softmax") != std::string::npos;
+      if (!normalizes) {
+        break;
+      }
+      const int64_t x = node.input(0), given = node.inputs[1].toInt();
+      norm(node, given < 0 ? given + rank(x) : given, {}, -1, [](torch::jit::Stack&, const RemovedPlaces&) {});
+      return;
+    }
+    case Kind::weight_norm: {
+      // The length of what is kept: removed columns do not count.
+      auto stack = stack_of(node);
+      const int64_t v = node.input(0), dim = node.inputs[2].toInt();
+      for (const auto& places : removed_.of(v)) {
+        stack[0] = places.dim == dim ? stack[0] : IValue(select(stack[0].toTensor(), &places));
+      }
+      auto results = call(node, std::move(stack));
+      for (const auto& places : removed_.of(v)) {
+        results[0] = places.dim == dim ? results[0] : scatter(results[0], places.dim, &places, {});
+      }
+      store(node, results);
+      set_constant(node, true);
       return;
     }
     case Kind::embedding: {

@@ -30,6 +30,32 @@ std::vector<int64_t> called(const graph::Graph& graph) {
 
 std::string sizes_text(const std::vector<int64_t>& sizes) { return fmt::format("[{}]", fmt::join(sizes, ", ")); }
 
+/// Of x[a:b] and x[i] along channels: what is wrong with the numbers that the pruned model used; empty when nothing is.
+std::string wrong_place(const graph::Graph& before, const graph::Node& node, const RemovedView& removed, const graph::Node& now) {
+  const bool slice = node.op.name == "aten::slice", select = node.op.name == "aten::select";
+  if ((!slice && !select) || node.input(0) < 0 || !node.inputs[1].isInt()) {
+    return "";
+  }
+  const auto& sizes = before.values[node.input(0)].sizes;
+  const auto wrap = [](int64_t value, int64_t size) { return value < 0 ? value + size : std::min(value, size); };
+  const int64_t dim = wrap(node.inputs[1].toInt(), static_cast<int64_t>(sizes.size()));
+  const auto* places = removed.along(node.input(0), dim);
+  if (!places) {
+    return "";
+  }
+  for (size_t i = 2; i < (slice ? 4u : 3u); ++i) {
+    const int64_t default_value = i == 2 ? 0 : sizes[dim];
+    const int64_t was = node.inputs[i].isInt() ? wrap(node.inputs[i].toInt(), sizes[dim]) : default_value;
+    const auto size_now = static_cast<int64_t>(places->kept.size());
+    const int64_t is = now.inputs[i].isInt() ? wrap(now.inputs[i].toInt(), size_now) : (i == 2 ? 0 : size_now);
+    const int64_t wanted = std::lower_bound(places->kept.begin(), places->kept.end(), was) - places->kept.begin();
+    if (is != wanted) {
+      return fmt::format("holds a number of its own: it takes from {} where the channels that are left need {}", is, wanted);
+    }
+  }
+  return "";
+}
+
 /// The first operator that did something else than the recording and the removal let expect, and what.
 std::optional<std::pair<int64_t, std::string>> find_culprit(const graph::Graph& before, const RemovedView& removed,
                                                             const Recording& after) {
@@ -42,6 +68,9 @@ std::optional<std::pair<int64_t, std::string>> find_culprit(const graph::Graph& 
     const auto& now = after.graph.nodes[found[i]];
     if (now.op != node.op) {
       return std::pair(expected[i], fmt::format("is not reached: the model calls {} instead", now.op.name));
+    }
+    if (const auto moved = wrong_place(before, node, removed, now); !moved.empty()) {
+      return std::pair(expected[i], moved);
     }
     const bool last = i + 1 == found.size();
     for (size_t k = 0; k < node.outputs.size(); ++k) {
@@ -209,7 +238,11 @@ StructuredTransaction::StructuredTransaction(PrunableModel model, StructuredOpti
 
 const graph::Graph& StructuredTransaction::recording() {
   if (!graph_) {
-    auto recording = model_.record();
+    auto recording = model_.record(!real_);
+    if (!recording.failure.empty() && !real_) {
+      real_ = true;  // on zeros in place of values it may fail where it does not on values
+      recording = model_.record(false);
+    }
     TORCH_CHECK_VALUE(recording.failure.empty(), "[StructuredPruner] the model must run on its example inputs: ",
                       recording.failure);
     graph_ = std::move(recording.graph);
@@ -278,10 +311,9 @@ bool StructuredTransaction::attempt(const Choice& choice, StructuredReport& repo
   std::optional<std::pair<int64_t, std::string>> culprit;
   std::string failure;
   try {
-    const auto after = model_.record();
+    const auto after = model_.record(false);
     failure = after.failure;
-    culprit = find_culprit(*graph_, removed, after);
-    if (failure.empty() && !culprit) {
+    if (failure.empty()) {
       std::vector<at::Tensor> found;
       for (auto id : after.graph.outputs) {
         found.push_back(after.graph.values[id].tensor);
@@ -290,14 +322,23 @@ bool StructuredTransaction::attempt(const Choice& choice, StructuredReport& repo
       failure = comparison.failure;
       report.difference = comparison.difference;
     }
+    if (!failure.empty()) {
+      culprit = find_culprit(*graph_, removed, after);
+    }
   } catch (...) {
     model_.rollback();
     throw;
   }
-  if (failure.empty() && !culprit) {
+  if (failure.empty()) {
     return true;
   }
   model_.rollback();
+  if (!real_) {
+    // The model may have looked at values that the first recording left out.
+    real_ = true;
+    graph_.reset();
+    return false;
+  }
   if (culprit) {
     const bool again = std::any_of(pins_.nodes.begin(), pins_.nodes.end(),
                                    [&](const auto& pin) { return pin.first == culprit->first; });
@@ -314,7 +355,7 @@ StructuredReport StructuredTransaction::prune() {
   TORCH_CHECK_VALUE(step_ < options_.steps, "[StructuredPruner.prune] all ", options_.steps, " steps are done");
   graph_.reset();
   attempts_ = 0;
-  while (true) {
+  while (true) {  // until an attempt succeeds or throws
     refresh();
     const auto scores = model_.score(*structure_);
     if (options_.latency_ms) {

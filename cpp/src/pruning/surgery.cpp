@@ -1,7 +1,3 @@
-#include <ATen/ExpandUtils.h>
-#include <ATen/ops/empty_strided.h>
-#include <ATen/ops/index_select.h>
-#include <ATen/ops/tensor.h>
 #include <c10/core/InferenceMode.h>
 #include <rarefy/pruning/state.h>
 #include <rarefy/pruning/surgery.h>
@@ -12,6 +8,8 @@
 #include <tuple>
 #include <unordered_map>
 #include <utility>
+
+#include "slices.h"
 
 namespace rarefy::pruning {
 namespace {
@@ -46,20 +44,6 @@ std::pair<int64_t, int64_t> span_of(const at::Tensor& tensor) {
   }
   const auto bytes = static_cast<int64_t>(tensor.element_size());
   return {tensor.storage_offset() * bytes, (last + 1) * bytes};
-}
-
-at::Tensor cut(const at::Tensor& tensor, const Kept& kept) {
-  at::Tensor result = tensor;
-  for (const auto& [dim, indices] : kept) {
-    result =
-        at::index_select(result, dim, at::tensor(indices, at::TensorOptions().dtype(at::kLong)).to(tensor.device()));
-  }
-  if (result.layout() != at::kStrided) {
-    return result;
-  }
-  auto dense =
-      at::empty_strided(result.sizes(), at::infer_dense_strides(result.sizes(), tensor.strides()), result.options());
-  return dense.copy_(result);
 }
 
 void check_cut(const Cut& cut, const at::Tensor& tensor) {
@@ -105,9 +89,7 @@ struct Surgery::Transaction {
 
 Surgery::Surgery(std::vector<graph::NamedTensor> tensors, std::vector<OptimizerTensor> state)
     : tensors_(std::move(tensors)), state_(std::move(state)), transaction_(std::make_unique<Transaction>()) {
-  for (const auto& item : tensors_) {
-    TORCH_CHECK_VALUE(item.value.defined(), "[Surgery] ", item.name, " must be defined");
-  }
+  std::erase_if(tensors_, [](const auto& item) { return !item.value.defined(); });
 }
 
 Surgery::~Surgery() { rollback(); }
@@ -172,15 +154,14 @@ void Surgery::apply(const std::vector<Cut>& cuts) {
   }
 
   Transaction next;
-  next.undo = std::move(transaction_->undo);
   std::unordered_map<std::string, std::pair<const Target*, std::vector<int64_t>>> by_parameter;
   for (const auto& [memory, target] : targets) {
-    const auto after = cut(target.tensors.front().detach(), target.kept);
+    const auto after = take(target.tensors.front().detach(), target.kept);
     for (const auto& tensor : target.tensors) {
       Change change{tensor, tensor.variable_data(), after, {}, {}, {}};
       if (tensor.is_leaf() && tensor.grad().defined()) {
         change.grad_before = tensor.grad();
-        change.grad_after = cut(change.grad_before.detach(), target.kept);
+        change.grad_after = take(change.grad_before.detach(), target.kept);
       }
       change.accumulator = torch::autograd::impl::try_get_grad_accumulator(tensor);
       next.changes.push_back(std::move(change));
@@ -199,12 +180,13 @@ void Surgery::apply(const std::vector<Cut>& cuts) {
     if (of_state.empty() || next.kept.count(state.value.unsafeGetTensorImpl()) > 0) {
       continue;
     }
-    next.changes.push_back({state.value, state.value.variable_data(), cut(state.value.detach(), of_state), {}, {}, {}});
+    next.changes.push_back({state.value, state.value.variable_data(), take(state.value.detach(), of_state), {}, {}, {}});
     next.kept.emplace(state.value.unsafeGetTensorImpl(), of_state);
   }
 
   // Nothing has changed so far, and from here on what changes is undone.
   next.applied = true;
+  next.undo = std::move(transaction_->undo);
   *transaction_ = std::move(next);
   try {
     for (const auto& change : transaction_->changes) {
@@ -223,6 +205,15 @@ const std::vector<int64_t>* Surgery::kept(const at::Tensor& tensor, int64_t dim)
   }
   const auto of_dim = of_tensor->second.find(dim);
   return of_dim == of_tensor->second.end() ? nullptr : &of_dim->second;
+}
+
+std::vector<int64_t> Surgery::sizes_before(const at::Tensor& tensor) const {
+  for (const auto& change : transaction_->changes) {
+    if (change.tensor.is_same(tensor)) {
+      return change.before.sizes().vec();
+    }
+  }
+  return tensor.sizes().vec();
 }
 
 bool Surgery::is_cut(const at::Tensor& tensor) const {

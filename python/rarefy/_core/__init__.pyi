@@ -4,12 +4,14 @@ The C++ core of rarefy. Its tensor functions are registered as torch.ops.rarefy.
 """
 
 from __future__ import annotations
+from . import graph
 from . import pruning
 from . import quantization
 from . import distillation
 
 __all__: list[str] = [
     "distillation",
+    "graph",
     "has_cuda_kernels",
     "instruction_set",
     "pruning",

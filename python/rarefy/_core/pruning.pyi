@@ -5,6 +5,8 @@ Pruning: schedules, reports and what a pruner computes.
 
 from __future__ import annotations
 import collections.abc
+import os
+import rarefy._core.graph
 import torch
 import typing
 
@@ -16,31 +18,41 @@ __all__: list[str] = [
     "Choice",
     "ChoiceOptions",
     "ConstantSchedule",
-    "Cut",
     "Cost",
     "Counts",
+    "Cut",
     "Fisher",
     "FisherAccumulator",
+    "Fold",
     "GeometricMedian",
     "Group",
     "GroupOutcome",
     "GroupScore",
     "Lamp",
+    "LatencyResult",
+    "LatencyTable",
+    "LatencyTry",
     "LeftAlone",
     "Macs",
     "Magnitude",
     "MagnitudePrunerOptions",
     "Member",
+    "OperatorTime",
     "Parameters",
     "Pinned",
+    "Plan",
     "PolynomialSchedule",
     "PrunedTensor",
     "PruningReport",
     "PruningState",
     "Random",
+    "Resize",
     "STEP_KEY",
-    "Surgery",
     "Structure",
+    "StructuredOptions",
+    "StructuredReport",
+    "StructuredTransaction",
+    "Surgery",
     "Taylor",
     "advance",
     "apply_masks",
@@ -50,13 +62,59 @@ __all__: list[str] = [
     "choose_widths",
     "count",
     "custom_importance",
+    "find_structure",
     "full_mask",
     "importance",
     "make_report",
     "mask_key",
     "masked_fraction",
+    "reach_latency",
+    "read_pruned",
     "select_parameters",
+    "useful_widths",
+    "widths_for_latency",
+    "write_pruned",
 ]
+
+class Cut:
+    """
+    The slices of one dimension of one tensor that stay, ascending.
+    """
+    def __init__(
+        self,
+        tensor: str,
+        dim: typing.SupportsInt | typing.SupportsIndex,
+        kept: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    def __repr__(self) -> str: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def kept(self) -> list[int]: ...
+    @property
+    def tensor(self) -> str: ...
+
+class Surgery:
+    """
+    The removal of slices from tensors, as a transaction.
+    """
+    def __init__(
+        self,
+        names: collections.abc.Sequence[str],
+        values: collections.abc.Sequence[torch.Tensor],
+        state_parameters: collections.abc.Sequence[str],
+        state_names: collections.abc.Sequence[str],
+        state: collections.abc.Sequence[torch.Tensor],
+    ) -> None: ...
+    def apply(self, cuts: collections.abc.Sequence[Cut]) -> None: ...
+    def commit(self) -> None: ...
+    def is_cut(self, tensor: torch.Tensor) -> bool: ...
+    def kept(self, tensor: torch.Tensor, dim: typing.SupportsInt | typing.SupportsIndex) -> list[int] | None:
+        """
+        The indices that stay; None when all do.
+        """
+    def rollback(self) -> None: ...
 
 class ConstantSchedule:
     """
@@ -222,17 +280,14 @@ class PruningState:
         step: torch.Tensor,
     ) -> None: ...
 
-class Cut:
-    """
-    The slices of one dimension of one tensor that stay, ascending.
 class Member:
+    """
     A dimension of a parameter or buffer that shrinks when units are removed.
     """
     def __init__(
         self,
         tensor: str,
         dim: typing.SupportsInt | typing.SupportsIndex,
-        kept: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
         role: str,
         unit_of_index: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
     ) -> None: ...
@@ -240,180 +295,625 @@ class Member:
     @property
     def dim(self) -> int: ...
     @property
-    def kept(self) -> list[int]: ...
+    def role(self) -> str:
+        """
+        output, input or affine.
+        """
     @property
     def tensor(self) -> str: ...
+    @property
+    def unit_of_index(self) -> tuple:
+        """
+        For each index along dim the unit of the group, -1 for another's.
+        """
 
-class Surgery:
+class Group:
     """
-    The removal of slices from tensors, as a transaction.
+    Channels that can only be removed together.
+    """
+    def __init__(
+        self, name: str, units: typing.SupportsInt | typing.SupportsIndex, members: collections.abc.Sequence[Member]
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    @property
+    def members(self) -> tuple: ...
+    @property
+    def name(self) -> str:
+        """
+        Of the first member that produces it.
+        """
+    @property
+    def units(self) -> int: ...
+
+class Pinned:
+    """
+    Slices that stay, and why.
+    """
     def __init__(
         self,
-        names: collections.abc.Sequence[str],
-        values: collections.abc.Sequence[torch.Tensor],
-        state_parameters: collections.abc.Sequence[str],
-        state_names: collections.abc.Sequence[str],
-        state: collections.abc.Sequence[torch.Tensor],
-    ) -> None: ...
-    def apply(self, cuts: collections.abc.Sequence[Cut]) -> None: ...
-    def commit(self) -> None: ...
-    def is_cut(self, tensor: torch.Tensor) -> bool: ...
-    def kept(self, tensor: torch.Tensor, dim: typing.SupportsInt | typing.SupportsIndex) -> list[int] | None:
-        """
-        The indices that stay; None when all do.
-    def rollback(self) -> None: ...
-    def role(self) -> str:
-        output, input or affine.
-    def unit_of_index(self) -> tuple:
-        For each index along dim the unit of the group, -1 for another's.
-class Group:
-    Channels that can only be removed together.
-        self, name: str, units: typing.SupportsInt | typing.SupportsIndex, members: collections.abc.Sequence[Member]
-    def __repr__(self) -> str: ...
-    def members(self) -> tuple: ...
-    def name(self) -> str:
-        Of the first member that produces it.
-    def units(self) -> int: ...
-class Pinned:
-    Slices that stay, and why.
         tensor: str,
         dim: typing.SupportsInt | typing.SupportsIndex,
         size: typing.SupportsInt | typing.SupportsIndex,
         reason: str,
         node: typing.SupportsInt | typing.SupportsIndex = -1,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    @property
     def dim(self) -> int: ...
+    @property
     def node(self) -> int:
+        """
         The operator that pins them, -1 when none does.
+        """
+    @property
     def reason(self) -> str: ...
+    @property
     def size(self) -> int:
+        """
         How many of the dimension's slices stay for this reason.
+        """
+    @property
+    def tensor(self) -> str: ...
+
 class Cost:
+    """
     Multiply-accumulates of one operator: factor times the product of what is left on each axis.
+    """
+    def __init__(
+        self,
         factor: typing.SupportsFloat | typing.SupportsIndex,
         axes: collections.abc.Sequence[
             collections.abc.Sequence[
                 tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]
             ]
         ],
+        node: typing.SupportsInt | typing.SupportsIndex = -1,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    @property
     def axes(self) -> list[list[tuple[int, int]]]:
+        """
         For each axis and index: group and unit, (-1, -1) for one that stays.
+        """
+    @property
     def factor(self) -> float: ...
+    @property
     def node(self) -> int: ...
+
 class Structure:
+    """
     Dependency groups, pinned slices and costs of a recorded model.
+    """
+    def __init__(
+        self,
         groups: collections.abc.Sequence[Group],
         pinned: collections.abc.Sequence[Pinned] = [],
         costs: collections.abc.Sequence[Cost] = [],
+    ) -> None: ...
+    def __repr__(self) -> str: ...
     def _repr_html_(self) -> str: ...
+    @property
     def costs(self) -> tuple: ...
+    @property
     def groups(self) -> tuple: ...
+    @property
     def pinned(self) -> tuple: ...
+
 class Magnitude:
+    """
     The L_p norm of a unit's slices; p = 1 and 2 are usual, math.inf gives the largest magnitude (arXiv:1608.08710).
+    """
     def __eq__(self, arg0: Magnitude) -> bool: ...
     def __getstate__(self) -> tuple[float]: ...
     def __hash__(self) -> int: ...
     def __init__(self, p: typing.SupportsFloat | typing.SupportsIndex = 1.0) -> None: ...
+    def __repr__(self) -> str: ...
     def __setstate__(self, arg0: tuple) -> None: ...
+    @property
     def p(self) -> float: ...
+
 class BatchNormScale:
+    """
     |gamma| of the normalization that a channel passes (network slimming, arXiv:1708.06519). Groups without one are left alone.
+    """
     def __eq__(self, arg0: BatchNormScale) -> bool: ...
     def __getstate__(self) -> tuple[()]: ...
+    def __hash__(self) -> int: ...
     def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
 class Taylor:
+    """
     |sum w * grad| over a unit's slices, or sum |w * grad| with joint=False (arXiv:1906.10771). Needs gradients.
+    """
     def __eq__(self, arg0: Taylor) -> bool: ...
     def __getstate__(self) -> tuple[bool]: ...
+    def __hash__(self) -> int: ...
     def __init__(self, joint: bool = True) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
     def joint(self) -> bool: ...
+
 class Fisher:
+    """
     1/2 (sum w * grad)^2 over a unit's slices (arXiv:1801.05787), of the gradients that are there; FisherAccumulator takes the mean over many. Needs gradients.
+    """
     def __eq__(self, arg0: Fisher) -> bool: ...
+    def __getstate__(self) -> tuple[()]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
 class GeometricMedian:
+    """
     The sum of distances to the filters of all other units (FPGM, arXiv:1811.00250).
+    """
     def __eq__(self, arg0: GeometricMedian) -> bool: ...
+    def __getstate__(self) -> tuple[()]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
 class Activation:
+    """
     The mean |activation| of a unit's channels, from ActivationStatistics.
+    """
     def __eq__(self, arg0: Activation) -> bool: ...
+    def __getstate__(self) -> tuple[()]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
 class Lamp:
+    """
     Squared L_2 norm over the sum of those that are not smaller (arXiv:2010.07611), per group; normalizes by itself.
+    """
     def __eq__(self, arg0: Lamp) -> bool: ...
+    def __getstate__(self) -> tuple[()]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
 class Random:
+    """
     Uniform in [0, 1), from the seed, the group's name and the unit alone.
+    """
     def __eq__(self, arg0: Random) -> bool: ...
     def __getstate__(self) -> tuple[int]: ...
+    def __hash__(self) -> int: ...
     def __init__(self, seed: typing.SupportsInt | typing.SupportsIndex = 0) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
     def seed(self) -> int: ...
+
 class GroupScore:
+    """
     Scores of a group's units; None with a reason when there are none.
+    """
     def __init__(self, values: torch.Tensor | None, reason: str = "") -> None: ...
+    def __repr__(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+    @property
     def values(self) -> torch.Tensor | None: ...
+
 class FisherAccumulator:
+    """
     The mean of Fisher over backward passes.
+    """
     def __init__(self, structure: Structure) -> None: ...
     def importance(self, reduction: str = "mean", normalization: str = "mean") -> list[GroupScore]: ...
     def update(self, parameters: collections.abc.Mapping[str, torch.Tensor]) -> None: ...
+    @property
     def batches(self) -> int: ...
+
 class Channels:
+    """
     The fraction of units to remove, in [0, 1), of all groups together.
+    """
     def __eq__(self, arg0: Channels) -> bool: ...
+    def __getstate__(self) -> tuple[float]: ...
+    def __hash__(self) -> int: ...
     def __init__(self, fraction: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
     def fraction(self) -> float: ...
+
 class Parameters:
+    """
     The fraction of parameter elements to remove, in [0, 1).
+    """
     def __eq__(self, arg0: Parameters) -> bool: ...
+    def __getstate__(self) -> tuple[float]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self, fraction: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def fraction(self) -> float: ...
+
 class Macs:
+    """
     The fraction of multiply-accumulates to remove, in [0, 1).
+    """
     def __eq__(self, arg0: Macs) -> bool: ...
+    def __getstate__(self) -> tuple[float]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self, fraction: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def fraction(self) -> float: ...
+
 class Counts:
+    """
     Units of all groups, parameter elements and multiply-accumulates of a model.
+    """
+
     __hash__: typing.ClassVar[None] = None
     def __eq__(self, arg0: Counts) -> bool: ...
+    def __init__(
+        self,
         channels: typing.SupportsInt | typing.SupportsIndex,
         parameters: typing.SupportsInt | typing.SupportsIndex,
         macs: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    @property
     def channels(self) -> int: ...
+    @property
     def macs(self) -> float: ...
+    @property
     def parameters(self) -> int: ...
+
 class Baseline:
+    """
     Sizes before the first of several steps, which fractions refer to.
+    """
+    def __init__(
+        self,
         structure: Structure,
         shapes: collections.abc.Mapping[str, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]],
+    ) -> None: ...
+    @property
     def counts(self) -> Counts: ...
+    @property
     def units(self) -> tuple: ...
+
 class ChoiceOptions:
+    """
     Checked options of a choice.
+    """
+    def __init__(
+        self,
         target: Channels | Parameters | Macs,
         scope: str = "global",
         round_to: typing.SupportsInt | typing.SupportsIndex = 1,
         min_width: typing.SupportsInt | typing.SupportsIndex = 1,
         limits: collections.abc.Sequence[tuple[str, typing.SupportsFloat | typing.SupportsIndex]] = [],
         strict: bool = False,
+    ) -> None: ...
+    @property
     def limits(self) -> list[tuple[str, float]]: ...
+    @property
     def min_width(self) -> int: ...
+    @property
     def round_to(self) -> int: ...
+    @property
     def scope(self) -> str: ...
+    @property
     def strict(self) -> bool: ...
+    @property
     def target(self) -> Channels | Parameters | Macs: ...
+
 class GroupOutcome:
+    """
     What becomes of a group.
+    """
+
+    __hash__: typing.ClassVar[None] = None
     def __eq__(self, arg0: GroupOutcome) -> bool: ...
+    def __repr__(self) -> str: ...
+    @property
     def name(self) -> str: ...
+    @property
     def reason(self) -> str:
-        Why none, or fewer than asked; empty otherwise.
+        """
+        Why none, or why no more; empty when nothing holds the group back.
+        """
+    @property
     def removed(self) -> int: ...
+    @property
+    def units(self) -> int: ...
+
 class Choice:
+    """
     Units to remove, what that achieves, and a reason for every group left alone.
+    """
+    def __repr__(self) -> str: ...
+    def _repr_html_(self) -> str: ...
+    @property
     def achieved(self) -> float: ...
+    @property
     def after(self) -> Counts: ...
+    @property
     def before(self) -> Counts: ...
+    @property
     def channels_removed(self) -> float: ...
+    @property
+    def groups(self) -> tuple: ...
+    @property
     def macs_removed(self) -> float: ...
+    @property
     def parameters_removed(self) -> float: ...
+    @property
     def removal(self) -> list[list[int]]:
+        """
         For each group the units removed, ascending.
+        """
+    @property
     def target(self) -> Channels | Parameters | Macs | None: ...
+
+class Fold:
+    """
+    What a constant of removed channels adds to a parameter of their consumer.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def channels(self) -> int:
+        """
+        Removed channels with a constant that is not zero.
+        """
+    @property
+    def delta(self) -> torch.Tensor:
+        """
+        One element per channel of the tensor before the cut.
+        """
+    @property
+    def tensor(self) -> str:
+        """
+        A bias, or the running mean behind a convolution without one.
+        """
+    @property
+    def weight(self) -> str:
+        """
+        Of the consumer.
+        """
+
+class Resize:
+    """
+    A size in the arguments of an operator that must change with the model.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def after(self) -> int: ...
+    @property
+    def before(self) -> int: ...
+    @property
+    def module(self) -> str: ...
+    @property
+    def node(self) -> int: ...
+    @property
+    def source(self) -> str: ...
+
+class Plan:
+    """
+    What is to be done to a model in one transaction.
+    """
+    @property
+    def cuts(self) -> list[Cut]: ...
+    @property
+    def folds(self) -> list[Fold]: ...
+    @property
+    def resizes(self) -> list[Resize]: ...
+
+class StructuredReport:
+    """
+    What structured pruning did, or would do. Prints as a table.
+    """
+    def __repr__(self) -> str: ...
+    def _repr_html_(self) -> str: ...
+    @property
+    def achieved(self) -> float:
+        """
+        In the unit of what was asked.
+        """
+    @property
+    def after(self) -> Counts: ...
+    @property
+    def asked(self) -> str: ...
+    @property
+    def attempts(self) -> int:
+        """
+        Cuts that were tried.
+        """
+    @property
+    def before(self) -> Counts:
+        """
+        Counts before the first step.
+        """
+    @property
+    def cuts(self) -> tuple: ...
+    @property
+    def difference(self) -> float:
+        """
+        Largest difference from the masked model's outputs, over the largest output.
+        """
+    @property
+    def folds(self) -> tuple: ...
+    @property
+    def groups(self) -> tuple: ...
+    @property
+    def latency_after_ms(self) -> float: ...
+    @property
+    def latency_before_ms(self) -> float:
+        """
+        0: not measured.
+        """
+    @property
+    def notes(self) -> list[str]: ...
+    @property
+    def pinned(self) -> tuple: ...
+    @property
+    def pruned(self) -> bool:
+        """
+        False for a preview.
+        """
+    @property
+    def step(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+
+class StructuredOptions:
+    """
+    Checked options of structured pruning.
+    """
+    def __init__(
+        self,
+        choice: ChoiceOptions,
+        latency_ms: typing.SupportsFloat | typing.SupportsIndex | None,
+        ignore: collections.abc.Sequence[str],
+        steps: typing.SupportsInt | typing.SupportsIndex,
+        fold_constants: bool,
+        tolerance: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> None: ...
+
+class StructuredTransaction:
+    """
+    The transaction that both languages share.
+    """
+    def __init__(
+        self,
+        record: collections.abc.Callable[[], tuple[rarefy._core.graph.Graph, str]],
+        tensors: collections.abc.Callable[[], list[rarefy._core.graph.NamedTensor]],
+        score: collections.abc.Callable,
+        apply: collections.abc.Callable[[Plan], None],
+        rollback: collections.abc.Callable[[], None],
+        commit: collections.abc.Callable[[], None],
+        run: collections.abc.Callable[[], None],
+        options: StructuredOptions,
+    ) -> None: ...
+    def preview(self) -> StructuredReport: ...
+    def prune(self) -> StructuredReport: ...
+    def structure(self) -> Structure: ...
+    @property
+    def steps_done(self) -> int: ...
+
+class OperatorTime:
+    """
+    The time of one operator as a function of the widths of groups.
+    """
+    def __init__(
+        self,
+        milliseconds: typing.SupportsFloat | typing.SupportsIndex,
+        output: collections.abc.Sequence[
+            tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]
+        ],
+        output_size: typing.SupportsInt | typing.SupportsIndex,
+        outputs: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        input: collections.abc.Sequence[
+            tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]
+        ],
+        input_size: typing.SupportsInt | typing.SupportsIndex,
+        inputs: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        relative: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+    ) -> None: ...
+    @property
+    def inputs(self) -> list[int]:
+        """
+        Numbers of input channels that were measured.
+        """
+    @property
+    def milliseconds(self) -> float:
+        """
+        In the model, at full width.
+        """
+    @property
+    def node(self) -> int: ...
+    @property
+    def outputs(self) -> list[int]:
+        """
+        Numbers of output channels that were measured.
+        """
+    @property
+    def relative(self) -> list[float]:
+        """
+        Time at each of them over that at full width, row by row.
+        """
+
+class LatencyTable:
+    """
+    How the time of a model depends on the widths of its groups.
+    """
+    def __init__(
+        self,
+        units: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        widths: collections.abc.Sequence[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]],
+        operators: collections.abc.Sequence[OperatorTime],
+        rest: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+        noise: typing.SupportsFloat | typing.SupportsIndex = 0.03,
+    ) -> None: ...
+    def predict(self, widths: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> float:
+        """
+        Milliseconds of the model at these widths.
+        """
+    @property
+    def operators(self) -> list[OperatorTime]: ...
+    @property
+    def rest(self) -> float:
+        """
+        Milliseconds of them that no operator explains.
+        """
+    @property
+    def threads(self) -> int: ...
+    @property
+    def units(self) -> list[int]: ...
+    @property
+    def whole(self) -> float:
+        """
+        Milliseconds of the model at full width.
+        """
+    @property
+    def widths(self) -> list[list[int]]: ...
+
+class LatencyTry:
+    """
+    One attempt at a time: what was asked, predicted and measured.
+    """
+    @property
+    def asked(self) -> float: ...
+    @property
+    def measured(self) -> float: ...
+    @property
+    def predicted(self) -> float: ...
+    @property
+    def widths(self) -> list[int]: ...
+
+class LatencyResult:
+    """
+    The widths that were found for a time, and what they take.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def before(self) -> float: ...
+    @property
+    def measured(self) -> float: ...
+    @property
+    def target(self) -> float: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def tries(self) -> list[LatencyTry]: ...
+    @property
+    def widths(self) -> list[int]: ...
 
 def advance(state: PruningState, options: MagnitudePrunerOptions) -> None:
     """
@@ -477,6 +977,11 @@ def custom_importance(
     One GroupScore per group from a callable that gives one value per unit.
     """
 
+def find_structure(graph: rarefy._core.graph.Graph) -> Structure:
+    """
+    The dependency groups of a recorded model.
+    """
+
 def full_mask(x: torch.Tensor) -> torch.Tensor:
     """
     The packed mask of x that keeps every element.
@@ -510,6 +1015,25 @@ def masked_fraction(state: PruningState) -> float:
     The fraction of elements that the masks prune.
     """
 
+def reach_latency(
+    table: LatencyTable,
+    scores: collections.abc.Sequence[torch.Tensor],
+    target: typing.SupportsFloat | typing.SupportsIndex,
+    measure_pruned: collections.abc.Callable[
+        [collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]], float
+    ],
+    tries: typing.SupportsInt | typing.SupportsIndex = 5,
+    tolerance: typing.SupportsFloat | typing.SupportsIndex = 0.05,
+) -> LatencyResult:
+    """
+    Choose, measure and correct until the measured time is at most `target` and not far below.
+    """
+
+def read_pruned(path: os.PathLike | str | bytes) -> tuple:
+    """
+    Tensors, records and attributes of a file.
+    """
+
 def select_parameters(
     names: collections.abc.Sequence[str],
     values: collections.abc.Sequence[torch.Tensor],
@@ -517,6 +1041,40 @@ def select_parameters(
 ) -> tuple[list[int], list[LeftAlone]]:
     """
     Indices of the parameters to prune, and what is left alone.
+    """
+
+def useful_widths(table: LatencyTable) -> list[list[int]]:
+    """
+    The widths of each group that are faster than the next larger one by more than noise, and the full one.
+    """
+
+def widths_for_latency(
+    table: LatencyTable,
+    scores: collections.abc.Sequence[torch.Tensor],
+    target: typing.SupportsFloat | typing.SupportsIndex,
+) -> list[int]:
+    """
+    The widths that lose least importance among those whose predicted time is at most `target` milliseconds.
+    """
+
+def write_pruned(
+    names: collections.abc.Sequence[str],
+    tensors: collections.abc.Sequence[torch.Tensor],
+    records: collections.abc.Mapping[
+        str,
+        tuple[
+            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+            collections.abc.Mapping[
+                typing.SupportsInt | typing.SupportsIndex,
+                collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+            ],
+        ],
+    ],
+    attributes: collections.abc.Mapping[str, collections.abc.Mapping[str, str]],
+    path: os.PathLike | str | bytes,
+) -> None:
+    """
+    Writes tensors with what was removed from them: original shapes, kept indices by dimension.
     """
 
 STEP_KEY: str = "pruning_step"

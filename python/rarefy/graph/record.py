@@ -82,6 +82,7 @@ def record(
     example_inputs: object,
     forward: Callable[[nn.Module, object], object] | None = None,
     partial: Graph | None = None,
+    shapes_only: bool = False,
 ) -> Graph:
     """Run the model once, in evaluation mode and without gradients, and record every operator.
 
@@ -90,6 +91,8 @@ def record(
         example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
         forward: ``forward(model, example_inputs)`` for what ``model(*example_inputs)`` does not say.
         partial: holds what had been recorded when the model raises.
+        shapes_only: leave out the work of convolutions and matrix products, which give zeros: operators, shapes and
+            constants are what they are, unless the model's code looks at values.
 
     Raises:
         ValueError: a parameter that is not dense.
@@ -102,4 +105,6 @@ def record(
     ]
     location = _Location(model)
     with evaluation(model), location.attached():
-        return _core.graph.record(lambda: tensors_of(run(model, example_inputs)), tensors, location, partial)
+        return _core.graph.record(
+            lambda: tensors_of(run(model, example_inputs)), tensors, location, partial, shapes_only
+        )

@@ -19,6 +19,7 @@ from rarefy._core.pruning import (
 )
 from rarefy.pruning import importance
 from rarefy.pruning.magnitude import MagnitudePruner
+from rarefy.pruning.manifest import load_pruned, save_pruned
 from rarefy.pruning.structured import StructuredPruner
 from rarefy.pruning.surgery import Surgery
 
@@ -41,4 +42,6 @@ __all__ = [
     "StructuredReport",
     "Surgery",
     "importance",
+    "load_pruned",
+    "save_pruned",
 ]

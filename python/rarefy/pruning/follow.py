@@ -15,7 +15,9 @@ from rarefy.pruning.surgery import Surgery
 _SIZE = re.compile(
     r"head|dim|size|channel|feature|width|hidden|embed|group|inner|planes|units|d_model|d_ff|d_kv|n_embd|nf$|^d$|^c$|^h$"
 )
-_OTHER = re.compile(r"vocab|patch|kernel|window|image|max_|position|layer|batch|stride|padding|bucket|dilation|pad_|chunk_size")
+_OTHER = re.compile(
+    r"vocab|patch|kernel|window|image|max_|position|layer|batch|stride|padding|bucket|dilation|pad_|chunk_size"
+)
 
 
 _HEADS = re.compile(r"heads?$|groups?$")  # how many, as against how wide
@@ -67,13 +69,35 @@ class Follower:
         """Set them, through a surgery that undoes it when it is rolled back."""
         done: set[int] = set()
         for path, module in self._modules.items():
-            if id(module) in done or type(module).__module__.startswith(("torch.nn.", "rarefy.")):
+            if id(module) in done:
                 continue
             done.add(id(module))
+            if type(module).__module__.startswith(("torch.nn.", "rarefy.")):
+                self._follow_shape(surgery, path, module)
+                continue
             for name, value in list(vars(module).items()):
                 if (new := self._new(path, name, value)) is not None:
                     surgery.set_attribute(module, name, new)
         self._follow_configurations(surgery)
+
+    def _follow_shape(self, surgery: Surgery, path: str, module: nn.Module) -> None:
+        """Norms without parameters, and other layers of torch that hold a shape: no tensor of theirs was cut."""
+        if any(True for _ in module.parameters(recurse=False)):
+            return
+        for name in ("normalized_shape", "unflattened_size"):
+            shape = vars(module).get(name)
+            if isinstance(shape, (tuple, list)):
+                new = tuple(self._sole_new(path, size) or size for size in shape)
+                if new != tuple(shape):
+                    surgery.set_attribute(module, name, new)
+        for name in ("num_channels", "num_features"):
+            size = vars(module).get(name)
+            if isinstance(size, int) and (new := self._sole_new(path, size)) is not None:
+                surgery.set_attribute(module, name, new)
+
+    def _sole_new(self, path: str, size: int) -> int | None:
+        seen = self._seen[path][size]
+        return next(iter(seen)) if len(seen) == 1 and size not in seen else None
 
     def _follow_configurations(self, surgery: Surgery) -> None:
         """A configuration that several modules share follows when it is right for the outermost of them."""

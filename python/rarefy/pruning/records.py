@@ -20,8 +20,8 @@ class TensorRecord:
 
     def cut(self, dim: int, kept: Sequence[int]) -> TensorRecord:
         """The record after another cut, whose indices count what is left now."""
-        before = self.kept.get(dim, range(self.shape[dim]))
-        return replace(self, kept={**self.kept, dim: tuple(before[i] for i in kept)})
+        before = self.kept.get(dim)
+        return replace(self, kept={**self.kept, dim: tuple(kept) if before is None else tuple(before[i] for i in kept)})
 
     @property
     def current_shape(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.nn.attention import MultiheadAttention
+from rarefy.nn import MultiheadAttention, QuantizedLayer
 
 #: (tensor, dimension) to the indices that stayed; None when all did.
 Kept = Callable[[Tensor, int], Sequence[int] | None]
@@ -171,9 +171,11 @@ def attributes_of(module: nn.Module, kept: Kept) -> Attributes:
     ``__class__`` is the type that an ``nn.MultiheadAttention`` has to become. Types that no rule knows have none.
 
     Raises:
-        ValueError: no attributes fit the shapes, as groups or layers would have different sizes.
+        ValueError: no attributes fit the shapes, as groups or layers would have different sizes; a converted layer.
     """
     found: Attributes = {}
+    if isinstance(module, QuantizedLayer):
+        raise ValueError(f"[Surgery] {type(module).__name__} must not be converted yet: prune before convert")
     if isinstance(module, nn.MultiheadAttention):
         weight = stored(module.out_proj)
         found = {} if weight is None else _attention(module, weight, kept)

@@ -110,7 +110,7 @@ class StructuredPruner:
         if isinstance(ignore, (str, type)):
             raise TypeError(f"[StructuredPruner] ignore must be a list of names or types, got {ignore!r}")
         kinds = {"channels": Channels, "parameters": Parameters, "macs": Macs}
-        (kind, value), = given.items()
+        ((kind, value),) = given.items()
         self._model, self._inputs, self._forward = model, example_inputs, forward or call
         self._importance, self._reduction, self._normalize = importance, reduction, normalize
         self._optimizers: Sequence[Any] = ()
@@ -145,19 +145,22 @@ class StructuredPruner:
             found = [
                 path
                 for path, module in self._model.named_modules()
-                if isinstance(module, item) and (any(True for _ in module.parameters()) or any(True for _ in module.buffers()))
+                if isinstance(module, item)
+                and (any(True for _ in module.parameters()) or any(True for _ in module.buffers()))
             ]
             if not found:
-                raise ValueError(f"[StructuredPruner] ignore: no module of type {item.__name__} with parameters in the model")
+                raise ValueError(
+                    f"[StructuredPruner] ignore: no module of type {item.__name__} with parameters in the model"
+                )
             names += found
         return names
 
     # --- what the transaction calls ---
 
-    def _record(self) -> tuple[Graph, str]:
+    def _record(self, shapes_only: bool) -> tuple[Graph, str]:
         partial = Graph()
         try:
-            graph = record(self._model, self._inputs, self._forward, partial)
+            graph = record(self._model, self._inputs, self._forward, partial, shapes_only)
         except Exception as error:  # of the model's own code: the transaction reports it or tries another way
             return partial, f"{type(error).__name__}: {error}".strip()
         if self._surgery is None:

@@ -165,7 +165,7 @@ class Surgery:
     def _is_whole(self, cut: Cut) -> bool:
         tensor = self._tensors.get(cut.tensor)
         valid = tensor is not None and 0 <= cut.dim < tensor.dim()
-        return valid and list(cut.kept) == list(range(tensor.shape[cut.dim]))
+        return valid and len(cut) == tensor.shape[cut.dim] and list(cut.kept) == list(range(len(cut)))
 
     def _cut_modules(self) -> list[nn.Module]:
         """The modules with a tensor that was cut, and those above them: the innermost first."""

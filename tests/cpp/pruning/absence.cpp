@@ -189,6 +189,7 @@ const std::map<std::string, Replacement>& replaced() {
       {"aten::_softmax", [](const Arguments& a) -> Arguments { return {softmax(a)}; }},
       {"aten::_safe_softmax", [](const Arguments& a) -> Arguments { return {softmax(a)}; }},
       {"aten::linalg_vector_norm", [](const Arguments& a) -> Arguments { return {vector_norm(a)}; }},
+      {"aten::norm.ScalarOpt_dim", [](const Arguments& a) -> Arguments { return {vector_norm(a)}; }},
       {"aten::native_layer_norm", layer_norm},
       {"aten::native_group_norm", group_norm},
       {"aten::_fused_rms_norm", rms_norm},

@@ -7,16 +7,6 @@ namespace F = torch::nn::functional;
 
 namespace {
 
-/// Sequences [B, T, 5], embedded in 8 channels.
-template <class Between>
-void add_between(Table& table, const std::string& name, Between between) {
-  define(table, name, sequence(), [between](Net& net) {
-    return [between, embed = net.linear("embed", 5, 8), out = net.linear("out", 8, 3)](const Tensor& x) mutable {
-      return out(between(embed(x)));
-    };
-  });
-}
-
 void add_norms(Table& table) {
   define(table, "layer_norm_residual", sequence(), [](Net& net) {
     return [embed = net.linear("embed", 5, 8), norm = net.layer_norm("norm", {8}), up = net.linear("up", 8, 12),
@@ -78,8 +68,15 @@ void add_norms(Table& table) {
       return out(weight * (x * torch::rsqrt(x.pow(2).mean(-1, true) + 1e-6)));
     };
   });
-  add_between(table, "normalize", [](const Tensor& x) { return F::normalize(x, F::NormalizeFuncOptions().dim(-1)); });
-  add_between(table, "softmax_channels", [](const Tensor& x) { return x.softmax(-1); });
+  define(table, "normalize", sequence(), [](Net& net) {
+    return [embed = net.linear("embed", 5, 8), out = net.linear("out", 8, 3)](const Tensor& x) mutable {
+      return out(F::normalize(embed(x), F::NormalizeFuncOptions().dim(-1)));
+    };
+  });
+  define(table, "softmax_channels", sequence(), [](Net& net) {
+    return [embed = net.linear("embed", 5, 8), mix = net.linear("mix", 8, 6),
+            out = net.linear("out", 6, 3)](const Tensor& x) mutable { return out(mix(embed(x).softmax(-1)).relu()); };
+  });
 }
 
 void add_gates(Table& table) {

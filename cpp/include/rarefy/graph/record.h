@@ -31,6 +31,9 @@ struct RAREFY_API RecordOptions {
   /// Called at the start of every operator that the model's code calls. Unset: the module is read off the parameters
   /// that an operator uses ("layer1.0.conv1" for layer1.0.conv1.weight), and there is no source line.
   std::function<Location()> location = nullptr;
+  /// Leaves out the work of convolutions and matrix products, which give zeros: the operators, their shapes and constants
+  /// are what they are, unless the model's code looks at values.
+  bool shapes_only = false;
   /// Operators to keep whole though they are made of others, by name ("aten::linear"); unset: those that
   /// labels.h knows.
   std::function<bool(const c10::OperatorName&)> keep = nullptr;

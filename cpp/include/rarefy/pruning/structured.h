@@ -4,6 +4,7 @@
 #include <rarefy/graph/record.h>
 #include <rarefy/pruning/choice.h>
 #include <rarefy/pruning/importance.h>
+#include <rarefy/pruning/manifest.h>
 #include <rarefy/pruning/structure.h>
 #include <rarefy/pruning/structured_report.h>
 
@@ -52,8 +53,8 @@ struct RAREFY_API Plan {
 
 /// A model as the pruner sees it, in either language.
 struct RAREFY_API PrunableModel {
-  /// Runs the model on the example inputs and records it.
-  std::function<Recording()> record;
+  /// Runs the model on the example inputs and records it; with shapes_only as RecordOptions says.
+  std::function<Recording(bool shapes_only)> record;
   /// Its parameters and buffers.
   std::function<std::vector<graph::NamedTensor>()> tensors;
   /// Scores of the units of each group.
@@ -99,12 +100,18 @@ class RAREFY_API StructuredTransaction {
   std::optional<Baseline> baseline_;
   int64_t step_ = 0;
   int64_t attempts_ = 0;
+  bool real_ = false;  // the recording computed: the model may look at values
 };
+
+/// Sets sizes that the code of a model keeps itself (heads_, width_) for a plan, and returns what undoes it. Sizes of
+/// torch::nn and rarefy::nn modules follow without it.
+using Follow = std::function<std::function<void()>(const Plan&)>;
 
 /// Removes channels of a torch::nn model for good, in a transaction that is verified.
 ///
 ///   StructuredPruner pruner(*net, [&] { return std::vector{net->forward(x)}; }, {x}, {.choice = {.target = Macs{0.5}}});
 ///   auto report = pruner.prune({&optimizer});
+///   save_pruned(*net, pruner.manifest(), "pruned.safetensors");
 ///
 /// Parameters keep their identity; optimizers keep what they know about what is left. The model must outlive the pruner.
 class RAREFY_API StructuredPruner {
@@ -112,16 +119,18 @@ class RAREFY_API StructuredPruner {
   ///   forward  runs the model on example inputs and returns its outputs; called in evaluation mode under no-grad
   ///   inputs   the tensors that forward() feeds to the model: what depends on them is not a constant
   ///   score    in place of options.importance: one value per unit of a group
-  /// Throws c10::ValueError for an option out of range and for a pattern in ignore or limits that names nothing.
+  /// Throws c10::ValueError for an option out of range and for a pattern in ignore that names nothing.
   StructuredPruner(torch::nn::Module& model, std::function<std::vector<at::Tensor>()> forward,
                    std::vector<at::Tensor> inputs, StructuredOptions options = {},
-                   std::function<at::Tensor(const Group&)> score = nullptr);
+                   std::function<at::Tensor(const Group&)> score = nullptr, Follow follow = nullptr);
   ~StructuredPruner();
 
   const Structure& structure();
   StructuredReport preview();
   /// One of options.steps steps. Any failure leaves model, gradients and optimizers as they were, and throws.
   StructuredReport prune(const std::vector<torch::optim::Optimizer*>& optimizers = {});
+  /// What was removed so far, for save_pruned().
+  const Manifest& manifest() const;
 
  private:
   struct State;

@@ -47,6 +47,8 @@ class RAREFY_API Surgery {
 
   /// The indices along `dim` that stay; null when all do. Of the transaction that runs.
   const std::vector<int64_t>* kept(const at::Tensor& tensor, int64_t dim) const;
+  /// The shape that the tensor had when the transaction began.
+  std::vector<int64_t> sizes_before(const at::Tensor& tensor) const;
   /// Whether slices of the tensor were removed.
   bool is_cut(const at::Tensor& tensor) const;
 
