@@ -72,7 +72,8 @@ void init_choice(py::module_& m) {
       .def_readonly("name", &GroupOutcome::name)
       .def_readonly("units", &GroupOutcome::units)
       .def_readonly("removed", &GroupOutcome::removed)
-      .def_readonly("reason", &GroupOutcome::reason, "Why none, or why no more; empty when nothing holds the group back.")
+      .def_readonly("reason", &GroupOutcome::reason,
+                    "Why none, or why no more; empty when nothing holds the group back.")
       .def(
           "__eq__", [](const GroupOutcome& a, const GroupOutcome& b) { return a == b; }, py::is_operator())
       .def("__repr__", &GroupOutcome::to_string);

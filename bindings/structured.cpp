@@ -81,7 +81,8 @@ void init_structured(py::module_& m) {
   py::class_<StructuredOptions>(m, "StructuredOptions", "Checked options of structured pruning.")
       .def(py::init([](ChoiceOptions choice, std::optional<double> latency_ms, std::vector<std::string> ignore,
                        int64_t steps, bool fold_constants, double tolerance) {
-             StructuredOptions options{std::move(choice), latency_ms, {}, std::move(ignore), steps, fold_constants, tolerance};
+             StructuredOptions options{std::move(choice), latency_ms, {}, std::move(ignore), steps,
+                                       fold_constants,    tolerance};
              options.validate();
              return options;
            }),

@@ -1,6 +1,5 @@
-#include <rarefy/pruning/structure.h>
-
 #include <c10/util/Exception.h>
+#include <rarefy/pruning/structure.h>
 
 #include <algorithm>
 #include <map>

@@ -7,7 +7,6 @@ from collections import defaultdict
 
 from torch import nn
 
-from rarefy._core.graph import Graph
 from rarefy._core.pruning import Plan
 from rarefy.pruning.surgery import Surgery
 
@@ -35,16 +34,15 @@ class Follower:
     Where some had it and stay, as 4 heads of width 4 do, a name that says how many decides.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, plan: Plan) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, surgery: Surgery, plan: Plan) -> None:
+        self._surgery = surgery
         self._modules = dict(model.named_modules())
         # Of each module: old size to the new sizes that were seen for it.
         self._seen: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
-        shapes = {value.name: value.shape for value in graph.values if value.origin in ("parameter", "buffer")}
         kept = defaultdict(dict)
         for cut in plan.cuts:
             kept[cut.tensor][cut.dim] = len(cut.kept)
-        for name, shape in shapes.items():
+        for name, shape in surgery.shapes_before.items():
             for dim, size in enumerate(shape):
                 self._see(name.rpartition(".")[0], size, kept[name].get(dim, size))
         for resize in plan.resizes:
@@ -65,22 +63,22 @@ class Follower:
         changed = seen - {value}
         return next(iter(changed)) if len(changed) == 1 and (value not in seen or _HEADS.search(name)) else None
 
-    def follow(self, surgery: Surgery) -> None:
-        """Set them, through a surgery that undoes it when it is rolled back."""
+    def follow(self) -> None:
+        """Set them, through the surgery, which undoes it when it is rolled back."""
         done: set[int] = set()
         for path, module in self._modules.items():
             if id(module) in done:
                 continue
             done.add(id(module))
             if type(module).__module__.startswith(("torch.nn.", "rarefy.")):
-                self._follow_shape(surgery, path, module)
+                self._follow_shape(path, module)
                 continue
             for name, value in list(vars(module).items()):
                 if (new := self._new(path, name, value)) is not None:
-                    surgery.set_attribute(module, name, new)
-        self._follow_configurations(surgery)
+                    self._surgery.set_attribute(module, name, new)
+        self._follow_configurations()
 
-    def _follow_shape(self, surgery: Surgery, path: str, module: nn.Module) -> None:
+    def _follow_shape(self, path: str, module: nn.Module) -> None:
         """Norms without parameters, and other layers of torch that hold a shape: no tensor of theirs was cut."""
         if any(True for _ in module.parameters(recurse=False)):
             return
@@ -89,17 +87,17 @@ class Follower:
             if isinstance(shape, (tuple, list)):
                 new = tuple(self._sole_new(path, size) or size for size in shape)
                 if new != tuple(shape):
-                    surgery.set_attribute(module, name, new)
+                    self._surgery.set_attribute(module, name, new)
         for name in ("num_channels", "num_features"):
             size = vars(module).get(name)
             if isinstance(size, int) and (new := self._sole_new(path, size)) is not None:
-                surgery.set_attribute(module, name, new)
+                self._surgery.set_attribute(module, name, new)
 
     def _sole_new(self, path: str, size: int) -> int | None:
         seen = self._seen[path][size]
         return next(iter(seen)) if len(seen) == 1 and size not in seen else None
 
-    def _follow_configurations(self, surgery: Surgery) -> None:
+    def _follow_configurations(self) -> None:
         """A configuration that several modules share follows when it is right for the outermost of them."""
         done: set[int] = set()
         for path, module in self._modules.items():
@@ -109,4 +107,4 @@ class Follower:
             done.add(id(config))
             for name, value in list(vars(config).items()):
                 if (new := self._new(path, name, value)) is not None:
-                    surgery.set_attribute(module, f"config.{name}", new)
+                    self._surgery.set_attribute(module, f"config.{name}", new)
