@@ -22,7 +22,7 @@ int64_t product(c10::IntArrayRef sizes) {
 }
 
 /// All sizes but the last one, multiplied.
-int64_t rows(const std::vector<int64_t>& sizes) { return product(c10::IntArrayRef(sizes).drop_back()); }
+int64_t rows(const std::vector<int64_t>& sizes) { return product(c10::IntArrayRef(sizes).slice(0, sizes.size() - 1)); }
 
 /// Counts the work of single operators.
 class Counter {
@@ -59,7 +59,7 @@ class Counter {
   int64_t convolution(const Node& node, bool transposed) const {
     // One per element of a weight's slice and place of the result (of the input when transposed).
     const auto& weight = sizes(node.input(1));
-    return numel(transposed ? node.input(0) : node.outputs.at(0)) * product(c10::IntArrayRef(weight).drop_front());
+    return numel(transposed ? node.input(0) : node.outputs.at(0)) * product(c10::IntArrayRef(weight).slice(1));
   }
 
   int64_t recurrent(const Node& node) const {

@@ -79,7 +79,7 @@ class Recorder {
     const auto handle = c10::Dispatcher::singleton().findSchema(graph_.nodes[index].op);
     const size_t returns = handle ? handle->schema().returns().size() : fn.outputs().size();
     graph_.nodes[index].failed = fn.outputs().size() < returns;
-    for (const IValue& result : last(fn.outputs(), returns)) {
+    for (const IValue& result : last(c10::ArrayRef<const IValue>(fn.outputs().data(), fn.outputs().size()), returns)) {
       add_results(result, index);
     }
   }
