@@ -137,7 +137,9 @@ class Counter {
       return 0;  // padding by reflection
     }
     auto extents = window.toIntVector();
-    const auto dims = static_cast<size_t>(name.find("1d") != std::string::npos ? 1 : name.find("2d") != std::string::npos ? 2 : 3);
+    const auto dims = static_cast<size_t>(name.find("1d") != std::string::npos   ? 1
+                                          : name.find("2d") != std::string::npos ? 2
+                                                                                 : 3);
     extents.resize(dims, extents.empty() ? 1 : extents[0]);
     return result(node) * product(extents);
   }

@@ -33,7 +33,9 @@ std::string Node::describe() const {
   return op.name + (where.empty() ? "" : " (" + where + ")");
 }
 
-int64_t Node::input(size_t i) const { return i < input_values.size() && !input_values[i].empty() ? input_values[i][0] : -1; }
+int64_t Node::input(size_t i) const {
+  return i < input_values.size() && !input_values[i].empty() ? input_values[i][0] : -1;
+}
 
 int64_t Graph::find(const std::string& wanted) const {
   for (size_t i = 0; i < values.size(); ++i) {

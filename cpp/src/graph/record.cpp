@@ -38,7 +38,7 @@ class Recorder {
     }
     const int64_t id = add(named.value, named.origin);
     graph_.values[id].name = named.name;
-    graph_.values[id].tensor = named.value;
+    graph_.values[id].tensor = named.value.detach();  // the data of this moment, also when the model is cut later
     return id;
   }
 
@@ -70,6 +70,7 @@ class Recorder {
     }
     graph_.nodes.push_back(std::move(node));
     open_.push_back(index);
+    known_.push_back(static_cast<int64_t>(graph_.values.size()));
   }
 
   void end(const at::RecordFunction& fn) {
@@ -79,8 +80,11 @@ class Recorder {
     const auto handle = c10::Dispatcher::singleton().findSchema(graph_.nodes[index].op);
     const size_t returns = handle ? handle->schema().returns().size() : fn.outputs().size();
     graph_.nodes[index].failed = fn.outputs().size() < returns;
-    for (const IValue& result : last(c10::ArrayRef<const IValue>(fn.outputs().data(), fn.outputs().size()), returns)) {
-      add_results(result, index);
+    const int64_t known = known_.back();
+    known_.pop_back();
+    const c10::ArrayRef<const IValue> results(fn.outputs().data(), fn.outputs().size());
+    for (const IValue& result : last(results, returns)) {
+      add_results(result, index, known);
     }
   }
 
@@ -186,7 +190,8 @@ class Recorder {
     return argument;
   }
 
-  void add_results(const IValue& result, int64_t node) {
+  /// `known_before`: how many values there were before the operator did anything.
+  void add_results(const IValue& result, int64_t node, int64_t known_before) {
     if (result.isTensor()) {
       const at::Tensor& tensor = result.toTensor();
       if (!tensor.defined()) {
@@ -205,11 +210,18 @@ class Recorder {
       } else if (graph_.values[id].producer >= 0 && graph_.nodes[node].children_end > graph_.values[id].producer &&
                  graph_.values[id].producer > node) {
         graph_.values[id].producer = node;  // the composite operator around the one that made it
+      } else if (graph_.values[id].origin == Origin::constant && id >= known_before) {
+        // The operator made it without calling another one, and had others write into it (roll, mean).
+        graph_.values[id].origin = Origin::intermediate;
+        graph_.values[id].producer = node;
+        if (tensor.is_floating_point() || tensor.is_complex()) {
+          graph_.values[id].tensor = at::Tensor();
+        }
       }
       graph_.nodes[node].outputs.push_back(id);
     } else if (result.isTensorList()) {
       for (const at::Tensor& tensor : result.toTensorVector()) {
-        add_results(tensor, node);
+        add_results(tensor, node, known_before);
       }
     }
   }
@@ -228,7 +240,8 @@ class Recorder {
 
   Graph& graph_;
   const RecordOptions& options_;
-  std::vector<int64_t> open_;
+  std::vector<int64_t> open_;   // the nodes that are running
+  std::vector<int64_t> known_;  // of each: how many values there were when it started
   std::unordered_map<const c10::TensorImpl*, int64_t> ids_;
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> alive_;
 
@@ -289,7 +302,8 @@ bool is_composite(const c10::OperatorName& op) {
 }
 
 /// Appends to the schedule what computes the outputs of nodes [begin, end) at one level of nesting.
-void make_schedule(Graph& graph, int64_t begin, int64_t end, const std::function<bool(const c10::OperatorName&)>& keep) {
+void make_schedule(Graph& graph, int64_t begin, int64_t end,
+                   const std::function<bool(const c10::OperatorName&)>& keep) {
   for (int64_t i = begin; i < end; i = std::max(graph.nodes[i].children_end, i + 1)) {
     const Node& node = graph.nodes[i];
     if (node.failed) {

@@ -92,7 +92,8 @@ std::string constants_string(const Node& node) {
   const auto handle = c10::Dispatcher::singleton().findSchema(node.op);
   std::vector<std::string> out;
   for (size_t i = 0; i < node.inputs.size(); ++i) {
-    const auto* argument = handle && i < handle->schema().arguments().size() ? &handle->schema().arguments()[i] : nullptr;
+    const auto* argument =
+        handle && i < handle->schema().arguments().size() ? &handle->schema().arguments()[i] : nullptr;
     // Which library computes is no property of the result.
     const bool backend = argument && argument->name() == "cudnn_enabled";
     if (backend || !node.input_values[i].empty() || is_default(argument, node.inputs[i])) {

@@ -111,8 +111,9 @@ torch::jit::Stack OperatorCalls::arguments(const graph::Graph& graph, const grap
   const int64_t input_channels = transposed ? across : inside * groups;
   const int64_t output_channels = transposed ? inside * groups : across;
 
-  const auto options = at::TensorOptions().dtype(weight.dtype).device(
-      weight.tensor.defined() ? weight.tensor.device() : c10::Device(at::kCPU));
+  const auto options = at::TensorOptions()
+                           .dtype(weight.dtype)
+                           .device(weight.tensor.defined() ? weight.tensor.device() : c10::Device(at::kCPU));
   const bool last = channels_last(weight);
   torch::jit::Stack stack = node.inputs;
   stack.at(op.input_argument) = view(with(input.sizes, op.input_channel_dim, input_channels),

@@ -40,9 +40,11 @@ void Propagator::movement(const Node& node) {
     return;
   }
   // What divides channels into equal parts does so afterwards too: all parts lose the same places.
-  static const auto equal_parts = {"chunk", "unsafe_chunk", "tensor_split", "channel_shuffle", "native_channel_shuffle"};
+  static const auto equal_parts = {"chunk", "unsafe_chunk", "tensor_split", "channel_shuffle",
+                                   "native_channel_shuffle"};
   const bool by_number = (name == "split" || name == "unsafe_split") && node.inputs[1].isInt();
-  if ((by_number || std::find(equal_parts.begin(), equal_parts.end(), name) != equal_parts.end()) && node.inputs[1].isInt()) {
+  if ((by_number || std::find(equal_parts.begin(), equal_parts.end(), name) != equal_parts.end()) &&
+      node.inputs[1].isInt()) {
     const bool shuffle = name.ends_with("channel_shuffle");
     const auto dim_argument = argument(node, "dim");
     const int64_t given = shuffle ? 1 : dim_argument.isInt() ? dim_argument.toInt() : 0;
@@ -62,13 +64,15 @@ void Propagator::movement(const Node& node) {
       }
     }
   }
-  const bool by_index = node.input_values.size() > 1 && std::any_of(node.input_values.begin() + 1, node.input_values.end(),
-                                                                    [](const auto& ids) { return !ids.empty(); });
+  const bool by_index =
+      node.input_values.size() > 1 &&
+      std::any_of(node.input_values.begin() + 1, node.input_values.end(), [](const auto& ids) { return !ids.empty(); });
   std::vector<Fields> outputs(node.outputs.size());
   for (const auto& field : inputs) {
     if (by_index) {
       const auto dim_argument = argument(node, "dim");
-      const int64_t dim = dim_argument.isInt() ? dim_argument.toInt() + (dim_argument.toInt() < 0 ? rank(input) : 0) : -1;
+      const int64_t dim =
+          dim_argument.isInt() ? dim_argument.toInt() + (dim_argument.toInt() < 0 ? rank(input) : 0) : -1;
       const bool moved = dim < 0 || field.varies(dim);
       const bool from_input = std::any_of(node.input_values.begin() + 1, node.input_values.end(), [&](const auto& ids) {
         return !ids.empty() && ids[0] >= 0 && out_.depends_on_input[ids[0]];
@@ -194,7 +198,8 @@ void Propagator::concatenation(const Node& node) {
   refresh();
   Fields out;
   const auto along_dim = [&](const Operand& operand) {
-    return std::find_if(operand.fields.begin(), operand.fields.end(), [&](const Field& field) { return field.varies(dim); });
+    return std::find_if(operand.fields.begin(), operand.fields.end(),
+                        [&](const Field& field) { return field.varies(dim); });
   };
   std::vector<int64_t> shape(rank(result), 1);
   bool any = false;

@@ -22,10 +22,10 @@ using graph::Origin;
 
 RemovedView::RemovedView(const Graph& graph, const Structure& structure, const Removal& removal)
     : graph_(graph),
-      provenance_(*structure.provenance),
+      provenance_(structure.provenance.get()),
       places_(graph.values.size()),
       known_(graph.values.size(), 0) {
-  gone_.assign(provenance_.labels.size(), 0);
+  gone_.assign(provenance_->labels.size(), 0);
   std::vector<std::vector<char>> units(removal.size());
   for (size_t g = 0; g < removal.size(); ++g) {
     units[g].assign(structure.groups[g].units, 0);
@@ -37,14 +37,14 @@ RemovedView::RemovedView(const Graph& graph, const Structure& structure, const R
     }
     // The labels of a unit, from any member.
     for (const auto& member : structure.groups[g].members) {
-      for (const auto& leaf : provenance_.leaves) {
+      for (const auto& leaf : provenance_->leaves) {
         if (leaf.value != member.value || leaf.dim != member.dim) {
           continue;
         }
         for (int64_t i = 0; i < leaf.size; ++i) {
           const auto unit = member.unit_of_index[i];
           if (unit >= 0 && units[g][unit]) {
-            gone_[provenance_.labels.find(leaf.first + static_cast<int32_t>(i))] = 1;
+            gone_[provenance_->labels.find(leaf.first + static_cast<int32_t>(i))] = 1;
           }
         }
       }
@@ -52,6 +52,9 @@ RemovedView::RemovedView(const Graph& graph, const Structure& structure, const R
     }
   }
 }
+
+RemovedView::RemovedView(const Graph& graph)
+    : graph_(graph), places_(graph.values.size()), known_(graph.values.size(), 1) {}
 
 RemovedView::~RemovedView() = default;
 
@@ -62,7 +65,7 @@ const std::vector<RemovedPlaces>& RemovedView::of(int64_t value) const {
   }
   known_[value] = 1;
   std::vector<std::vector<char>> marks(graph_.values[value].sizes.size());
-  for (const auto& field : provenance_.fields[value]) {
+  for (const auto& field : provenance_->fields[value]) {
     const auto dims = field.dims();
     if (dims.size() != 1) {
       continue;  // pinned altogether: what is left to remove is rectangular
@@ -72,7 +75,7 @@ const std::vector<RemovedPlaces>& RemovedView::of(int64_t value) const {
     const auto* data = flat.const_data_ptr<int32_t>();
     mine.resize(flat.numel(), 0);
     for (int64_t i = 0; i < flat.numel(); ++i) {
-      mine[i] |= gone_[provenance_.labels.find(data[i])];
+      mine[i] |= gone_[provenance_->labels.find(data[i])];
     }
   }
   for (size_t d = 0; d < marks.size(); ++d) {
@@ -97,7 +100,7 @@ const RemovedPlaces* RemovedView::along(int64_t value, int64_t dim) const {
   return nullptr;
 }
 
-bool RemovedView::depends_on_input(int64_t value) const { return provenance_.depends_on_input[value]; }
+bool RemovedView::depends_on_input(int64_t value) const { return !provenance_ || provenance_->depends_on_input[value]; }
 
 std::vector<int64_t> RemovedView::sizes(int64_t value) const {
   auto out = graph_.values[value].sizes;
@@ -119,7 +122,9 @@ at::Tensor select(const at::Tensor& x, int64_t dim, const RemovedPlaces* places)
   return places && x.defined() ? take(x, {{dim, places->kept}}) : x;
 }
 
-at::Tensor select(const at::Tensor& x, const RemovedPlaces* places) { return places ? select(x, places->dim, places) : x; }
+at::Tensor select(const at::Tensor& x, const RemovedPlaces* places) {
+  return places ? select(x, places->dim, places) : x;
+}
 
 /// x at its full size again: what was kept in its places, `fill` (of each place along dim; undefined: zero) in the others.
 at::Tensor scatter(const at::Tensor& x, int64_t dim, const RemovedPlaces* places, const at::Tensor& fill) {
@@ -155,17 +160,23 @@ class Run {
     }
   }
 
+  void step(int64_t index) {
+    visit(graph_.nodes[index]);
+    for (const auto& ids : graph_.nodes[index].input_values) {
+      for (auto id : ids) {
+        if (id >= 0 && last_use_[id] == index && graph_.values[id].origin == Origin::intermediate) {
+          env_[id] = at::Tensor();
+        }
+      }
+    }
+  }
+
+  const at::Tensor& value(int64_t id) const { return env_[id]; }
+
   Reference run() {
     const at::NoGradGuard no_grad;
     for (auto index : graph_.schedule) {
-      visit(graph_.nodes[index]);
-      for (const auto& ids : graph_.nodes[index].input_values) {
-        for (auto id : ids) {
-          if (id >= 0 && last_use_[id] == index && graph_.values[id].origin == Origin::intermediate) {
-            env_[id] = at::Tensor();
-          }
-        }
-      }
+      step(index);
     }
     Reference out;
     for (auto id : graph_.outputs) {
@@ -245,7 +256,8 @@ class Run {
   /// Where a constant that reaches this consumer can go: its bias, or the running mean behind it. -1: nowhere.
   std::pair<int64_t, double> takes_constants(const Node& node, int64_t bias) const {
     if (bias >= 0) {
-      return is_own(bias, Origin::parameter) ? std::pair<int64_t, double>{bias, 1.0} : std::pair<int64_t, double>{-1, 0.0};
+      return is_own(bias, Origin::parameter) ? std::pair<int64_t, double>{bias, 1.0}
+                                             : std::pair<int64_t, double>{-1, 0.0};
     }
     const int64_t result = node.outputs[0];
     if (graph_.values[result].is_output) {
@@ -261,7 +273,8 @@ class Run {
         only = &graph_.nodes[index];
       }
     }
-    if (only && only->op.name == "aten::batch_norm" && !only->inputs[5].toBool() && is_own(only->input(3), Origin::buffer)) {
+    if (only && only->op.name == "aten::batch_norm" && !only->inputs[5].toBool() &&
+        is_own(only->input(3), Origin::buffer)) {
       return {only->input(3), -1.0};
     }
     return {-1, 0.0};
@@ -269,8 +282,9 @@ class Run {
 
   /// A product with a weight of the model: [out, in, ...]. Kept outputs come from kept inputs, and from constants of
   /// removed inputs where they can be folded; a removed output is its bias.
-  void weighted(const Node& node, int64_t x, int64_t weight, int64_t bias, int64_t x_dim, int64_t in_dim, int64_t out_dim,
-                int64_t result_dim, bool exact_constants, const std::function<void(torch::jit::Stack&)>& adjust) {
+  void weighted(const Node& node, int64_t x, int64_t weight, int64_t bias, int64_t x_dim, int64_t in_dim,
+                int64_t out_dim, int64_t result_dim, bool exact_constants,
+                const std::function<void(torch::jit::Stack&)>& adjust) {
     const auto* in = removed_.along(x, x_dim);
     const auto* rows = removed_.along(weight, out_dim);
     const auto* out = removed_.along(node.outputs[0], result_dim);
@@ -293,8 +307,8 @@ class Run {
         const auto sums = by_input.reshape({by_input.size(0), by_input.size(1), -1}).sum(2);
         auto delta = at::matmul(values, sums) * sign;
         delta = scatter(delta, 0, rows, {});
-        folds_.push_back({graph_.values[target].name, graph_.values[weight].name,
-                          values.ne(0).sum().item<int64_t>(), delta.to(env_[target].scalar_type())});
+        folds_.push_back({graph_.values[target].name, graph_.values[weight].name, values.ne(0).sum().item<int64_t>(),
+                          delta.to(env_[target].scalar_type())});
       }
     }
     if (const auto* columns = removed_.along(weight, in_dim)) {
@@ -326,7 +340,8 @@ class Run {
   }
 
   /// The operator on one place that holds nothing but constants of removed channels, without its bias: [kept outputs].
-  at::Tensor of_constants(const Node& node, int64_t x, int64_t weight, const at::Tensor& values, const at::Tensor& columns) {
+  at::Tensor of_constants(const Node& node, int64_t x, int64_t weight, const at::Tensor& values,
+                          const at::Tensor& columns) {
     std::vector<int64_t> shape{1, values.size(0)}, column{1, values.size(0)};
     if (rank(weight) > 2) {
       const auto dilation = node.inputs[5].toIntVector();
@@ -381,7 +396,8 @@ class Run {
   }
 
   /// A product whose weight is computed, or of two activations: the consumed places of the arguments are ignored.
-  void generic(const Node& node, const std::vector<std::pair<size_t, int64_t>>& consumed, int64_t result_dim, int64_t added) {
+  void generic(const Node& node, const std::vector<std::pair<size_t, int64_t>>& consumed, int64_t result_dim,
+               int64_t added) {
     auto stack = stack_of(node);
     bool from_weights = false;
     for (const auto& [i, dim] : consumed) {
@@ -467,9 +483,8 @@ class Run {
           dims = {node.inputs[i].toInt()};
         }
       }
-      const bool over = dims.empty() || std::any_of(dims.begin(), dims.end(), [&](int64_t d) {
-                          return (d < 0 ? d + rank(x) : d) == places.dim;
-                        });
+      const bool over = dims.empty() || std::any_of(dims.begin(), dims.end(),
+                                                    [&](int64_t d) { return (d < 0 ? d + rank(x) : d) == places.dim; });
       if (over) {
         stack[0] = select(stack[0].toTensor(), &places);
         consumed = true;
@@ -643,6 +658,46 @@ void Run::visit(const Node& node) {
 
 Reference run_reference(const Graph& graph, const RemovedView& removed, bool fold) {
   return Run(graph, removed, fold).run();
+}
+
+int64_t first_difference(const Graph& graph, const RemovedView& removed, bool fold, const Graph& after,
+                         double tolerance) {
+  if (graph.schedule.size() != after.schedule.size()) {
+    return -1;
+  }
+  const at::NoGradGuard no_grad;
+  const RemovedView nothing(after);
+  Run expected(graph, removed, fold), found(after, nothing, false);
+  for (size_t k = 0; k < graph.schedule.size(); ++k) {
+    const auto& node = graph.nodes[graph.schedule[k]];
+    const auto& now = after.nodes[after.schedule[k]];
+    if (node.op != now.op || node.outputs.size() != now.outputs.size()) {
+      return -1;
+    }
+    expected.step(graph.schedule[k]);
+    found.step(after.schedule[k]);
+    for (size_t i = 0; i < node.outputs.size(); ++i) {
+      if (node.outputs[i] < 0 || now.outputs[i] < 0) {
+        continue;
+      }
+      auto a = expected.value(node.outputs[i]);
+      const auto& b = found.value(now.outputs[i]);
+      if (!a.defined() || !b.defined() || !a.is_floating_point()) {
+        continue;  // not used later
+      }
+      for (const auto& places : removed.of(node.outputs[i])) {
+        a = select(a, &places);
+      }
+      if (a.sizes() != b.sizes() || a.numel() == 0) {
+        continue;
+      }
+      const double largest = a.abs().max().item<double>();
+      if ((a - b).abs().max().item<double>() > tolerance * largest) {
+        return graph.schedule[k];
+      }
+    }
+  }
+  return -1;
 }
 
 }  // namespace rarefy::pruning

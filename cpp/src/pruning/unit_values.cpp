@@ -86,8 +86,8 @@ class Parameters {
                           "[importance] every parameter that takes part must have a gradient (call backward() first), "
                           "got none for ",
                           member.tensor);
-        TORCH_CHECK_VALUE(is_finite(gradient),
-                          "[importance] gradients must be finite, got NaN or infinity in that of ", member.tensor);
+        TORCH_CHECK_VALUE(is_finite(gradient), "[importance] gradients must be finite, got NaN or infinity in that of ",
+                          member.tensor);
       }
       compute(entry, term, p, gradient);
     }

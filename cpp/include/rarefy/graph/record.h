@@ -48,8 +48,9 @@ struct RAREFY_API RecordOptions {
 /// Tensors that leave torch on the way (through numpy, item(), tolist()) come back as constants.
 /// Throws c10::ValueError when an input or a parameter is undefined or sparse, and when a recording runs already on
 /// this thread.
-RAREFY_API Graph record(const std::function<std::vector<at::Tensor>()>& forward, const std::vector<NamedTensor>& tensors,
-                        const RecordOptions& options = {}, Graph* partial = nullptr);
+RAREFY_API Graph record(const std::function<std::vector<at::Tensor>()>& forward,
+                        const std::vector<NamedTensor>& tensors, const RecordOptions& options = {},
+                        Graph* partial = nullptr);
 
 /// Records model.forward for a module of one or more tensor inputs, in evaluation mode, which ends when the call does,
 /// by an exception too. The module may be on the stack or belong to a shared pointer.
