@@ -49,6 +49,7 @@ struct RAREFY_API Plan {
   std::vector<Cut> cuts;
   std::vector<Fold> folds;
   std::vector<Resize> resizes;
+  bool cautious = false;  // sizes follow only in modules whose own operators hold them: others may enter a computation
 };
 
 /// A model as the pruner sees it, in either language.
@@ -102,6 +103,7 @@ class RAREFY_API StructuredTransaction {
   std::optional<Baseline> baseline_;
   int64_t step_ = 0;
   int64_t attempts_ = 0;
+  bool cautious_ = false;
   bool real_ = false;  // the recording computed: the model may look at values
 };
 
