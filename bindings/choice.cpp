@@ -50,7 +50,8 @@ void init_choice(py::module_& m) {
   py::class_<Baseline>(m, "Baseline", "Sizes before the first of several steps, which fractions refer to.")
       .def(py::init(&make_baseline), py::arg("structure"), py::arg("shapes"))
       .def_readonly("counts", &Baseline::counts)
-      .def_property_readonly("units", [](const Baseline& self) { return py::tuple(py::cast(self.units)); });
+      .def_property_readonly(
+          "units", [](const Baseline& self) { return py::tuple(py::cast(self.units)); }, "Of each group, by name.");
 
   py::class_<ChoiceOptions>(m, "ChoiceOptions", "Checked options of a choice.")
       .def(py::init([](Target target, const std::string& scope, int64_t round_to, int64_t min_width,

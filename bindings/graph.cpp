@@ -30,30 +30,35 @@ using Tensors = std::vector<at::Tensor>;
 std::string svg_of(const Graph& graph, bool constants, bool movement) { return to_svg(graph, {constants, movement}); }
 
 std::string html_of(const Graph& graph) {
-  return count_costs(graph).to_html() + "<details><summary>Drawing</summary><div style=\"overflow:auto;max-height:600px\">" +
-         to_svg(graph) + "</div></details>";
+  return count_costs(graph).to_html() +
+         "<details><summary>Drawing</summary><div style=\"overflow:auto;max-height:600px\">" + to_svg(graph) +
+         "</div></details>";
 }
 
 void init_costs(py::module_& m) {
   py::class_<Cost>(m, "Cost", "Work and memory of one operator, one module, or a whole run.")
       .def_readonly("macs", &Cost::macs, "Multiply-accumulates of convolutions, products, attention, recurrent layers.")
-      .def_readonly("flops", &Cost::flops, "Floating-point operations: 2 per multiply-accumulate, and the element-wise work.")
+      .def_readonly("flops", &Cost::flops,
+                    "Floating-point operations: 2 per multiply-accumulate, and the element-wise work.")
       .def_readonly("parameters", &Cost::parameters)
       .def_readonly("parameter_bytes", &Cost::parameter_bytes)
       .def_readonly("activation_bytes", &Cost::activation_bytes, "Of the results that take memory of their own.")
       .def("__repr__", [](const Cost& self) {
-        return "Cost(macs=" + std::to_string(self.macs) + ", flops=" + std::to_string(self.flops) + ", parameters=" +
-               std::to_string(self.parameters) + ", parameter_bytes=" + std::to_string(self.parameter_bytes) +
+        return "Cost(macs=" + std::to_string(self.macs) + ", flops=" + std::to_string(self.flops) +
+               ", parameters=" + std::to_string(self.parameters) +
+               ", parameter_bytes=" + std::to_string(self.parameter_bytes) +
                ", activation_bytes=" + std::to_string(self.activation_bytes) + ")";
       });
-  py::class_<OperatorCost>(m, "OperatorCost", "The cost of one operator; its parameters are those that it is the first to read.")
+  py::class_<OperatorCost>(m, "OperatorCost",
+                           "The cost of one operator; its parameters are those that it is the first to read.")
       .def_readonly("node", &OperatorCost::node)
       .def_readonly("cost", &OperatorCost::cost);
   py::class_<ModuleCost>(m, "ModuleCost", "The cost of a module with all modules inside of it.")
       .def_readonly("module", &ModuleCost::module)
       .def_readonly("operators", &ModuleCost::operators)
       .def_readonly("cost", &ModuleCost::cost)
-      .def_property_readonly("output_shape", [](const ModuleCost& self) { return py::tuple(py::cast(self.output_sizes)); });
+      .def_property_readonly("output_shape",
+                             [](const ModuleCost& self) { return py::tuple(py::cast(self.output_sizes)); });
   py::class_<Costs>(m, "Costs", "What a recorded run costs: in all, by operator, by module.")
       .def_readonly("total", &Costs::total)
       .def_readonly("operators", &Costs::operators)
@@ -81,15 +86,15 @@ void init_uses(py::module_& m) {
       .def_readonly("variance", &ConvBnPair::variance)
       .def_readonly("output_dim", &ConvBnPair::output_dim, "Of the weight: one slice per output channel.")
       .def_readonly("eps", &ConvBnPair::eps)
-      .def("__repr__", [](const ConvBnPair& self) {
-        return "ConvBnPair(weight='" + self.weight + "', mean='" + self.mean + "')";
-      });
+      .def("__repr__",
+           [](const ConvBnPair& self) { return "ConvBnPair(weight='" + self.weight + "', mean='" + self.mean + "')"; });
   m.def("conv_bn_pairs", &conv_bn_pairs, py::arg("graph"),
         "The convolutions and linear layers that an evaluation-mode batch normalization alone reads.");
   m.def("constant_nodes", &constant_nodes, py::arg("graph"),
         "The scheduled operators that depend on no input, no parameter and no random number.");
   m.def(
-      "fold_constants", [](const Graph& graph) { return std::make_shared<Graph>(fold_constants(graph)); }, py::arg("graph"),
+      "fold_constants", [](const Graph& graph) { return std::make_shared<Graph>(fold_constants(graph)); },
+      py::arg("graph"),
       "The recording without its constant operators, whose results become constants with their tensors.");
 }
 
@@ -147,12 +152,15 @@ void init_graph(py::module_& parent) {
       .def_readonly("schedule", &Graph::schedule)
       .def("find", &Graph::find, py::arg("name"),
            "The value of a parameter or buffer; -1 when the run did not touch it.")
-      .def("find", &Graph::find, py::arg("name"), "The value of a parameter or buffer; -1 when the run did not touch it.")
-      .def("summary", [](const Graph& self) { return count_costs(self).to_string(); },
-           "A table of the modules: operators, last result, MACs, FLOPs, parameters, bytes.")
-      .def("to_svg", &svg_of, py::arg("constants") = false, py::arg("movement") = true,
-           "A drawing of the operators in layers, inputs above.\n\n"
-           "constants: draw what depends on no input too. movement=False: a run of operators that only move is one box.")
+      .def("find", &Graph::find, py::arg("name"),
+           "The value of a parameter or buffer; -1 when the run did not touch it.")
+      .def(
+          "summary", [](const Graph& self) { return count_costs(self).to_string(); },
+          "A table of the modules: operators, last result, MACs, FLOPs, parameters, bytes.")
+      .def(
+          "to_svg", &svg_of, py::arg("constants") = false, py::arg("movement") = true,
+          "A drawing of the operators in layers, inputs above.\n\n"
+          "constants: draw what depends on no input too. movement=False: a run of operators that only move is one box.")
       .def("_repr_html_", &html_of)
       .def("__repr__", &Graph::describe)
       .def("__str__", &Graph::to_string);

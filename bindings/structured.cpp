@@ -44,6 +44,7 @@ void init_report(py::module_& m) {
       .def_readonly("source", &Resize::source)
       .def_readonly("before", &Resize::before)
       .def_readonly("after", &Resize::after)
+      .def_readonly("flows", &Resize::flows, "Whether what is removed flows through the operator.")
       .def("__repr__", [](const Resize& self) {
         return "Resize(module='" + self.module + "', source='" + self.source + "', " + std::to_string(self.before) +
                " -> " + std::to_string(self.after) + ")";

@@ -1165,7 +1165,7 @@ class BufferScale(nn.Module):
         super().__init__()
         self.conv = conv(3, 8)
         self.register_buffer("mean", torch.randn(8, 1, 1))
-        self.register_buffer("std", 0.5 + torch.rand(8, 1, 1), persistent=False)
+        self.register_buffer("std", torch.linspace(0.5, 1.5, 8).view(8, 1, 1), persistent=False)
         self.out = conv(8, 2)
 
     def forward(self, x):

@@ -280,10 +280,23 @@ def test_steps_refer_to_the_baseline(target, scope):
         kept = [[u for i, u in enumerate(k) if i not in r] for k, r in zip(kept, choice.removal, strict=True)]
     removed = [[u for u in range(n) if u not in k] for n, k in zip(widths, kept, strict=True)]
     assert removed == at_once.removal
-    with pytest.raises(ValueError, match=r"baseline of group l0\.weight must have at least its 31 units, got 30"):
-        choose(chain([31, 50, 20], [1, 2, 1], [torch.rand(31), *scores[1:]]), target(0.5), baseline=baseline)
     with pytest.raises(ValueError, match=r"step must be in \[1, 3\], got 4"):
         at_step(target(0.6), 4, 3)
+
+
+def test_a_baseline_finds_groups_by_name():
+    """A group that was not there before counts with what it has, wherever it stands."""
+    full = descending(20, 10)
+    baseline = Baseline(full.structure, full.shapes)
+    assert baseline.units == (("l0.weight", 20), ("l1.weight", 10))
+    now = descending(8, 10)
+    groups = [now.structure.groups[1], now.structure.groups[0]]
+    groups[0] = Group("new", 10, groups[0].members)
+    swapped = Structure(groups)
+    scores = [GroupScore(now.scores[1]), GroupScore(now.scores[0])]
+    options = ChoiceOptions(Channels(0.7), scope="local")
+    choice = _core.pruning.choose(swapped, now.shapes, scores, options, baseline)
+    assert [len(units) for units in choice.removal] == [7, 2]  # 10 - 3 and 8 - 6
 
 
 def test_widths():

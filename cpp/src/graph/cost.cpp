@@ -22,7 +22,7 @@ int64_t product(c10::IntArrayRef sizes) {
 }
 
 /// All sizes but the last one, multiplied.
-int64_t rows(const std::vector<int64_t>& sizes) { return product(c10::IntArrayRef(sizes).drop_back()); }
+int64_t rows(const std::vector<int64_t>& sizes) { return product(c10::IntArrayRef(sizes).slice(0, sizes.size() - 1)); }
 
 /// Counts the work of single operators.
 class Counter {
@@ -59,7 +59,7 @@ class Counter {
   int64_t convolution(const Node& node, bool transposed) const {
     // One per element of a weight's slice and place of the result (of the input when transposed).
     const auto& weight = sizes(node.input(1));
-    return numel(transposed ? node.input(0) : node.outputs.at(0)) * product(c10::IntArrayRef(weight).drop_front());
+    return numel(transposed ? node.input(0) : node.outputs.at(0)) * product(c10::IntArrayRef(weight).slice(1));
   }
 
   int64_t recurrent(const Node& node) const {
@@ -137,7 +137,9 @@ class Counter {
       return 0;  // padding by reflection
     }
     auto extents = window.toIntVector();
-    const auto dims = static_cast<size_t>(name.find("1d") != std::string::npos ? 1 : name.find("2d") != std::string::npos ? 2 : 3);
+    const auto dims = static_cast<size_t>(name.find("1d") != std::string::npos   ? 1
+                                          : name.find("2d") != std::string::npos ? 2
+                                                                                 : 3);
     extents.resize(dims, extents.empty() ? 1 : extents[0]);
     return result(node) * product(extents);
   }

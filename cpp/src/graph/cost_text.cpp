@@ -1,4 +1,5 @@
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <rarefy/graph/cost.h>
 
 #include "html.h"

@@ -45,14 +45,18 @@ class Search {
     if (layer.input(1) < 0 || weight_rank < 2 || graph_.values[between].sizes.size() != weight_rank) {
       return std::nullopt;
     }
-    for (const auto& [value, reader] : {std::pair{layer.input(1), conv}, {layer.input(2), conv}, {node.input(1), norm},
-                                        {node.input(2), norm}, {node.input(3), norm}, {node.input(4), norm}}) {
+    for (const auto& [value, reader] : {std::pair{layer.input(1), conv},
+                                        {layer.input(2), conv},
+                                        {node.input(1), norm},
+                                        {node.input(2), norm},
+                                        {node.input(3), norm},
+                                        {node.input(4), norm}}) {
       if (value >= 0 && !is_own(value, reader)) {
         return std::nullopt;
       }
     }
-    return ConvBnPair{conv,           norm,           name(layer, 1), name(layer, 2), name(node, 1), name(node, 2),
-                      name(node, 3),  name(node, 4),  transposed ? 1 : 0, node.inputs[7].toDouble()};
+    return ConvBnPair{conv,          norm,          name(layer, 1), name(layer, 2),     name(node, 1),
+                      name(node, 2), name(node, 3), name(node, 4),  transposed ? 1 : 0, node.inputs[7].toDouble()};
   }
 
  private:

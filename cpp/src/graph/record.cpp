@@ -80,11 +80,10 @@ class Recorder {
     const auto handle = c10::Dispatcher::singleton().findSchema(graph_.nodes[index].op);
     const size_t returns = handle ? handle->schema().returns().size() : fn.outputs().size();
     graph_.nodes[index].failed = fn.outputs().size() < returns;
-    for (const IValue& result : last(fn.outputs(), returns)) {
-      add_results(result, index);
     const int64_t known = known_.back();
     known_.pop_back();
-    for (const IValue& result : fn.outputs()) {
+    const c10::ArrayRef<const IValue> results(fn.outputs().data(), fn.outputs().size());
+    for (const IValue& result : last(results, returns)) {
       add_results(result, index, known);
     }
   }
@@ -117,7 +116,6 @@ class Recorder {
       value.memory = memory->second.front().id;
     }
     graph_.values.push_back(std::move(value));
-    first_seen_.push_back(static_cast<int64_t>(graph_.nodes.size()));
     name_tensor(tensor, id);
     return id;
   }
@@ -204,11 +202,7 @@ class Recorder {
       // An operator that changes the shape in place (unsqueeze_) makes a new value of the same tensor.
       const bool known = found != ids_.end() && graph_.values[found->second].sizes == tensor.sizes();
       const int64_t id = known ? found->second : add(tensor, Origin::intermediate);
-      // An operator may hand its result to others before it returns it.
-      const bool made_inside = known && graph_.values[id].origin == Origin::constant && first_seen_[id] > node;
-      if (!known || made_inside) {
-        graph_.values[id].origin = Origin::intermediate;
-        graph_.values[id].tensor = at::Tensor();
+      if (!known) {
         graph_.values[id].producer = node;
         if (!tensor.is_floating_point() && !tensor.is_complex()) {
           graph_.values[id].tensor = tensor;  // an index or a mask, which later operators may use as a constant
@@ -246,8 +240,6 @@ class Recorder {
 
   Graph& graph_;
   const RecordOptions& options_;
-  std::vector<int64_t> open_;
-  std::vector<int64_t> first_seen_;  // of each value: how many nodes had begun
   std::vector<int64_t> open_;   // the nodes that are running
   std::vector<int64_t> known_;  // of each: how many values there were when it started
   std::unordered_map<const c10::TensorImpl*, int64_t> ids_;

@@ -88,7 +88,8 @@ struct Box {
 };
 
 double text_width(const std::string& text) {
-  return kCharacter * static_cast<double>(std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; }));
+  return kCharacter *
+         static_cast<double>(std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; }));
 }
 
 /// The end of a path says more than its start.
@@ -163,11 +164,13 @@ class Drawing {
     for (auto index : graph_.schedule) {
       const Node& node = graph_.nodes[index];
       for (const auto& read : flow_.reads[index]) {
-        dependent[index] |= graph_.values[read.value].origin == Origin::input || (read.writer >= 0 && dependent[read.writer]);
+        dependent[index] |=
+            graph_.values[read.value].origin == Origin::input || (read.writer >= 0 && dependent[read.writer]);
       }
       const bool makes = std::any_of(node.outputs.begin(), node.outputs.end(),
                                      [&](int64_t id) { return id >= 0 && flow_.maker[id] == index; });
-      drawn_[index] = (makes || !flow_.written[index].empty()) && (constants || dependent[index] || graph_.inputs.empty());
+      drawn_[index] =
+          (makes || !flow_.written[index].empty()) && (constants || dependent[index] || graph_.inputs.empty());
     }
   }
 
@@ -182,9 +185,7 @@ class Drawing {
     return out;
   }
 
-  bool only_moves(int64_t index) const {
-    return look_of(graph_.nodes[index]) == moves && flow_.written[index].empty();
-  }
+  bool only_moves(int64_t index) const { return look_of(graph_.nodes[index]) == moves && flow_.written[index].empty(); }
 
   void make_boxes(bool movement) {
     std::vector<int64_t> box_of_value(graph_.values.size(), -1), box_of_node(graph_.nodes.size(), -1);
@@ -254,8 +255,8 @@ class Drawing {
   std::string line(int64_t index) const {
     const Node& node = graph_.nodes[index];
     const auto constants = constants_string(node);
-    return fmt::format("#{} {}({}){}{}", index, node.describe(), tensors_string(graph_, node), constants.empty() ? "" : " ",
-                       constants);
+    return fmt::format("#{} {}({}){}{}", index, node.describe(), tensors_string(graph_, node),
+                       constants.empty() ? "" : " ", constants);
   }
 
   std::string result_shape(int64_t index) const {
@@ -291,7 +292,8 @@ class Drawing {
   static void measure(Box& box) {
     const double first = text_width(box.name) * 1.06, gap = 14, padding = 16;
     if (two_lines(box)) {
-      box.width = std::max(first + gap + text_width(box.macs), text_width(box.module) + gap + text_width(box.shape)) + padding;
+      box.width =
+          std::max(first + gap + text_width(box.macs), text_width(box.module) + gap + text_width(box.shape)) + padding;
       box.height = 36;
     } else {
       box.width = first + gap + text_width(box.shape) + padding;
@@ -310,7 +312,8 @@ class Drawing {
         box.look == unknown ? " stroke-dasharray=\"4 3\"" : "");
     const auto text = [&](double at, double line, const char* attributes, const std::string& content) {
       if (!content.empty()) {
-        out += fmt::format("<text x=\"{:.1f}\" y=\"{:.1f}\" {}>{}</text>", at, top + line, attributes, escaped(content));
+        out +=
+            fmt::format("<text x=\"{:.1f}\" y=\"{:.1f}\" {}>{}</text>", at, top + line, attributes, escaped(content));
       }
     };
     const char* dim = box.look == end ? "text-anchor=\"end\" fill=\"#dfe4e8\"" : "text-anchor=\"end\" class=\"dim\"";
@@ -334,13 +337,14 @@ class Drawing {
       const bool passes = target.box < 0;
       const double x = passes ? target.x : entry(target, id);
       const double middle = (bottom[l] + top[l + 1]) / 2;
-      auto further = path + fmt::format("C{:.1f} {:.1f} {:.1f} {:.1f} {:.1f} {:.1f}", item.x, middle, x, middle, x, top[l + 1]);
+      auto further =
+          path + fmt::format("C{:.1f} {:.1f} {:.1f} {:.1f} {:.1f} {:.1f}", item.x, middle, x, middle, x, top[l + 1]);
       if (passes) {
         follow(next, l + 1, further + fmt::format("V{:.1f}", bottom[l + 1]), true, top, bottom, out);
       } else {
         const double end = (top[l + 1] + bottom[l + 1] - boxes_[target.box].height) / 2;
-        out += fmt::format("<path class=\"edge{}\" d=\"{}V{:.1f}\" marker-end=\"url(#rarefy-arrow)\"/>\n", far ? " far" : "",
-                           further, end);
+        out += fmt::format("<path class=\"edge{}\" d=\"{}V{:.1f}\" marker-end=\"url(#rarefy-arrow)\"/>\n",
+                           far ? " far" : "", further, end);
       }
     }
   }
@@ -348,7 +352,8 @@ class Drawing {
   /// Edges come into a box side by side, in the order of where they come from.
   double entry(const Layout::Item& target, int64_t from) const {
     auto above = target.above;
-    std::sort(above.begin(), above.end(), [&](int64_t a, int64_t b) { return layout_.items[a].x < layout_.items[b].x; });
+    std::sort(above.begin(), above.end(),
+              [&](int64_t a, int64_t b) { return layout_.items[a].x < layout_.items[b].x; });
     const auto place = static_cast<double>(std::find(above.begin(), above.end(), from) - above.begin());
     const auto count = static_cast<double>(above.size());
     const double step = std::min(22.0, (target.width - 20) / std::max(1.0, count - 1));

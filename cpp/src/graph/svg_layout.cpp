@@ -118,7 +118,8 @@ class Layered {
         }
         std::sort(mine.begin(), mine.end());
         for (auto end : mine) {
-          count += static_cast<int64_t>(std::count_if(ends.begin(), ends.end(), [&](double other) { return other > end; }));
+          count +=
+              static_cast<int64_t>(std::count_if(ends.begin(), ends.end(), [&](double other) { return other > end; }));
         }
         ends.insert(ends.end(), mine.begin(), mine.end());
       }

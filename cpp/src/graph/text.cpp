@@ -2,6 +2,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <sstream>
@@ -88,7 +89,8 @@ std::string constants_string(const Node& node) {
   const auto handle = c10::Dispatcher::singleton().findSchema(node.op);
   std::vector<std::string> out;
   for (size_t i = 0; i < node.inputs.size(); ++i) {
-    const auto* argument = handle && i < handle->schema().arguments().size() ? &handle->schema().arguments()[i] : nullptr;
+    const auto* argument =
+        handle && i < handle->schema().arguments().size() ? &handle->schema().arguments()[i] : nullptr;
     if (!node.input_values[i].empty() || is_default(argument, node.inputs[i])) {
       continue;
     }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <map>
 #include <numeric>
 
 #include "pruning/counter.h"
@@ -183,18 +184,19 @@ std::vector<std::vector<int32_t>> orders(const std::vector<RankedGroup>& groups)
   return out;
 }
 
-Baseline checked_baseline(const Structure& structure, const Shapes& shapes, const std::optional<Baseline>& given) {
-  if (!given.has_value()) {
-    return make_baseline(structure, shapes);
+/// The units that each group of a structure had in the baseline.
+Amounts original_units(const Structure& structure, const Baseline& baseline) {
+  std::map<std::pair<std::string, size_t>, int64_t> known;  // by name and how many of that name come before
+  std::map<std::string, size_t> before, seen;
+  for (const auto& [name, units] : baseline.units) {
+    known[{name, before[name]++}] = units;
   }
-  TORCH_CHECK_VALUE(given->units.size() == structure.groups.size(), "[choose] the baseline must have ",
-                    structure.groups.size(), " groups as the structure, got ", given->units.size());
-  for (size_t g = 0; g < structure.groups.size(); ++g) {
-    TORCH_CHECK_VALUE(given->units[g] >= structure.groups[g].units, "[choose] the baseline of group ",
-                      structure.groups[g].name, " must have at least its ", structure.groups[g].units, " units, got ",
-                      given->units[g]);
+  Amounts out;
+  for (const auto& group : structure.groups) {
+    const auto found = known.find({group.name, seen[group.name]++});
+    out.push_back(found == known.end() ? group.units : std::max(found->second, group.units));
   }
-  return *given;
+  return out;
 }
 
 }  // namespace
@@ -229,7 +231,7 @@ const char* name(UnitScope scope) {
 Baseline make_baseline(const Structure& structure, const Shapes& shapes) {
   Baseline baseline{count(structure, shapes), {}};
   for (const auto& group : structure.groups) {
-    baseline.units.push_back(group.units);
+    baseline.units.emplace_back(group.name, group.units);
   }
   return baseline;
 }
@@ -263,8 +265,8 @@ double Choice::achieved() const {
 Choice choose(const Structure& structure, const Shapes& shapes, const std::vector<GroupScore>& scores,
               const ChoiceOptions& options, const std::optional<Baseline>& baseline) {
   options.validate();
-  const auto base = checked_baseline(structure, shapes, baseline);
-  const auto groups = rank(structure, scores, options, base.units);
+  const auto base = baseline.has_value() ? *baseline : make_baseline(structure, shapes);
+  const auto groups = rank(structure, scores, options, original_units(structure, base));
   const Counter counter(structure, shapes, orders(groups));
   const auto pools = competitors(structure, shapes, options.scope);
   const auto result = search(groups, pools, counter, options.target, base.counts);
@@ -293,8 +295,8 @@ Choice choose_widths(const Structure& structure, const Shapes& shapes, const std
                      const std::vector<int64_t>& widths, const std::optional<Baseline>& baseline) {
   TORCH_CHECK_VALUE(widths.size() == structure.groups.size(), "[choose_widths] widths must be given for each of ",
                     structure.groups.size(), " groups, got ", widths.size());
-  const auto base = checked_baseline(structure, shapes, baseline);
-  const auto groups = rank(structure, scores, {}, base.units);
+  const auto base = baseline.has_value() ? *baseline : make_baseline(structure, shapes);
+  const auto groups = rank(structure, scores, {}, original_units(structure, base));
   Amounts amounts;
   for (size_t g = 0; g < groups.size(); ++g) {
     TORCH_CHECK_VALUE(widths[g] >= 1 && widths[g] <= groups[g].units, "[choose_widths] the width of group ",

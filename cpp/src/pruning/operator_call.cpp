@@ -129,10 +129,6 @@ torch::jit::Stack OperatorCalls::arguments(const graph::Graph& graph, const grap
   return stack;
 }
 
-void OperatorCalls::call(const graph::Node& node, torch::jit::Stack stack) {
-  c10::Dispatcher::singleton().findSchemaOrThrow(node.op.name.c_str(), node.op.overload_name.c_str()).callBoxed(&stack);
-}
-
 std::string OperatorCalls::key(const graph::Graph& graph, const graph::Node& node, const WeightedOperator& op) {
   std::ostringstream out;
   const graph::Value& input = graph.values[node.input(op.input_argument)];

@@ -208,15 +208,18 @@ std::vector<Resize> find_resizes(const graph::Graph& graph, const RemovedView& r
   std::vector<Resize> out;
   for (auto index : called(graph)) {
     const auto& node = graph.nodes[index];
+    bool flows = true;
     const auto add = [&](int64_t before, int64_t after) {
-      out.push_back({index, node.module, node.source, "", before, after});
+      out.push_back({index, node.module, node.source, "", before, after, flows});
     };
     const bool pinned =
         std::any_of(pins.nodes.begin(), pins.nodes.end(), [&](const auto& pin) { return pin.first == index; });
     for (auto id : node.outputs) {
+      if (id < 0) {
       if (id < 0 || !(pinned || removed.any(id))) {
         continue;
       }
+      flows = removed.any(id);
       const auto now = removed.sizes(id);
       const auto& sizes = graph.values[id].sizes;
       for (size_t d = 0; d < sizes.size(); ++d) {
@@ -233,6 +236,7 @@ std::vector<Resize> find_resizes(const graph::Graph& graph, const RemovedView& r
         }
       }
     }
+    flows = true;
     if (node.op.name == "aten::slice" && node.inputs.size() > 3 && node.input(0) >= 0) {
       // x[a:b] along channels: both ends move by what is removed before them.
       const int64_t rank = static_cast<int64_t>(graph.values[node.input(0)].sizes.size());

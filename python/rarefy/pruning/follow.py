@@ -29,9 +29,10 @@ def _is_size(name: str) -> bool:
 class Follower:
     """Sets the attributes of a model's modules, and of its configurations, that say a size that changed.
 
-    An attribute follows when it is an integer named as a size is, equals a size in an operator that its module (or one
-    inside of it) called or a dimension of a parameter below it, and all of those that had its value have the same new one.
-    Where some had it and stay, as 4 heads of width 4 do, a name that says how many decides.
+    An attribute follows when it is an integer named as a size is, equals a size in an operator that its module called, and
+    all of those that had its value have the same new one. Where its module called none, the operators of the modules inside
+    of it and the dimensions of the parameters below it count. Where some had its value and stay, as 4 heads of width 4 do,
+    a name that says how many decides.
     """
 
     def __init__(self, model: nn.Module, surgery: Surgery, plan: Plan) -> None:
@@ -39,6 +40,8 @@ class Follower:
         self._modules = dict(model.named_modules())
         # Of each module: old size to the new sizes that were seen for it.
         self._seen: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+        self._own: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))  # in its own operators
+        shapes = {value.name: value.shape for value in graph.values if value.origin in ("parameter", "buffer")}
         kept = defaultdict(dict)
         for cut in plan.cuts:
             kept[cut.tensor][cut.dim] = len(cut.kept)
@@ -46,7 +49,9 @@ class Follower:
             for dim, size in enumerate(shape):
                 self._see(name.rpartition(".")[0], size, kept[name].get(dim, size))
         for resize in plan.resizes:
-            self._see(resize.module, resize.before, resize.after)
+            self._own[resize.module][resize.before].add(resize.after)
+            if resize.flows:
+                self._see(resize.module, resize.before, resize.after)
 
     def _see(self, path: str, before: int, after: int) -> None:
         while True:
@@ -55,11 +60,11 @@ class Follower:
                 return
             path = path.rpartition(".")[0]
 
-    def _new(self, path: str, name: str, value: object) -> int | None:
+    def _new(self, path: str, name: str, value: object, own: bool = True) -> int | None:
         """The size that an attribute of a module must become; None when it stays or it is not clear."""
         if not isinstance(value, int) or isinstance(value, bool) or not _is_size(name):
             return None
-        seen = self._seen[path][value]
+        seen = (self._own[path][value] if own else set()) or self._seen[path][value]
         changed = seen - {value}
         return next(iter(changed)) if len(changed) == 1 and (value not in seen or _HEADS.search(name)) else None
 
@@ -108,3 +113,5 @@ class Follower:
             for name, value in list(vars(config).items()):
                 if (new := self._new(path, name, value)) is not None:
                     self._surgery.set_attribute(module, f"config.{name}", new)
+                if (new := self._new(path, name, value, own=False)) is not None:
+                    surgery.set_attribute(module, f"config.{name}", new)

@@ -63,7 +63,7 @@ RAREFY_API const char* name(UnitScope scope);
 /// Sizes before the first step, which fractions refer to.
 struct RAREFY_API Baseline {
   Counts counts;
-  std::vector<int64_t> units;  // of each group
+  std::vector<std::pair<std::string, int64_t>> units;  // of each group, by name
 };
 
 RAREFY_API Baseline make_baseline(const Structure& structure, const Shapes& shapes);
@@ -123,8 +123,8 @@ struct RAREFY_API Choice {
 ///
 ///   shapes    of all parameters of the model
 ///   scores    from importance(): one per group
-///   baseline  of the first of several steps; unset: what the structure is now. Its groups are those of the structure,
-///             in order
+///   baseline  of the first of several steps; unset: what the structure is now. Groups are found in it by name, of
+///             equal names by order; one that is not in it had the units that it has
 /// Throws c10::ValueError for an option out of range, for a limit that names nothing in the structure, for scores that
 /// do not fit, and, when `strict` is set, when what is achieved differs from the target by more than the removal of one
 /// unit (or one step of round_to) changes; the message then names groups and reasons.

@@ -28,6 +28,7 @@ struct RAREFY_API Resize {
   std::string argument;  // of the operator
   int64_t before = 0;
   int64_t after = 0;
+  bool flows = true;  // false: nothing of what is removed flows through the operator, whose sizes stay
 };
 
 /// What structural pruning did, or would do.
