@@ -26,7 +26,7 @@ namespace rarefy::pruning {
 
 struct RAREFY_API StructuredOptions {
   ChoiceOptions choice = {};         // target, scope, round_to, min_width, limits, strict
-  std::optional<double> latency_ms;  // in place of choice.target: milliseconds of one forward pass, > 0
+  std::optional<double> latency_ms = {};  // in place of choice.target: milliseconds of one forward pass, > 0
   ImportanceOptions importance = {};
   std::vector<std::string> ignore = {};  // patterns of tensors or modules that keep their shape
   int64_t steps = 1;                     // calls of prune() until the target is met, >= 1
