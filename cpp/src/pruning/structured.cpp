@@ -203,8 +203,8 @@ std::optional<std::pair<int64_t, std::string>> find_difference(const graph::Grap
   return std::nullopt;
 }
 
-/// Sizes in the arguments of operators that must follow, and those that must stay: of pinned operators.
-std::vector<Resize> find_resizes(const graph::Graph& graph, const RemovedView& removed, const Pins& pins) {
+/// Sizes in the arguments of operators that must follow, and those that stay.
+std::vector<Resize> find_resizes(const graph::Graph& graph, const RemovedView& removed) {
   std::vector<Resize> out;
   for (auto index : called(graph)) {
     const auto& node = graph.nodes[index];
@@ -212,11 +212,8 @@ std::vector<Resize> find_resizes(const graph::Graph& graph, const RemovedView& r
     const auto add = [&](int64_t before, int64_t after) {
       out.push_back({index, node.module, node.source, "", before, after, flows});
     };
-    const bool pinned =
-        std::any_of(pins.nodes.begin(), pins.nodes.end(), [&](const auto& pin) { return pin.first == index; });
     for (auto id : node.outputs) {
       if (id < 0) {
-      if (id < 0 || !(pinned || removed.any(id))) {
         continue;
       }
       flows = removed.any(id);
@@ -366,7 +363,7 @@ bool StructuredTransaction::attempt(const Choice& choice, StructuredReport& repo
   const RemovedView removed(*graph_, *structure_, choice.removal);
   Plan plan;
   plan.cuts = report.cuts;
-  plan.resizes = find_resizes(*graph_, removed, pins_);
+  plan.resizes = find_resizes(*graph_, removed);
   auto reference = run_reference(*graph_, removed, options_.fold_constants);
   plan.folds = reference.folds;
   report.folds = std::move(reference.folds);

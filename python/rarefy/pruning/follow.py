@@ -41,7 +41,6 @@ class Follower:
         # Of each module: old size to the new sizes that were seen for it.
         self._seen: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
         self._own: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))  # in its own operators
-        shapes = {value.name: value.shape for value in graph.values if value.origin in ("parameter", "buffer")}
         kept = defaultdict(dict)
         for cut in plan.cuts:
             kept[cut.tensor][cut.dim] = len(cut.kept)
@@ -111,7 +110,5 @@ class Follower:
                 continue
             done.add(id(config))
             for name, value in list(vars(config).items()):
-                if (new := self._new(path, name, value)) is not None:
-                    self._surgery.set_attribute(module, f"config.{name}", new)
                 if (new := self._new(path, name, value, own=False)) is not None:
-                    surgery.set_attribute(module, f"config.{name}", new)
+                    self._surgery.set_attribute(module, f"config.{name}", new)
