@@ -50,6 +50,9 @@ def kept_slices(report: StructuredReport) -> Kept:
     for cut in report.cuts:
         assert cut.dim not in kept.setdefault(cut.tensor, {})
         kept[cut.tensor][cut.dim] = list(cut.kept)
+    for name in [name for name in kept if ".quant." in name and name.endswith(".scale")]:
+        for sibling in ("zero_point", "min_val", "max_val"):  # what else a quantizer knows about each channel
+            kept[name.removesuffix("scale") + sibling] = kept[name]
     return kept
 
 
