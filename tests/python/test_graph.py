@@ -6,6 +6,7 @@ import copy
 import re
 import threading
 import weakref
+from typing import ClassVar
 from xml.etree import ElementTree
 
 import pytest
@@ -214,7 +215,7 @@ def test_floating_point_intermediates_are_not_kept():
         return x
 
     class Model(nn.Module):
-        storages: list = []
+        storages: ClassVar[list] = []
 
         def forward(self, x):
             return forward(self, x)
