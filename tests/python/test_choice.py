@@ -329,7 +329,10 @@ def test_a_model():
 
 @pytest.mark.parametrize(("target", "fraction"), list(itertools.product(TARGETS, [1.0, 1.5, -0.1, math.nan, math.inf])))
 def test_fractions_out_of_range(target, fraction):
-    with pytest.raises(ValueError, match=rf"\[{target.__name__}\] the fraction removed must be in \[0, 1\), got"):
+    what = target.__name__.lower()
+    with pytest.raises(
+        ValueError, match=rf"\[{target.__name__}\] the fraction of {what} removed must be in \[0, 1\), got"
+    ):
         target(fraction)
 
 

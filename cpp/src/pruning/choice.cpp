@@ -16,9 +16,9 @@ namespace {
 
 using Amounts = std::vector<int64_t>;  // units of each group that leave
 
-void check_fraction(const char* function, double fraction) {
-  TORCH_CHECK_VALUE(fraction >= 0.0 && fraction < 1.0, "[", function, "] the fraction removed must be in [0, 1), got ",
-                    fraction);  // false for NaN
+void check_fraction(const char* function, const char* what, double fraction) {
+  TORCH_CHECK_VALUE(fraction >= 0.0 && fraction < 1.0, "[", function, "] the fraction of ", what,
+                    " removed must be in [0, 1), got ", fraction);  // false for NaN
 }
 
 double fraction_of(const Target& target) {
@@ -201,9 +201,9 @@ Amounts original_units(const Structure& structure, const Baseline& baseline) {
 
 }  // namespace
 
-void Channels::validate() const { check_fraction("Channels", fraction); }
-void Parameters::validate() const { check_fraction("Parameters", fraction); }
-void Macs::validate() const { check_fraction("Macs", fraction); }
+void Channels::validate() const { check_fraction("Channels", "channels", fraction); }
+void Parameters::validate() const { check_fraction("Parameters", "parameters", fraction); }
+void Macs::validate() const { check_fraction("Macs", "macs", fraction); }
 std::string Channels::to_string() const { return fmt::format("Channels(fraction={})", fraction); }
 std::string Parameters::to_string() const { return fmt::format("Parameters(fraction={})", fraction); }
 std::string Macs::to_string() const { return fmt::format("Macs(fraction={})", fraction); }

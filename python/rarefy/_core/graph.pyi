@@ -126,6 +126,7 @@ def record(
     tensors: collections.abc.Sequence[NamedTensor],
     location: collections.abc.Callable[[], tuple[str, str]],
     partial: Graph = None,
+    shapes_only: bool = False,
 ) -> Graph:
     """
     Run `forward` once under no-grad and record every operator that it calls on this thread.

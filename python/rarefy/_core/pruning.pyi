@@ -586,7 +586,10 @@ class Baseline:
     @property
     def counts(self) -> Counts: ...
     @property
-    def units(self) -> tuple: ...
+    def units(self) -> tuple:
+        """
+        Of each group, by name.
+        """
 
 class ChoiceOptions:
     """
@@ -792,7 +795,7 @@ class StructuredTransaction:
     """
     def __init__(
         self,
-        record: collections.abc.Callable[[], tuple[rarefy._core.graph.Graph, str]],
+        record: collections.abc.Callable[[bool], tuple[rarefy._core.graph.Graph, str]],
         tensors: collections.abc.Callable[[], list[rarefy._core.graph.NamedTensor]],
         score: collections.abc.Callable,
         apply: collections.abc.Callable[[Plan], None],
