@@ -9,7 +9,7 @@ namespace {
 using namespace rarefy::graph;
 
 TimingOptions timing_options(double seconds, int64_t runs, int64_t warmup, const at::Device& device,
-                                    const std::function<double()>& clock) {
+                             const std::function<double()>& clock) {
   TimingOptions options;
   options.seconds = seconds;
   options.runs = runs;

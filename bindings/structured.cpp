@@ -44,6 +44,7 @@ void init_report(py::module_& m) {
       .def_readonly("source", &Resize::source)
       .def_readonly("before", &Resize::before)
       .def_readonly("after", &Resize::after)
+      .def_readonly("flows", &Resize::flows, "Whether what is removed flows through the operator.")
       .def("__repr__", [](const Resize& self) {
         return "Resize(module='" + self.module + "', source='" + self.source + "', " + std::to_string(self.before) +
                " -> " + std::to_string(self.after) + ")";
@@ -81,7 +82,8 @@ void init_structured(py::module_& m) {
   py::class_<StructuredOptions>(m, "StructuredOptions", "Checked options of structured pruning.")
       .def(py::init([](ChoiceOptions choice, std::optional<double> latency_ms, std::vector<std::string> ignore,
                        int64_t steps, bool fold_constants, double tolerance) {
-             StructuredOptions options{std::move(choice), latency_ms, {}, std::move(ignore), steps, fold_constants, tolerance};
+             StructuredOptions options{std::move(choice), latency_ms, {}, std::move(ignore), steps,
+                                       fold_constants,    tolerance};
              options.validate();
              return options;
            }),

@@ -165,6 +165,16 @@ REPLACED: dict[Any, Callable[..., Any]] = {
 }
 
 
+class Wide(TorchDispatchMode):
+    """Keeps float64 where a model computes in float32 whatever its type is, as the norms of language models do."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is aten._to_copy.default and args[0].dtype == torch.float64 and kwargs.get("dtype") == torch.float32:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
 class Absence(TorchDispatchMode):
     """Runs what is replaced on what is there, and everything else as it is."""
 
@@ -269,7 +279,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 def run(model: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any], Any] = call) -> list[Tensor]:
     """The floating-point tensors of the model's output, in order."""
-    with torch.no_grad():
+    with torch.no_grad(), Wide():
         output = forward(model, inputs)
     output = dict(output) if hasattr(output, "keys") else output
     return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]

@@ -60,9 +60,12 @@ def ties(model: nn.Module) -> set[frozenset[str]]:
     return {frozenset(group) for group in names.values()}
 
 
-def loss(subject: Subject, model: nn.Module, inputs: Any) -> torch.Tensor:
+def loss(subject: Subject, model: nn.Module, seed: int) -> torch.Tensor:
+    """Of several inputs, so that hardly a unit has no gradient for all of them."""
+    torch.manual_seed(seed)  # of dropout
     with torch.enable_grad():
-        return sum(x.square().mean() for x in differentiable(subject.forward(model, inputs)))
+        outputs = [subject.forward(model, subject.make_inputs(seed + i)) for i in range(3)]
+        return sum(x.square().mean() for output in outputs for x in differentiable(output))
 
 
 def differentiable(output: Any) -> list[torch.Tensor]:
@@ -73,7 +76,7 @@ def differentiable(output: Any) -> list[torch.Tensor]:
 
 def step(subject: Subject, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
     optimizer.zero_grad()
-    loss(subject, model, subject.make_inputs(seed)).backward()
+    loss(subject, model, seed).backward()
     optimizer.step()
 
 
@@ -144,7 +147,7 @@ def check_training(pruned: Pruned) -> None:
 def reached_in(pruned: Pruned) -> set[str]:
     """The parameters of the original that get a gradient."""
     model = copy.deepcopy(pruned.original).train()
-    loss(pruned.subject, model, pruned.subject.make_inputs(91)).backward()
+    loss(pruned.subject, model, 91).backward()
     return {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
 
 

@@ -653,9 +653,9 @@ class InPlace(nn.Module):
         x = self.act(self.conv1(x))
         y = self.conv2(x)
         y += x
-        y.mul_(0.5).sigmoid_()
+        y.mul_(0.5)
         y[:, :, 0] = 0
-        return self.out(y)
+        return self.out(y.sigmoid_())
 
 
 @structure(image())
@@ -807,7 +807,7 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x):
         x = self.conv(x).relu()
-        scale = self.excite(self.squeeze(F.adaptive_avg_pool2d(x, 1)).relu()).sigmoid()
+        scale = self.excite(F.silu(self.squeeze(F.adaptive_avg_pool2d(x, 1)))).sigmoid()
         return self.out(x * scale)
 
 
@@ -1165,7 +1165,7 @@ class BufferScale(nn.Module):
         super().__init__()
         self.conv = conv(3, 8)
         self.register_buffer("mean", torch.randn(8, 1, 1))
-        self.register_buffer("std", 0.5 + torch.rand(8, 1, 1), persistent=False)
+        self.register_buffer("std", torch.linspace(0.5, 1.5, 8).view(8, 1, 1), persistent=False)
         self.out = conv(8, 2)
 
     def forward(self, x):

@@ -19,14 +19,30 @@ enum class Kind {
   padding,        // pads with a constant
   reduction,      // over the dimensions `dim`: sum, mean, amax
   along,          // mixes elements along the dimension `dim`: softmax, cumsum
-  spatial1, spatial2, spatial3,  // mixes along the last n dimensions: pooling, interpolation, padding by reflection
-  query,          // reads facts or values and gives no tensor that depends on channels: size, item
-  linear, addmm, matmul, baddbmm, convolution,
-  transposed_convolution, general_convolution,  // the latter says by an argument whether it is transposed
-  attention,      // scaled_dot_product_attention
-  batch_norm, instance_norm, layer_norm, group_norm, rms_norm,
-  embedding, index, glu, prelu, recurrent, fake_quantize,
-  weight_norm,    // a direction scaled to a length per index of one dimension
+  spatial1,
+  spatial2,
+  spatial3,  // mixes along the last n dimensions: pooling, interpolation, padding by reflection
+  query,     // reads facts or values and gives no tensor that depends on channels: size, item
+  linear,
+  addmm,
+  matmul,
+  baddbmm,
+  convolution,
+  transposed_convolution,
+  general_convolution,  // the latter says by an argument whether it is transposed
+  attention,            // scaled_dot_product_attention
+  batch_norm,
+  instance_norm,
+  layer_norm,
+  group_norm,
+  rms_norm,
+  embedding,
+  index,
+  glu,
+  prelu,
+  recurrent,
+  fake_quantize,
+  weight_norm,  // a direction scaled to a length per index of one dimension
 };
 
 /// Kind::unknown for what is not in the table and not tagged as pointwise.

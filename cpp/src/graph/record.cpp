@@ -7,6 +7,7 @@
 
 #include <unordered_map>
 
+#include "evaluation.h"
 #include "operators.h"
 #include "shapes_only.h"
 
@@ -17,6 +18,11 @@ namespace rarefy::graph {
 namespace {
 
 using c10::IValue;
+
+/// What belongs to the operator: an interpreter's stack has what others wait for below it.
+c10::ArrayRef<const IValue> last(c10::ArrayRef<const IValue> stack, size_t count) {
+  return stack.size() > count ? stack.slice(stack.size() - count) : stack;
+}
 
 class Recorder {
  public:
@@ -32,7 +38,7 @@ class Recorder {
     }
     const int64_t id = add(named.value, named.origin);
     graph_.values[id].name = named.name;
-    graph_.values[id].tensor = named.value;
+    graph_.values[id].tensor = named.value.detach();  // the data of this moment, also when the model is cut later
     return id;
   }
 
@@ -41,7 +47,9 @@ class Recorder {
     Node node;
     node.op = op;
     node.parent = open_.empty() ? -1 : open_.back();
-    for (const IValue& argument : fn.inputs()) {
+    const auto handle = c10::Dispatcher::singleton().findSchema(op);
+    const size_t count = handle ? handle->schema().arguments().size() : fn.inputs().size();
+    for (const IValue& argument : last(fn.inputs(), count)) {
       node.input_values.emplace_back();
       node.inputs.push_back(keep_constant(argument, node.input_values.back()));
       for (auto id : node.input_values.back()) {
@@ -62,14 +70,21 @@ class Recorder {
     }
     graph_.nodes.push_back(std::move(node));
     open_.push_back(index);
+    known_.push_back(static_cast<int64_t>(graph_.values.size()));
   }
 
   void end(const at::RecordFunction& fn) {
     const int64_t index = open_.back();
     open_.pop_back();
     graph_.nodes[index].children_end = static_cast<int64_t>(graph_.nodes.size());
-    for (const IValue& result : fn.outputs()) {
-      add_results(result, index);
+    const auto handle = c10::Dispatcher::singleton().findSchema(graph_.nodes[index].op);
+    const size_t returns = handle ? handle->schema().returns().size() : fn.outputs().size();
+    graph_.nodes[index].failed = fn.outputs().size() < returns;
+    const int64_t known = known_.back();
+    known_.pop_back();
+    const c10::ArrayRef<const IValue> results(fn.outputs().data(), fn.outputs().size());
+    for (const IValue& result : last(results, returns)) {
+      add_results(result, index, known);
     }
   }
 
@@ -91,11 +106,40 @@ class Recorder {
     value.origin = origin;
     value.sizes = tensor.sizes().vec();
     value.dtype = tensor.scalar_type();
+    value.memory = id;
+    if (tensor.has_storage()) {
+      const auto [memory, first] = memories_.try_emplace(tensor.storage().unsafeGetStorageImpl());
+      if (first) {
+        storages_.push_back(tensor.storage().getWeakStorageImpl());
+      }
+      memory->second.push_back({id, tensor.storage_offset(), tensor.strides().vec()});
+      value.memory = memory->second.front().id;
+    }
     graph_.values.push_back(std::move(value));
+    name_tensor(tensor, id);
+    return id;
+  }
+
+  void name_tensor(const at::Tensor& tensor, int64_t id) {
     ids_[tensor.unsafeGetTensorImpl()] = id;
     // A weak reference keeps the address from being used again without keeping the data.
     alive_.emplace_back(tensor.getIntrusivePtr());
-    return id;
+  }
+
+  /// The value that a tensor is though no operator made it: `x.data` of x. -1 when there is none.
+  int64_t same_place(const at::Tensor& tensor) const {
+    const auto found = tensor.has_storage() ? memories_.find(tensor.storage().unsafeGetStorageImpl()) : memories_.end();
+    if (found == memories_.end()) {
+      return -1;
+    }
+    for (auto place = found->second.rbegin(); place != found->second.rend(); ++place) {
+      const Value& value = graph_.values[place->id];
+      if (place->offset == tensor.storage_offset() && tensor.strides() == place->strides &&
+          tensor.sizes() == value.sizes && tensor.scalar_type() == value.dtype) {
+        return place->id;
+      }
+    }
+    return -1;
   }
 
   int64_t id_of(const at::Tensor& tensor) {
@@ -103,8 +147,12 @@ class Recorder {
       return -1;
     }
     auto found = ids_.find(tensor.unsafeGetTensorImpl());
-    if (found != ids_.end()) {
+    if (found != ids_.end() && tensor.sizes() == graph_.values[found->second].sizes) {
       return found->second;
+    }
+    if (const int64_t same = same_place(tensor); same >= 0) {
+      name_tensor(tensor, same);
+      return same;
     }
     const int64_t id = add(tensor, Origin::constant);
     graph_.values[id].tensor = tensor;
@@ -142,7 +190,8 @@ class Recorder {
     return argument;
   }
 
-  void add_results(const IValue& result, int64_t node) {
+  /// `known_before`: how many values there were before the operator did anything.
+  void add_results(const IValue& result, int64_t node, int64_t known_before) {
     if (result.isTensor()) {
       const at::Tensor& tensor = result.toTensor();
       if (!tensor.defined()) {
@@ -161,11 +210,18 @@ class Recorder {
       } else if (graph_.values[id].producer >= 0 && graph_.nodes[node].children_end > graph_.values[id].producer &&
                  graph_.values[id].producer > node) {
         graph_.values[id].producer = node;  // the composite operator around the one that made it
+      } else if (graph_.values[id].origin == Origin::constant && id >= known_before) {
+        // The operator made it without calling another one, and had others write into it (roll, mean).
+        graph_.values[id].origin = Origin::intermediate;
+        graph_.values[id].producer = node;
+        if (tensor.is_floating_point() || tensor.is_complex()) {
+          graph_.values[id].tensor = at::Tensor();
+        }
       }
       graph_.nodes[node].outputs.push_back(id);
     } else if (result.isTensorList()) {
       for (const at::Tensor& tensor : result.toTensorVector()) {
-        add_results(tensor, node);
+        add_results(tensor, node, known_before);
       }
     }
   }
@@ -184,9 +240,19 @@ class Recorder {
 
   Graph& graph_;
   const RecordOptions& options_;
-  std::vector<int64_t> open_;
+  std::vector<int64_t> open_;   // the nodes that are running
+  std::vector<int64_t> known_;  // of each: how many values there were when it started
   std::unordered_map<const c10::TensorImpl*, int64_t> ids_;
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> alive_;
+
+  /// Where a value lies in its memory.
+  struct Place {
+    int64_t id;
+    int64_t offset;
+    std::vector<int64_t> strides;
+  };
+  std::unordered_map<const c10::StorageImpl*, std::vector<Place>> memories_;
+  std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>> storages_;  // keep addresses from being used again
 };
 
 thread_local Recorder* current = nullptr;
@@ -236,9 +302,13 @@ bool is_composite(const c10::OperatorName& op) {
 }
 
 /// Appends to the schedule what computes the outputs of nodes [begin, end) at one level of nesting.
-void make_schedule(Graph& graph, int64_t begin, int64_t end, const std::function<bool(const c10::OperatorName&)>& keep) {
+void make_schedule(Graph& graph, int64_t begin, int64_t end,
+                   const std::function<bool(const c10::OperatorName&)>& keep) {
   for (int64_t i = begin; i < end; i = std::max(graph.nodes[i].children_end, i + 1)) {
     const Node& node = graph.nodes[i];
+    if (node.failed) {
+      continue;
+    }
     if (!keep(node.op) && node.children_end > i + 1 && is_composite(node.op)) {
       make_schedule(graph, i + 1, node.children_end, keep);
     } else {
@@ -271,6 +341,7 @@ Graph record(const std::function<std::vector<at::Tensor>()>& forward, const std:
     outputs = forward();
   } catch (...) {
     if (partial) {
+      make_schedule(graph, 0, static_cast<int64_t>(graph.nodes.size()), keep);
       *partial = std::move(graph);
     }
     throw;
@@ -297,26 +368,8 @@ Graph record(const torch::nn::Module& model, const std::function<std::vector<at:
   for (size_t i = 0; i < inputs.size(); ++i) {
     tensors.push_back({"input." + std::to_string(i), inputs[i], Origin::input});
   }
-  std::vector<std::pair<torch::nn::Module*, bool>> modes;
-  for (const auto& module : model.modules()) {
-    modes.emplace_back(module.get(), module->is_training());
-  }
-  const auto restore = [&] {
-    for (auto& [module, training] : modes) {
-      if (module->is_training() != training) {
-        module->train(training);
-      }
-    }
-  };
-  const_cast<torch::nn::Module&>(model).eval();
-  try {
-    auto graph = record(forward, tensors);
-    restore();
-    return graph;
-  } catch (...) {
-    restore();
-    throw;
-  }
+  const Evaluation evaluation(const_cast<torch::nn::Module&>(model));
+  return record(forward, tensors);
 }
 
 }  // namespace rarefy::graph

@@ -47,7 +47,9 @@ Shape convolution(const torch::jit::Stack& stack, size_t first) {
     return std::nullopt;
   }
   const auto strides = stride.toIntVector(), pads = padding.toIntVector(), dilations = dilation.toIntVector();
-  const auto at = [](const std::vector<int64_t>& values, size_t d) { return values.size() == 1 ? values[0] : values.at(d); };
+  const auto at = [](const std::vector<int64_t>& values, size_t d) {
+    return values.size() == 1 ? values[0] : values.at(d);
+  };
   std::vector<int64_t> shape{x.size(0), weight.size(0)};
   for (size_t d = 0; d < spatial; ++d) {
     const auto dim = static_cast<int64_t>(d) + 2;

@@ -117,8 +117,8 @@ class Attached {
  public:
   explicit Attached(Stopwatch& stopwatch) {
     TORCH_CHECK_VALUE(current == nullptr, "[time_nodes] must not be called while another one runs on this thread");
-    handle_ = at::addThreadLocalCallback(
-        at::RecordFunctionCallback(on_start, on_end).scopes({at::RecordScope::FUNCTION}));
+    handle_ =
+        at::addThreadLocalCallback(at::RecordFunctionCallback(on_start, on_end).scopes({at::RecordScope::FUNCTION}));
     current = &stopwatch;
   }
   Attached(const Attached&) = delete;
@@ -182,8 +182,7 @@ Timing measure(const std::function<void()>& call, const TimingOptions& options) 
   return timing;
 }
 
-std::vector<double> time_nodes(const Graph& graph, const std::function<void()>& forward,
-                               const TimingOptions& options) {
+std::vector<double> time_nodes(const Graph& graph, const std::function<void()>& forward, const TimingOptions& options) {
   options.validate();
   const at::NoGradGuard no_grad;
   const Clock clock(options);

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "pruning/html.h"
+#include "html.h"
 
 namespace rarefy::pruning {
 namespace {

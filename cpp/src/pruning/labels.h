@@ -45,11 +45,11 @@ class Labels {
 /// the place. Removing a label removes the places that carry it. A tensor may have several fields: a table of positions
 /// times channels has one for each.
 struct Field {
-  at::Tensor labels;        // int32
-  bool weak = false;        // of copies that an operator made, which yield to the labels of parameters
-  int64_t leaf = -1;        // the parameter that it comes from unchanged but for movement, and its dimension
+  at::Tensor labels;  // int32
+  bool weak = false;  // of copies that an operator made, which yield to the labels of parameters
+  int64_t leaf = -1;  // the parameter that it comes from unchanged but for movement, and its dimension
   int64_t leaf_dim = -1;
-  int64_t version = -1;     // of the sets when it was last brought up to date
+  int64_t version = -1;  // of the sets when it was last brought up to date
 
   bool varies(int64_t dim) const { return labels.size(dim) > 1; }
   std::vector<int64_t> dims() const;

@@ -80,8 +80,12 @@ std::vector<Loss> losses(const LatencyTable& table, const std::vector<at::Tensor
 class Search {
  public:
   Search(const LatencyTable& table, const std::vector<Loss>& losses)
-      : widths(table.units), time(table.predict(table.units)), table_(&table), losses_(&losses),
-        operators_(operators_of_groups(table)), useful_(useful_widths(table)) {
+      : widths(table.units),
+        time(table.predict(table.units)),
+        table_(&table),
+        losses_(&losses),
+        operators_(operators_of_groups(table)),
+        useful_(useful_widths(table)) {
     for (size_t g = 0; g < useful_.size(); ++g) {
       if (!losses[g].may_change()) {
         useful_[g] = {table.units[g]};
@@ -213,8 +217,8 @@ Search fastest_state(const LatencyTable& table, const std::vector<Loss>& losses)
 }
 
 void check_target(double target) {
-  TORCH_CHECK_VALUE(std::isfinite(target) && target > 0, "[widths_for_latency] target must be positive milliseconds, got ",
-                    target);
+  TORCH_CHECK_VALUE(std::isfinite(target) && target > 0,
+                    "[widths_for_latency] target must be positive milliseconds, got ", target);
 }
 
 /// How bad a time is: close below the target is best, then close above it, then far below.

@@ -10,6 +10,7 @@
 #include <numeric>
 #include <set>
 
+#include "graph/call.h"
 #include "operator_call.h"
 
 namespace rarefy::pruning {
@@ -29,7 +30,8 @@ Axis axis_of(const graph::Graph& graph, const Structure& structure, int64_t valu
     int64_t slices = 0;
     for (const auto& member : structure.groups[g].members) {
       if (member.value == value && member.dim == dim) {
-        slices += std::count_if(member.unit_of_index.begin(), member.unit_of_index.end(), [](auto u) { return u >= 0; });
+        slices +=
+            std::count_if(member.unit_of_index.begin(), member.unit_of_index.end(), [](auto u) { return u >= 0; });
       }
     }
     if (slices > 0) {
@@ -196,8 +198,7 @@ class Measurements {
     for (auto& [key, distinct] : distinct_) {
       auto& first = *distinct.times.front();
       const double share = weight_of(distinct) / work;
-      first.relative =
-          options_.time_operator ? asked(first) : measured(first, distinct.op, options_.seconds * share);
+      first.relative = options_.time_operator ? asked(first) : measured(first, distinct.op, options_.seconds * share);
       const double full = first.relative.back();
       for (auto& value : first.relative) {
         value /= full;
@@ -251,7 +252,7 @@ class Measurements {
       for (auto outputs : time.outputs) {
         for (auto inputs : time.inputs) {
           auto stack = calls_.arguments(graph_, node, op, outputs, inputs);
-          const auto once = graph::measure([&] { OperatorCalls::call(node, stack); }, timing);
+          const auto once = graph::measure([&] { graph::call(node, stack); }, timing);
           if (round >= 0) {  // the first round makes the kernels
             samples[point].push_back(once.milliseconds);
           }
@@ -348,8 +349,8 @@ LatencyTable measure_latency(const graph::Graph& graph, const Structure& structu
   TORCH_CHECK_VALUE(node_times.size() == graph.nodes.size(), "[measure_latency] there must be a time for each of the ",
                     graph.nodes.size(), " nodes, got ", node_times.size());
   TORCH_CHECK_VALUE(options.smallest.empty() || options.smallest.size() == structure.groups.size(),
-                    "[measure_latency] smallest must have ", structure.groups.size(),
-                    " widths (one per group), got ", options.smallest.size());
+                    "[measure_latency] smallest must have ", structure.groups.size(), " widths (one per group), got ",
+                    options.smallest.size());
   const at::NoGradGuard no_grad;
   LatencyTable table;
   table.whole = whole;

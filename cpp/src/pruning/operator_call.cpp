@@ -1,6 +1,5 @@
 #include "operator_call.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
@@ -8,19 +7,12 @@
 #include <set>
 #include <sstream>
 
+#include "graph/call.h"
+
 namespace rarefy::pruning {
 namespace {
 
 constexpr int64_t kColdNumbers = 16 << 20;  // 64 MB of float: more than a last-level cache holds
-
-std::optional<size_t> argument(const c10::FunctionSchema& schema, const std::string& name) {
-  const auto index = schema.argumentIndexWithName(name);
-  return index ? std::optional<size_t>(static_cast<size_t>(*index)) : std::nullopt;
-}
-
-const c10::FunctionSchema& schema_of(const graph::Node& node) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(node.op.name.c_str(), node.op.overload_name.c_str()).schema();
-}
 
 /// The channels of a value that has `channels` of them in a dimension.
 std::vector<int64_t> with(std::vector<int64_t> sizes, int64_t dim, int64_t channels) {
@@ -53,9 +45,8 @@ std::optional<WeightedOperator> weighted_operator(const graph::Graph& graph, con
   } else {
     return std::nullopt;
   }
-  const auto& schema = schema_of(node);
-  op.weight_argument = *argument(schema, weight_name);
-  op.bias_argument = name == "aten::addmm" ? std::optional<size_t>(0) : argument(schema, "bias");
+  op.weight_argument = *graph::argument_index(node, weight_name);
+  op.bias_argument = name == "aten::addmm" ? std::optional<size_t>(0) : graph::argument_index(node, "bias");
   op.weight = node.input(op.weight_argument);
   const int64_t input = node.input(op.input_argument);
   if (op.weight < 0 || input < 0 || graph.values[op.weight].origin != graph::Origin::parameter) {
@@ -65,9 +56,9 @@ std::optional<WeightedOperator> weighted_operator(const graph::Graph& graph, con
   const auto weight_dims = static_cast<int64_t>(graph.values[op.weight].sizes.size());
   op.input_channel_dim = convolution ? input_dims - weight_dims + 1 : input_dims - 1;
   if (convolution) {
-    op.groups_argument = argument(schema, "groups");
+    op.groups_argument = graph::argument_index(node, "groups");
     op.groups = node.inputs.at(*op.groups_argument).toInt();
-    const auto transposed = argument(schema, "transposed");
+    const auto transposed = graph::argument_index(node, "transposed");
     if (name.find("transpose") != std::string::npos || (transposed && node.inputs.at(*transposed).toBool())) {
       std::swap(op.output_dim, op.input_dim);
     }
@@ -120,8 +111,9 @@ torch::jit::Stack OperatorCalls::arguments(const graph::Graph& graph, const grap
   const int64_t input_channels = transposed ? across : inside * groups;
   const int64_t output_channels = transposed ? inside * groups : across;
 
-  const auto options = at::TensorOptions().dtype(weight.dtype).device(
-      weight.tensor.defined() ? weight.tensor.device() : c10::Device(at::kCPU));
+  const auto options = at::TensorOptions()
+                           .dtype(weight.dtype)
+                           .device(weight.tensor.defined() ? weight.tensor.device() : c10::Device(at::kCPU));
   const bool last = channels_last(weight);
   torch::jit::Stack stack = node.inputs;
   stack.at(op.input_argument) = view(with(input.sizes, op.input_channel_dim, input_channels),
@@ -135,12 +127,6 @@ torch::jit::Stack OperatorCalls::arguments(const graph::Graph& graph, const grap
     stack.at(*op.groups_argument) = groups;
   }
   return stack;
-}
-
-void OperatorCalls::call(const graph::Node& node, torch::jit::Stack stack) {
-  c10::Dispatcher::singleton()
-      .findSchemaOrThrow(node.op.name.c_str(), node.op.overload_name.c_str())
-      .callBoxed(&stack);
 }
 
 std::string OperatorCalls::key(const graph::Graph& graph, const graph::Node& node, const WeightedOperator& op) {

@@ -39,9 +39,6 @@ class OperatorCalls {
   torch::jit::Stack arguments(const graph::Graph& graph, const graph::Node& node, const WeightedOperator& op,
                               int64_t outputs, int64_t inputs);
 
-  /// Runs the operator.
-  static void call(const graph::Node& node, torch::jit::Stack stack);
-
   /// Equal for operators that take equally long at equal widths.
   static std::string key(const graph::Graph& graph, const graph::Node& node, const WeightedOperator& op);
 

@@ -105,9 +105,7 @@ void Propagator::pin_all(const Fields& fields, int32_t reason) {
   }
 }
 
-Operand Propagator::operand(int64_t value) {
-  return {sizes(value), fields(value), !out_.depends_on_input[value]};
-}
+Operand Propagator::operand(int64_t value) { return {sizes(value), fields(value), !out_.depends_on_input[value]}; }
 
 Operand Propagator::operand(int64_t value, int64_t rank) {
   Operand out = operand(value);
@@ -179,7 +177,8 @@ std::vector<Field*> partners(const Field& field, const Operand& own, Operand& ot
       met.push_back(&candidate);
     }
   }
-  const auto own_count = std::count_if(own.fields.begin(), own.fields.end(), [&](const Field& mine) { return overlap(field, mine); });
+  const auto own_count =
+      std::count_if(own.fields.begin(), own.fields.end(), [&](const Field& mine) { return overlap(field, mine); });
   if (met.size() > 1 || (met.size() == 1 && own_count > 1)) {
     const auto mine = pattern(field);
     for (auto* candidate : met) {
@@ -195,9 +194,7 @@ std::vector<Field*> partners(const Field& field, const Operand& own, Operand& ot
 
 Propagator::Fields Propagator::combine(std::vector<Operand> operands) {
   const auto refresh = [&](Operand& operand) {
-    std::erase_if(operand.fields, [&](Field& field) {
-      return !update(labels_, field, one_unit());
-    });
+    std::erase_if(operand.fields, [&](Field& field) { return !update(labels_, field, one_unit()); });
   };
   for (int64_t before = -1; before != labels_.version();) {
     before = labels_.version();
@@ -250,7 +247,8 @@ Propagator::Fields Propagator::combine(std::vector<Operand> operands) {
   for (auto& operand : operands) {
     refresh(operand);
     for (auto& field : operand.fields) {
-      const auto same = std::find_if(out.begin(), out.end(), [&](const Field& other) { return at::equal(field.labels, other.labels); });
+      const auto same = std::find_if(out.begin(), out.end(),
+                                     [&](const Field& other) { return at::equal(field.labels, other.labels); });
       if (same == out.end()) {
         out.push_back(field);
       } else {
@@ -285,9 +283,7 @@ void Propagator::reduce(Fields& fields, const std::vector<int64_t>& dims, bool m
       field.labels = at::Tensor();
     }
   }
-  std::erase_if(fields, [&](Field& field) {
-    return !field.labels.defined() || !update(labels_, field, one_unit());
-  });
+  std::erase_if(fields, [&](Field& field) { return !field.labels.defined() || !update(labels_, field, one_unit()); });
 }
 
 Propagator::Fields Propagator::contract(std::vector<Operand> operands, double factor, bool may_consume) {
@@ -360,7 +356,8 @@ void Propagator::elementwise(const Node& node) {
   for (auto id : inputs) {
     operands.push_back(operand(id, out_rank));
   }
-  const bool meets_activation = std::any_of(inputs.begin(), inputs.end(), [&](auto id) { return out_.depends_on_input[id]; });
+  const bool meets_activation =
+      std::any_of(inputs.begin(), inputs.end(), [&](auto id) { return out_.depends_on_input[id]; });
   if (meets_activation) {
     for (const auto& operand : operands) {
       for (const auto& field : operand.fields) {
@@ -710,7 +707,7 @@ void Propagator::run(const Pins& pins) {
     visit(index);
     for (const auto& [node, why] : pins.nodes) {
       if (node == index) {
-        const auto pin_reason = labels_.add_reason(index, why);
+        const auto pin_reason = reason(why);
         for (auto id : tensors(graph_.nodes[index])) {
           pin_all(fields(id), pin_reason);
         }

@@ -30,7 +30,7 @@ struct LabelledDimension {
 /// What the labels of a recording say.
 struct Provenance {
   Labels labels;
-  std::vector<std::vector<Field>> fields;           // of each value
+  std::vector<std::vector<Field>> fields;  // of each value
   std::vector<LabelledDimension> leaves;
   std::vector<LabelledCost> costs;
   /// The role of dimension `dim` of value `v`: roles[v][dim]; -1 where no operator gave it one.

@@ -187,8 +187,8 @@ void Propagator::convolution(const Node& node, bool is_transposed) {
         pin(labels_, field, reason("gives every group the same number of channels"));
       }
     }
-    result_fields =
-        flat(combine(with_bias({group(is_transposed ? input : rows), group(input)}, group(added))), groups, out_per_group);
+    result_fields = flat(combine(with_bias({group(is_transposed ? input : rows), group(input)}, group(added))), groups,
+                         out_per_group);
   } else {
     // All groups keep the same places, so that they stay equally wide.
     const auto same_places = [&](const Operand& operand) {
@@ -254,7 +254,8 @@ void Propagator::attention(const Node& node) {
   reduce(scores, {r - 2, r - 1}, false);  // along the keys by the softmax; queries come in no channels
   Operand weights{sizes(query), scores, false};
   weights.sizes[r - 1] = v.sizes[r - 2];
-  auto out = contract({unsqueezed(std::move(weights), r - 1), unsqueezed(transposed(std::move(v), r - 2, r - 1), r - 2)}, 1);
+  auto out =
+      contract({unsqueezed(std::move(weights), r - 1), unsqueezed(transposed(std::move(v), r - 2, r - 1), r - 2)}, 1);
   set(result, std::move(out));
 }
 

@@ -1,8 +1,8 @@
 #include <ATen/Functions.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <algorithm>
 
+#include "graph/call.h"
 #include "propagation.h"
 
 // Operators that put elements elsewhere: they run on the labels themselves.
@@ -20,39 +20,15 @@ std::vector<at::Tensor> Propagator::run_on_labels(const Node& node, const at::Te
     const auto shape = labels.sizes().vec();
     return {labels.reshape({shape[0], groups, shape[1] / groups, -1}).transpose(1, 2).reshape(shape)};
   }
-  torch::jit::Stack stack;
-  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(node.op.name.c_str(), node.op.overload_name.c_str());
-  for (size_t i = 0; i < node.inputs.size(); ++i) {
-    const auto& ids = node.input_values[i];
-    if (i == 0) {
-      stack.emplace_back(labels);
-    } else if (ids.empty()) {
-      stack.push_back(node.inputs[i]);
-    } else if (op.schema().arguments()[i].type()->kind() == c10::TypeKind::ListType) {
-      c10::List<std::optional<at::Tensor>> list;
-      for (auto id : ids) {
-        list.push_back(id < 0 ? std::nullopt : std::optional<at::Tensor>(graph_.values[id].tensor));
-      }
-      stack.emplace_back(list);
-    } else if (ids[0] < 0) {
-      stack.emplace_back();
-    } else {
-      TORCH_CHECK(graph_.values[ids[0]].tensor.defined(), "its argument is not a constant");
-      stack.emplace_back(graph_.values[ids[0]].tensor);
+  auto stack = graph::arguments(node, [&](int64_t id, bool) -> at::Tensor {
+    if (id == node.input(0)) {
+      return labels;
     }
-  }
-  op.callBoxed(stack);
-  std::vector<at::Tensor> out;
-  for (const auto& result : stack) {
-    if (result.isTensor()) {
-      out.push_back(result.toTensor());
-    } else if (result.isTensorList()) {
-      for (const at::Tensor& tensor : result.toTensorVector()) {
-        out.push_back(tensor);
-      }
-    }
-  }
-  return out;
+    TORCH_CHECK(graph_.values[id].tensor.defined(), "its argument is not a constant");
+    return graph_.values[id].tensor;
+  });
+  stack.at(0) = labels;
+  return graph::call(node, std::move(stack));
 }
 
 void Propagator::movement(const Node& node) {
@@ -64,9 +40,11 @@ void Propagator::movement(const Node& node) {
     return;
   }
   // What divides channels into equal parts does so afterwards too: all parts lose the same places.
-  static const auto equal_parts = {"chunk", "unsafe_chunk", "tensor_split", "channel_shuffle", "native_channel_shuffle"};
+  static const auto equal_parts = {"chunk", "unsafe_chunk", "tensor_split", "channel_shuffle",
+                                   "native_channel_shuffle"};
   const bool by_number = (name == "split" || name == "unsafe_split") && node.inputs[1].isInt();
-  if ((by_number || std::find(equal_parts.begin(), equal_parts.end(), name) != equal_parts.end()) && node.inputs[1].isInt()) {
+  if ((by_number || std::find(equal_parts.begin(), equal_parts.end(), name) != equal_parts.end()) &&
+      node.inputs[1].isInt()) {
     const bool shuffle = name.ends_with("channel_shuffle");
     const auto dim_argument = argument(node, "dim");
     const int64_t given = shuffle ? 1 : dim_argument.isInt() ? dim_argument.toInt() : 0;
@@ -86,13 +64,15 @@ void Propagator::movement(const Node& node) {
       }
     }
   }
-  const bool by_index = node.input_values.size() > 1 && std::any_of(node.input_values.begin() + 1, node.input_values.end(),
-                                                                    [](const auto& ids) { return !ids.empty(); });
+  const bool by_index =
+      node.input_values.size() > 1 &&
+      std::any_of(node.input_values.begin() + 1, node.input_values.end(), [](const auto& ids) { return !ids.empty(); });
   std::vector<Fields> outputs(node.outputs.size());
   for (const auto& field : inputs) {
     if (by_index) {
       const auto dim_argument = argument(node, "dim");
-      const int64_t dim = dim_argument.isInt() ? dim_argument.toInt() + (dim_argument.toInt() < 0 ? rank(input) : 0) : -1;
+      const int64_t dim =
+          dim_argument.isInt() ? dim_argument.toInt() + (dim_argument.toInt() < 0 ? rank(input) : 0) : -1;
       const bool moved = dim < 0 || field.varies(dim);
       const bool from_input = std::any_of(node.input_values.begin() + 1, node.input_values.end(), [&](const auto& ids) {
         return !ids.empty() && ids[0] >= 0 && out_.depends_on_input[ids[0]];
@@ -218,7 +198,8 @@ void Propagator::concatenation(const Node& node) {
   refresh();
   Fields out;
   const auto along_dim = [&](const Operand& operand) {
-    return std::find_if(operand.fields.begin(), operand.fields.end(), [&](const Field& field) { return field.varies(dim); });
+    return std::find_if(operand.fields.begin(), operand.fields.end(),
+                        [&](const Field& field) { return field.varies(dim); });
   };
   std::vector<int64_t> shape(rank(result), 1);
   bool any = false;

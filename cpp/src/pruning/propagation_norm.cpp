@@ -114,7 +114,16 @@ void Propagator::fake_quantize(const Node& node) {
         operands.push_back(std::move(parameter));  // the zero points, integers, follow the scales
       }
     }
-    set(node.outputs[0], combine(std::move(operands)));
+    auto out = combine(std::move(operands));
+    for (const auto& field : fields(x)) {
+      for (auto& rounded : out) {
+        if (at::equal(field.labels, rounded.labels)) {  // still the rows and columns of a weight
+          rounded.leaf = field.leaf;
+          rounded.leaf_dim = field.leaf_dim;
+        }
+      }
+    }
+    set(node.outputs[0], std::move(out));
   } else {
     set(node.outputs[0], fields(x));
   }

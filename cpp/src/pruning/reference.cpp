@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "graph/call.h"
 #include "propagation.h"
 #include "slices.h"
 
@@ -21,10 +22,10 @@ using graph::Origin;
 
 RemovedView::RemovedView(const Graph& graph, const Structure& structure, const Removal& removal)
     : graph_(graph),
-      provenance_(*structure.provenance),
+      provenance_(structure.provenance.get()),
       places_(graph.values.size()),
       known_(graph.values.size(), 0) {
-  gone_.assign(provenance_.labels.size(), 0);
+  gone_.assign(provenance_->labels.size(), 0);
   std::vector<std::vector<char>> units(removal.size());
   for (size_t g = 0; g < removal.size(); ++g) {
     units[g].assign(structure.groups[g].units, 0);
@@ -36,14 +37,14 @@ RemovedView::RemovedView(const Graph& graph, const Structure& structure, const R
     }
     // The labels of a unit, from any member.
     for (const auto& member : structure.groups[g].members) {
-      for (const auto& leaf : provenance_.leaves) {
+      for (const auto& leaf : provenance_->leaves) {
         if (leaf.value != member.value || leaf.dim != member.dim) {
           continue;
         }
         for (int64_t i = 0; i < leaf.size; ++i) {
           const auto unit = member.unit_of_index[i];
           if (unit >= 0 && units[g][unit]) {
-            gone_[provenance_.labels.find(leaf.first + static_cast<int32_t>(i))] = 1;
+            gone_[provenance_->labels.find(leaf.first + static_cast<int32_t>(i))] = 1;
           }
         }
       }
@@ -51,6 +52,9 @@ RemovedView::RemovedView(const Graph& graph, const Structure& structure, const R
     }
   }
 }
+
+RemovedView::RemovedView(const Graph& graph)
+    : graph_(graph), places_(graph.values.size()), known_(graph.values.size(), 1) {}
 
 RemovedView::~RemovedView() = default;
 
@@ -61,7 +65,7 @@ const std::vector<RemovedPlaces>& RemovedView::of(int64_t value) const {
   }
   known_[value] = 1;
   std::vector<std::vector<char>> marks(graph_.values[value].sizes.size());
-  for (const auto& field : provenance_.fields[value]) {
+  for (const auto& field : provenance_->fields[value]) {
     const auto dims = field.dims();
     if (dims.size() != 1) {
       continue;  // pinned altogether: what is left to remove is rectangular
@@ -71,7 +75,7 @@ const std::vector<RemovedPlaces>& RemovedView::of(int64_t value) const {
     const auto* data = flat.const_data_ptr<int32_t>();
     mine.resize(flat.numel(), 0);
     for (int64_t i = 0; i < flat.numel(); ++i) {
-      mine[i] |= gone_[provenance_.labels.find(data[i])];
+      mine[i] |= gone_[provenance_->labels.find(data[i])];
     }
   }
   for (size_t d = 0; d < marks.size(); ++d) {
@@ -96,7 +100,7 @@ const RemovedPlaces* RemovedView::along(int64_t value, int64_t dim) const {
   return nullptr;
 }
 
-bool RemovedView::depends_on_input(int64_t value) const { return provenance_.depends_on_input[value]; }
+bool RemovedView::depends_on_input(int64_t value) const { return !provenance_ || provenance_->depends_on_input[value]; }
 
 std::vector<int64_t> RemovedView::sizes(int64_t value) const {
   auto out = graph_.values[value].sizes;
@@ -118,7 +122,9 @@ at::Tensor select(const at::Tensor& x, int64_t dim, const RemovedPlaces* places)
   return places && x.defined() ? take(x, {{dim, places->kept}}) : x;
 }
 
-at::Tensor select(const at::Tensor& x, const RemovedPlaces* places) { return places ? select(x, places->dim, places) : x; }
+at::Tensor select(const at::Tensor& x, const RemovedPlaces* places) {
+  return places ? select(x, places->dim, places) : x;
+}
 
 /// x at its full size again: what was kept in its places, `fill` (of each place along dim; undefined: zero) in the others.
 at::Tensor scatter(const at::Tensor& x, int64_t dim, const RemovedPlaces* places, const at::Tensor& fill) {
@@ -154,17 +160,23 @@ class Run {
     }
   }
 
+  void step(int64_t index) {
+    visit(graph_.nodes[index]);
+    for (const auto& ids : graph_.nodes[index].input_values) {
+      for (auto id : ids) {
+        if (id >= 0 && last_use_[id] == index && graph_.values[id].origin == Origin::intermediate) {
+          env_[id] = at::Tensor();
+        }
+      }
+    }
+  }
+
+  const at::Tensor& value(int64_t id) const { return env_[id]; }
+
   Reference run() {
     const at::NoGradGuard no_grad;
     for (auto index : graph_.schedule) {
-      visit(graph_.nodes[index]);
-      for (const auto& ids : graph_.nodes[index].input_values) {
-        for (auto id : ids) {
-          if (id >= 0 && last_use_[id] == index && graph_.values[id].origin == Origin::intermediate) {
-            env_[id] = at::Tensor();
-          }
-        }
-      }
+      step(index);
     }
     Reference out;
     for (auto id : graph_.outputs) {
@@ -181,57 +193,12 @@ class Run {
 
   /// The arguments of a node by position, to be changed and called.
   torch::jit::Stack stack_of(const Node& node) {
-    torch::jit::Stack stack;
-    const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(node.op.name.c_str(), node.op.overload_name.c_str());
-    const auto& arguments = op.schema().arguments();
-    for (size_t i = 0; i < node.inputs.size(); ++i) {
-      const auto& ids = node.input_values[i];
-      const auto& type = *arguments[i].type();
-      if (ids.empty()) {
-        stack.push_back(node.inputs[i]);
-        continue;
+    return graph::arguments(node, [&](int64_t id, bool written) {
+      if (written && graph_.values[id].origin != Origin::intermediate && env_[id].is_same(graph_.values[id].tensor)) {
+        env_[id] = env_[id].clone();  // the model's own tensor stays as it is
       }
-      for (auto id : ids) {
-        if (id >= 0 && arguments[i].alias_info() && arguments[i].alias_info()->isWrite() &&
-            graph_.values[id].origin != Origin::intermediate && env_[id].is_same(graph_.values[id].tensor)) {
-          env_[id] = env_[id].clone();  // the model's own tensor stays as it is
-        }
-      }
-      if (type.kind() == c10::TypeKind::ListType) {
-        if (type.cast<c10::ListType>()->getElementType()->kind() == c10::TypeKind::OptionalType) {
-          c10::List<std::optional<at::Tensor>> list;
-          for (auto id : ids) {
-            list.push_back(id < 0 ? std::nullopt : std::optional<at::Tensor>(env_[id]));
-          }
-          stack.emplace_back(list);
-        } else {
-          c10::List<at::Tensor> list;
-          for (auto id : ids) {
-            list.push_back(env_[id]);
-          }
-          stack.emplace_back(list);
-        }
-      } else {
-        ids[0] < 0 ? stack.emplace_back() : stack.emplace_back(env_[ids[0]]);
-      }
-    }
-    return stack;
-  }
-
-  std::vector<at::Tensor> call(const Node& node, torch::jit::Stack stack) {
-    const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(node.op.name.c_str(), node.op.overload_name.c_str());
-    op.callBoxed(stack);
-    std::vector<at::Tensor> out;
-    for (const auto& result : stack) {
-      if (result.isTensor()) {
-        out.push_back(result.toTensor());
-      } else if (result.isTensorList()) {
-        for (const at::Tensor& item : result.toTensorVector()) {
-          out.push_back(item);
-        }
-      }
-    }
-    return out;
+      return env_[id];
+    });
   }
 
   void store(const Node& node, const std::vector<at::Tensor>& results) {
@@ -289,7 +256,8 @@ class Run {
   /// Where a constant that reaches this consumer can go: its bias, or the running mean behind it. -1: nowhere.
   std::pair<int64_t, double> takes_constants(const Node& node, int64_t bias) const {
     if (bias >= 0) {
-      return is_own(bias, Origin::parameter) ? std::pair<int64_t, double>{bias, 1.0} : std::pair<int64_t, double>{-1, 0.0};
+      return is_own(bias, Origin::parameter) ? std::pair<int64_t, double>{bias, 1.0}
+                                             : std::pair<int64_t, double>{-1, 0.0};
     }
     const int64_t result = node.outputs[0];
     if (graph_.values[result].is_output) {
@@ -305,7 +273,8 @@ class Run {
         only = &graph_.nodes[index];
       }
     }
-    if (only && only->op.name == "aten::batch_norm" && !only->inputs[5].toBool() && is_own(only->input(3), Origin::buffer)) {
+    if (only && only->op.name == "aten::batch_norm" && !only->inputs[5].toBool() &&
+        is_own(only->input(3), Origin::buffer)) {
       return {only->input(3), -1.0};
     }
     return {-1, 0.0};
@@ -313,8 +282,9 @@ class Run {
 
   /// A product with a weight of the model: [out, in, ...]. Kept outputs come from kept inputs, and from constants of
   /// removed inputs where they can be folded; a removed output is its bias.
-  void weighted(const Node& node, int64_t x, int64_t weight, int64_t bias, int64_t x_dim, int64_t in_dim, int64_t out_dim,
-                int64_t result_dim, bool exact_constants, const std::function<void(torch::jit::Stack&)>& adjust) {
+  void weighted(const Node& node, int64_t x, int64_t weight, int64_t bias, int64_t x_dim, int64_t in_dim,
+                int64_t out_dim, int64_t result_dim, bool exact_constants,
+                const std::function<void(torch::jit::Stack&)>& adjust) {
     const auto* in = removed_.along(x, x_dim);
     const auto* rows = removed_.along(weight, out_dim);
     const auto* out = removed_.along(node.outputs[0], result_dim);
@@ -337,8 +307,8 @@ class Run {
         const auto sums = by_input.reshape({by_input.size(0), by_input.size(1), -1}).sum(2);
         auto delta = at::matmul(values, sums) * sign;
         delta = scatter(delta, 0, rows, {});
-        folds_.push_back({graph_.values[target].name, graph_.values[weight].name,
-                          values.ne(0).sum().item<int64_t>(), delta.to(env_[target].scalar_type())});
+        folds_.push_back({graph_.values[target].name, graph_.values[weight].name, values.ne(0).sum().item<int64_t>(),
+                          delta.to(env_[target].scalar_type())});
       }
     }
     if (const auto* columns = removed_.along(weight, in_dim)) {
@@ -358,7 +328,7 @@ class Run {
       }
     }
     adjust(stack);
-    auto results = call(node, std::move(stack));
+    auto results = graph::call(node, std::move(stack));
     if (constant_part.defined()) {
       std::vector<int64_t> shape(results[0].dim(), 1);
       shape[result_dim] = -1;
@@ -370,7 +340,8 @@ class Run {
   }
 
   /// The operator on one place that holds nothing but constants of removed channels, without its bias: [kept outputs].
-  at::Tensor of_constants(const Node& node, int64_t x, int64_t weight, const at::Tensor& values, const at::Tensor& columns) {
+  at::Tensor of_constants(const Node& node, int64_t x, int64_t weight, const at::Tensor& values,
+                          const at::Tensor& columns) {
     std::vector<int64_t> shape{1, values.size(0)}, column{1, values.size(0)};
     if (rank(weight) > 2) {
       const auto dilation = node.inputs[5].toIntVector();
@@ -392,7 +363,7 @@ class Run {
         stack[i] = adds_first ? IValue(at::zeros({1}, values.options())) : IValue();
       }
     }
-    return call(node, std::move(stack))[0].reshape({-1});
+    return graph::call(node, std::move(stack))[0].reshape({-1});
   }
 
   void convolution(const Node& node, bool transposed) {
@@ -425,7 +396,8 @@ class Run {
   }
 
   /// A product whose weight is computed, or of two activations: the consumed places of the arguments are ignored.
-  void generic(const Node& node, const std::vector<std::pair<size_t, int64_t>>& consumed, int64_t result_dim, int64_t added) {
+  void generic(const Node& node, const std::vector<std::pair<size_t, int64_t>>& consumed, int64_t result_dim,
+               int64_t added) {
     auto stack = stack_of(node);
     bool from_weights = false;
     for (const auto& [i, dim] : consumed) {
@@ -435,7 +407,7 @@ class Run {
     for (auto id : tensors(node)) {
       from_weights = from_weights || !dependent(id);
     }
-    auto results = call(node, std::move(stack));
+    auto results = graph::call(node, std::move(stack));
     const auto* out = result_dim < 0 ? nullptr : removed_.along(node.outputs[0], result_dim);
     if (out && from_weights) {
       results[0] = scatter(select(results[0], out), result_dim, out,
@@ -464,7 +436,7 @@ class Run {
       }
       adjust(stack, *places);
     }
-    auto results = call(node, std::move(stack));
+    auto results = graph::call(node, std::move(stack));
     if (places) {
       const auto fill = shift >= 0 && env_[shift].dim() == 1 ? env_[shift] : at::Tensor();
       results[0] = scatter(results[0], dim, places, fill);
@@ -491,7 +463,7 @@ class Run {
         stack[i] = c10::List<at::Tensor>(masked);
       }
     }
-    store(node, call(node, std::move(stack)));
+    store(node, graph::call(node, std::move(stack)));
     set_constant(node, false);
   }
 
@@ -511,15 +483,14 @@ class Run {
           dims = {node.inputs[i].toInt()};
         }
       }
-      const bool over = dims.empty() || std::any_of(dims.begin(), dims.end(), [&](int64_t d) {
-                          return (d < 0 ? d + rank(x) : d) == places.dim;
-                        });
+      const bool over = dims.empty() || std::any_of(dims.begin(), dims.end(),
+                                                    [&](int64_t d) { return (d < 0 ? d + rank(x) : d) == places.dim; });
       if (over) {
         stack[0] = select(stack[0].toTensor(), &places);
         consumed = true;
       }
     }
-    store(node, call(node, std::move(stack)));
+    store(node, graph::call(node, std::move(stack)));
     set_constant(node, constant_[x] && !consumed);
   }
 
@@ -624,7 +595,7 @@ void Run::visit(const Node& node) {
       for (const auto& places : removed_.of(v)) {
         stack[0] = places.dim == dim ? stack[0] : IValue(select(stack[0].toTensor(), &places));
       }
-      auto results = call(node, std::move(stack));
+      auto results = graph::call(node, std::move(stack));
       for (const auto& places : removed_.of(v)) {
         results[0] = places.dim == dim ? results[0] : scatter(results[0], places.dim, &places, {});
       }
@@ -633,7 +604,7 @@ void Run::visit(const Node& node) {
       return;
     }
     case Kind::embedding: {
-      auto results = call(node, stack_of(node));
+      auto results = graph::call(node, stack_of(node));
       const int64_t last = rank(node.outputs[0]) - 1;
       const auto* out = removed_.along(node.outputs[0], last);
       results[0] = out ? ignored(results[0], last, out) : results[0];
@@ -652,7 +623,7 @@ void Run::visit(const Node& node) {
   }
   // Everything else acts place by place, or only moves. A result is constant in its removed places when all that meets
   // there is.
-  store(node, call(node, stack_of(node)));
+  store(node, graph::call(node, stack_of(node)));
   bool constant = true;
   const auto kind = graph::kind_of(node.op);
   const bool joins = kind == Kind::concatenation || kind == Kind::stacking;
@@ -687,6 +658,46 @@ void Run::visit(const Node& node) {
 
 Reference run_reference(const Graph& graph, const RemovedView& removed, bool fold) {
   return Run(graph, removed, fold).run();
+}
+
+int64_t first_difference(const Graph& graph, const RemovedView& removed, bool fold, const Graph& after,
+                         double tolerance) {
+  if (graph.schedule.size() != after.schedule.size()) {
+    return -1;
+  }
+  const at::NoGradGuard no_grad;
+  const RemovedView nothing(after);
+  Run expected(graph, removed, fold), found(after, nothing, false);
+  for (size_t k = 0; k < graph.schedule.size(); ++k) {
+    const auto& node = graph.nodes[graph.schedule[k]];
+    const auto& now = after.nodes[after.schedule[k]];
+    if (node.op != now.op || node.outputs.size() != now.outputs.size()) {
+      return -1;
+    }
+    expected.step(graph.schedule[k]);
+    found.step(after.schedule[k]);
+    for (size_t i = 0; i < node.outputs.size(); ++i) {
+      if (node.outputs[i] < 0 || now.outputs[i] < 0) {
+        continue;
+      }
+      auto a = expected.value(node.outputs[i]);
+      const auto& b = found.value(now.outputs[i]);
+      if (!a.defined() || !b.defined() || !a.is_floating_point()) {
+        continue;  // not used later
+      }
+      for (const auto& places : removed.of(node.outputs[i])) {
+        a = select(a, &places);
+      }
+      if (a.sizes() != b.sizes() || a.numel() == 0) {
+        continue;
+      }
+      const double largest = a.abs().max().item<double>();
+      if ((a - b).abs().max().item<double>() > tolerance * largest) {
+        return graph.schedule[k];
+      }
+    }
+  }
+  return -1;
 }
 
 }  // namespace rarefy::pruning

@@ -29,6 +29,8 @@ struct RemovedPlaces {
 class RemovedView {
  public:
   RemovedView(const graph::Graph& graph, const Structure& structure, const Removal& removal);
+  /// Of a recording of which nothing is removed.
+  explicit RemovedView(const graph::Graph& graph);
   ~RemovedView();
   RemovedView(const RemovedView&) = delete;
   RemovedView& operator=(const RemovedView&) = delete;
@@ -44,7 +46,7 @@ class RemovedView {
 
  private:
   const graph::Graph& graph_;
-  const Provenance& provenance_;
+  const Provenance* provenance_ = nullptr;
   std::vector<char> gone_;  // by label
   mutable std::vector<std::vector<RemovedPlaces>> places_;
   mutable std::vector<char> known_;
@@ -53,5 +55,11 @@ class RemovedView {
 /// Runs the reference. With `fold`, channels that are constant once their weights are zero keep their constants where the
 /// consumer can take them exactly; elsewhere, and without it, consumers ignore removed channels altogether.
 Reference run_reference(const graph::Graph& graph, const RemovedView& removed, bool fold);
+
+/// The first operator of a recording that gives something else in the pruned model than in the reference, by more than
+/// `tolerance` of its largest element; -1 when there is none, or when the two do not run the same operators.
+///   after  a recording of the pruned model on the same inputs, its tensors as they are now
+int64_t first_difference(const graph::Graph& graph, const RemovedView& removed, bool fold, const graph::Graph& after,
+                         double tolerance);
 
 }  // namespace rarefy::pruning

@@ -66,14 +66,16 @@ at::Tensor take_by_index_select(const at::Tensor& x, const Kept& kept) {
   if (result.layout() != at::kStrided) {
     return result;
   }
-  auto dense = at::empty_strided(result.sizes(), at::infer_dense_strides(result.sizes(), x.strides()), result.options());
+  auto dense =
+      at::empty_strided(result.sizes(), at::infer_dense_strides(result.sizes(), x.strides()), result.options());
   return dense.copy_(result);
 }
 
 }  // namespace
 
 at::Tensor take(const at::Tensor& x, const Kept& kept) {
-  const bool plain = x.layout() == at::kStrided && x.is_cpu() && x.is_non_overlapping_and_dense() && x.numel() > 0 && x.dim() > 0;
+  const bool plain =
+      x.layout() == at::kStrided && x.is_cpu() && x.is_non_overlapping_and_dense() && x.numel() > 0 && x.dim() > 0;
   if (!plain) {
     return take_by_index_select(x, kept);
   }
@@ -156,11 +158,13 @@ void spread_contiguous(const at::Tensor& x, const at::Tensor& out, int64_t dim, 
 
 }  // namespace
 
-at::Tensor spread(const at::Tensor& x, int64_t dim, const std::vector<int64_t>& kept, int64_t size, const at::Tensor& fill) {
+at::Tensor spread(const at::Tensor& x, int64_t dim, const std::vector<int64_t>& kept, int64_t size,
+                  const at::Tensor& fill) {
   auto sizes = x.sizes().vec();
   sizes[dim] = size;
   const auto values = fill.defined() ? fill.to(x.scalar_type()) : at::zeros({size}, x.options());
-  if (x.is_cpu() && x.is_contiguous() && x.numel() > 0 && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble)) {
+  if (x.is_cpu() && x.is_contiguous() && x.numel() > 0 &&
+      (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble)) {
     std::vector<int64_t> from(size, -1);
     for (size_t i = 0; i < kept.size(); ++i) {
       from[kept[i]] = static_cast<int64_t>(i);

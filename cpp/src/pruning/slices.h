@@ -13,6 +13,7 @@ at::Tensor take(const at::Tensor& x, const Kept& kept);
 
 /// The inverse along one dimension: a tensor of `size` slices along dim that holds those of x at the places `kept` (ascending)
 /// and fill[i] in every element of slice i elsewhere; zeros when `fill` is undefined.
-at::Tensor spread(const at::Tensor& x, int64_t dim, const std::vector<int64_t>& kept, int64_t size, const at::Tensor& fill);
+at::Tensor spread(const at::Tensor& x, int64_t dim, const std::vector<int64_t>& kept, int64_t size,
+                  const at::Tensor& fill);
 
 }  // namespace rarefy::pruning

@@ -1,6 +1,5 @@
-#include <rarefy/pruning/structure.h>
-
 #include <c10/util/Exception.h>
+#include <rarefy/pruning/structure.h>
 
 #include <algorithm>
 #include <map>
@@ -90,6 +89,37 @@ std::vector<Place> make_groups(const graph::Graph& graph, const Provenance& prov
   return places;
 }
 
+/// Slices that nothing of the example run depends on, such as more positions than the inputs have, or a buffer that is not
+/// used: other inputs may need them.
+void pin_unused(Provenance& provenance) {
+  auto& labels = provenance.labels;
+  std::vector<char> used(labels.size(), 0);
+  for (size_t value = 0; value < provenance.fields.size(); ++value) {
+    if (!provenance.depends_on_input[value]) {
+      continue;
+    }
+    for (const auto& field : provenance.fields[value]) {
+      const auto flat = field.labels.contiguous();
+      const auto* data = flat.const_data_ptr<int32_t>();
+      for (int64_t i = 0; i < flat.numel(); ++i) {
+        used[labels.find(data[i])] = 1;
+      }
+    }
+  }
+  int32_t reason = -1;
+  for (const auto& leaf : provenance.leaves) {
+    for (int64_t i = 0; i < leaf.size; ++i) {
+      const auto root = labels.find(leaf.first + static_cast<int32_t>(i));
+      if (!used[root] && !labels.pinned(root)) {
+        if (reason < 0) {
+          reason = labels.add_reason(-1, "the example inputs do not reach them, and others may");
+        }
+        labels.pin(root, reason);
+      }
+    }
+  }
+}
+
 void find_pinned(const graph::Graph& graph, const Provenance& provenance, Structure& out) {
   const auto& labels = provenance.labels;
   for (const auto& leaf : provenance.leaves) {
@@ -112,6 +142,7 @@ void find_pinned(const graph::Graph& graph, const Provenance& provenance, Struct
 Structure find_structure(const graph::Graph& graph, const Pins& pins) {
   auto provenance = std::make_shared<Provenance>();
   Propagator(graph, *provenance).run(pins);
+  pin_unused(*provenance);
   Structure out;
   const auto places = make_groups(graph, *provenance, out);
   find_pinned(graph, *provenance, out);

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 
 #include "patterns.h"
 #include "propagation.h"
@@ -31,7 +32,8 @@ std::vector<int64_t> called(const graph::Graph& graph) {
 std::string sizes_text(const std::vector<int64_t>& sizes) { return fmt::format("[{}]", fmt::join(sizes, ", ")); }
 
 /// Of x[a:b] and x[i] along channels: what is wrong with the numbers that the pruned model used; empty when nothing is.
-std::string wrong_place(const graph::Graph& before, const graph::Node& node, const RemovedView& removed, const graph::Node& now) {
+std::string wrong_place(const graph::Graph& before, const graph::Node& node, const RemovedView& removed,
+                        const graph::Node& now) {
   const bool slice = node.op.name == "aten::slice", select = node.op.name == "aten::select";
   if ((!slice && !select) || node.input(0) < 0 || !node.inputs[1].isInt()) {
     return "";
@@ -50,7 +52,8 @@ std::string wrong_place(const graph::Graph& before, const graph::Node& node, con
     const int64_t is = now.inputs[i].isInt() ? wrap(now.inputs[i].toInt(), size_now) : (i == 2 ? 0 : size_now);
     const int64_t wanted = std::lower_bound(places->kept.begin(), places->kept.end(), was) - places->kept.begin();
     if (is != wanted) {
-      return fmt::format("holds a number of its own: it takes from {} where the channels that are left need {}", is, wanted);
+      return fmt::format("holds a number of its own: it takes from {} where the channels that are left need {}", is,
+                         wanted);
     }
   }
   return "";
@@ -80,14 +83,16 @@ std::optional<std::pair<int64_t, std::string>> find_culprit(const graph::Graph& 
       if (k >= now.outputs.size()) {
         return last && !after.failure.empty()
                    ? std::pair(expected[i], "fails on fewer channels: " + after.failure)
-                   : std::pair(expected[i], fmt::format("gives {} results in place of {}", now.outputs.size(), node.outputs.size()));
+                   : std::pair(expected[i],
+                               fmt::format("gives {} results in place of {}", now.outputs.size(), node.outputs.size()));
       }
       const auto wanted = removed.sizes(node.outputs[k]);
       const auto& sizes = after.graph.values[now.outputs[k]].sizes;
       if (wanted != sizes) {
-        return std::pair(expected[i], fmt::format("holds a size of its own: it gives {} where the channels that are left "
-                                                  "need {}",
-                                                  sizes_text(sizes), sizes_text(wanted)));
+        return std::pair(expected[i],
+                         fmt::format("holds a size of its own: it gives {} where the channels that are left "
+                                     "need {}",
+                                     sizes_text(sizes), sizes_text(wanted)));
       }
     }
   }
@@ -122,7 +127,8 @@ Comparison compare(const std::vector<at::Tensor>& expected, const std::vector<at
   for (size_t i = 0; i < expected.size(); ++i) {
     const auto &a = expected[i], &b = found[i];
     if (a.sizes() != b.sizes()) {
-      out.failure = fmt::format("output {} has shape {} in place of {}", i, sizes_text(b.sizes().vec()), sizes_text(a.sizes().vec()));
+      out.failure = fmt::format("output {} has shape {} in place of {}", i, sizes_text(b.sizes().vec()),
+                                sizes_text(a.sizes().vec()));
       return out;
     }
     if (!a.is_floating_point() || a.numel() == 0) {
@@ -136,7 +142,8 @@ Comparison compare(const std::vector<at::Tensor>& expected, const std::vector<at
     const double relative = largest > 0 ? error / largest : error;
     const double allowed = tolerance > 0 ? tolerance : tolerance_of(a.scalar_type());
     if (!(relative <= allowed)) {
-      out.failure = fmt::format("output {} differs by {:.3g} of its largest value, more than {:.3g}", i, relative, allowed);
+      out.failure =
+          fmt::format("output {} differs by {:.3g} of its largest value, more than {:.3g}", i, relative, allowed);
       out.difference = relative;
       return out;
     }
@@ -149,25 +156,73 @@ Comparison compare(const std::vector<at::Tensor>& expected, const std::vector<at
   return out;
 }
 
-/// Sizes in the arguments of operators that must follow.
+/// The operator whose result depends on how many channels there are, though nothing about its sizes says so: a division by
+/// x.size(1), a scale read from a value. Where it has no channels of its own any more, those that were summed before it.
+std::optional<std::pair<int64_t, std::string>> find_difference(const graph::Graph& graph, const Structure& structure,
+                                                               const RemovedView& removed, bool fold,
+                                                               const graph::Graph& after) {
+  const int64_t first = first_difference(graph, removed, fold, after, 1e-3);
+  if (first < 0) {
+    return std::nullopt;
+  }
+  std::vector<int64_t> producer(graph.values.size(), -1);
+  for (auto index : graph.schedule) {
+    if (index > first) {
+      break;
+    }
+    for (auto id : graph.nodes[index].outputs) {
+      if (id >= 0) {
+        producer[id] = index;
+      }
+    }
+  }
+  std::vector<int64_t> todo{first};
+  std::set<int64_t> seen;
+  while (!todo.empty()) {
+    const int64_t index = todo.front();
+    todo.erase(todo.begin());
+    if (index < 0 || !seen.insert(index).second) {
+      continue;
+    }
+    for (const auto& ids : graph.nodes[index].input_values) {
+      for (auto id : ids) {
+        if (id >= 0 && removed.any(id)) {
+          return std::pair(index, fmt::format("feeds {}, whose result depends on how many channels there are",
+                                              graph.nodes[first].describe()));
+        }
+      }
+    }
+    for (const auto& ids : graph.nodes[index].input_values) {
+      for (auto id : ids) {
+        if (id >= 0 && structure.provenance->depends_on_input[id]) {
+          todo.push_back(producer[id]);
+        }
+      }
+    }
+  }
+  return std::nullopt;
+}
+
+/// Sizes in the arguments of operators that must follow, and those that stay.
 std::vector<Resize> find_resizes(const graph::Graph& graph, const RemovedView& removed) {
   std::vector<Resize> out;
   for (auto index : called(graph)) {
     const auto& node = graph.nodes[index];
+    bool flows = true;
     const auto add = [&](int64_t before, int64_t after) {
-      out.push_back({index, node.module, node.source, "", before, after});
+      out.push_back({index, node.module, node.source, "", before, after, flows});
     };
     for (auto id : node.outputs) {
-      if (id < 0 || !removed.any(id)) {
+      if (id < 0) {
         continue;
       }
+      flows = removed.any(id);
       const auto now = removed.sizes(id);
       const auto& sizes = graph.values[id].sizes;
       for (size_t d = 0; d < sizes.size(); ++d) {
         // What stays is said too: 4 heads of width 4 become 3 of width 4.
         for (const auto& argument : node.inputs) {
-          const bool held = (argument.isInt() && argument.toInt() == sizes[d]) ||
-                            (argument.isIntList() && [&] {
+          const bool held = (argument.isInt() && argument.toInt() == sizes[d]) || (argument.isIntList() && [&] {
                               const auto values = argument.toIntVector();
                               return std::find(values.begin(), values.end(), sizes[d]) != values.end();
                             }());
@@ -178,13 +233,15 @@ std::vector<Resize> find_resizes(const graph::Graph& graph, const RemovedView& r
         }
       }
     }
+    flows = true;
     if (node.op.name == "aten::slice" && node.inputs.size() > 3 && node.input(0) >= 0) {
       // x[a:b] along channels: both ends move by what is removed before them.
       const int64_t rank = static_cast<int64_t>(graph.values[node.input(0)].sizes.size());
       const int64_t dim = node.inputs[1].toInt() < 0 ? node.inputs[1].toInt() + rank : node.inputs[1].toInt();
       if (const auto* places = removed.along(node.input(0), dim)) {
         for (size_t i : {2, 3}) {
-          if (node.inputs[i].isInt() && node.inputs[i].toInt() > 0 && node.inputs[i].toInt() <= graph.values[node.input(0)].sizes[dim]) {
+          if (node.inputs[i].isInt() && node.inputs[i].toInt() > 0 &&
+              node.inputs[i].toInt() <= graph.values[node.input(0)].sizes[dim]) {
             const int64_t end = node.inputs[i].toInt();
             const auto after = std::lower_bound(places->kept.begin(), places->kept.end(), end) - places->kept.begin();
             if (after != end) {
@@ -220,6 +277,7 @@ void StructuredOptions::validate() const {
 StructuredTransaction::StructuredTransaction(PrunableModel model, StructuredOptions options)
     : model_(std::move(model)), options_(std::move(options)) {
   options_.validate();
+  pins_.tensors = model_.pinned;
   std::vector<std::string> names;
   for (const auto& tensor : model_.tensors()) {
     names.push_back(tensor.name);
@@ -232,7 +290,8 @@ StructuredTransaction::StructuredTransaction(PrunableModel model, StructuredOpti
         pins_.tensors.emplace_back(name, "ignored by '" + pattern + "'");
       }
     }
-    TORCH_CHECK_VALUE(any, "[StructuredPruner] ignore: '", pattern, "' matches no parameter, buffer or module of the model");
+    TORCH_CHECK_VALUE(any, "[StructuredPruner] ignore: '", pattern,
+                      "' matches no parameter, buffer or module of the model");
   }
 }
 
@@ -243,8 +302,8 @@ const graph::Graph& StructuredTransaction::recording() {
       real_ = true;  // on zeros in place of values it may fail where it does not on values
       recording = model_.record(false);
     }
-    TORCH_CHECK_VALUE(recording.failure.empty(), "[StructuredPruner] the model must run on its example inputs: ",
-                      recording.failure);
+    TORCH_CHECK_VALUE(recording.failure.empty(),
+                      "[StructuredPruner] the model must run on its example inputs: ", recording.failure);
     graph_ = std::move(recording.graph);
   }
   return *graph_;
@@ -293,7 +352,8 @@ StructuredReport StructuredTransaction::make_report(const Choice& choice) const 
 
 StructuredReport StructuredTransaction::preview() {
   refresh();
-  TORCH_CHECK_VALUE(!options_.latency_ms, "[StructuredPruner.preview] a latency is known by pruning only: call prune()");
+  TORCH_CHECK_VALUE(!options_.latency_ms,
+                    "[StructuredPruner.preview] a latency is known by pruning only: call prune()");
   return make_report(choose_units(model_.score(*structure_)));
 }
 
@@ -325,6 +385,9 @@ bool StructuredTransaction::attempt(const Choice& choice, StructuredReport& repo
     if (!failure.empty()) {
       culprit = find_culprit(*graph_, removed, after);
     }
+    if (!failure.empty() && !culprit && real_ && after.failure.empty()) {
+      culprit = find_difference(*graph_, *structure_, removed, options_.fold_constants, after.graph);
+    }
   } catch (...) {
     model_.rollback();
     throw;
@@ -342,13 +405,16 @@ bool StructuredTransaction::attempt(const Choice& choice, StructuredReport& repo
   if (culprit) {
     const bool again = std::any_of(pins_.nodes.begin(), pins_.nodes.end(),
                                    [&](const auto& pin) { return pin.first == culprit->first; });
-    TORCH_CHECK(!again, "[StructuredPruner.prune] the model was rolled back: ",
-                graph_->nodes[culprit->first].describe(), " ", culprit->second, ", even with its channels kept");
+    TORCH_CHECK(!again,
+                "[StructuredPruner.prune] the model was rolled back: ", graph_->nodes[culprit->first].describe(), " ",
+                culprit->second, ", even with its channels kept");
     pins_.nodes.push_back(*culprit);
     return false;
   }
-  TORCH_CHECK(false, "[StructuredPruner.prune] the model was rolled back: what is left does not compute what the model "
-                     "computes without the removed channels: ", failure);
+  TORCH_CHECK(false,
+              "[StructuredPruner.prune] the model was rolled back: what is left does not compute what the model "
+              "computes without the removed channels: ",
+              failure);
 }
 
 StructuredReport StructuredTransaction::prune() {
@@ -398,11 +464,14 @@ StructuredReport StructuredTransaction::prune_to_latency(const std::vector<Group
     for (const auto& [pattern, limit] : options_.choice.limits) {
       for (size_t g = 0; g < structure_->groups.size(); ++g) {
         const auto& group = structure_->groups[g];
-        const bool named = std::any_of(group.members.begin(), group.members.end(), [&, &pattern = pattern](const Member& member) {
-          return member.role != Role::input && matches_parameter(pattern, member.tensor);
-        });
+        const bool named =
+            std::any_of(group.members.begin(), group.members.end(), [&, &pattern = pattern](const Member& member) {
+              return member.role != Role::input && matches_parameter(pattern, member.tensor);
+            });
         if (named) {
-          options.smallest[g] = std::max(options.smallest[g], group.units - static_cast<int64_t>(std::floor(limit * static_cast<double>(group.units))));
+          options.smallest[g] =
+              std::max(options.smallest[g],
+                       group.units - static_cast<int64_t>(std::floor(limit * static_cast<double>(group.units))));
         }
       }
     }

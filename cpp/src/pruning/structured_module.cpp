@@ -4,6 +4,7 @@
 #include <rarefy/pruning/structured.h>
 #include <rarefy/pruning/surgery.h>
 #include <torch/nn/module.h>
+#include <torch/nn/modules/activation.h>
 
 #include <algorithm>
 
@@ -14,7 +15,8 @@ namespace rarefy::pruning {
 namespace {
 
 at::Tensor find(const std::vector<graph::NamedTensor>& tensors, const std::string& name) {
-  const auto found = std::find_if(tensors.begin(), tensors.end(), [&](const auto& tensor) { return tensor.name == name; });
+  const auto found =
+      std::find_if(tensors.begin(), tensors.end(), [&](const auto& tensor) { return tensor.name == name; });
   TORCH_INTERNAL_ASSERT(found != tensors.end(), name);
   return found->value;
 }
@@ -25,7 +27,8 @@ void add_folds(Surgery& surgery, const std::vector<graph::NamedTensor>& tensors,
   for (const auto& fold : folds) {
     auto tensor = find(tensors, fold.tensor);
     if (const auto* kept = surgery.kept(tensor, 0)) {
-      tensor.add_(fold.delta.index_select(0, at::tensor(*kept, at::TensorOptions().dtype(at::kLong).device(fold.delta.device()))));
+      tensor.add_(fold.delta.index_select(
+          0, at::tensor(*kept, at::TensorOptions().dtype(at::kLong).device(fold.delta.device()))));
     } else {
       // Its memory is the model's own: bring the values back.
       surgery.on_rollback([tensor, before = tensor.detach().clone()]() mutable {
@@ -108,8 +111,17 @@ struct StructuredPruner::State {
 StructuredPruner::StructuredPruner(torch::nn::Module& model, std::function<std::vector<at::Tensor>()> forward,
                                    std::vector<at::Tensor> inputs, StructuredOptions options,
                                    std::function<at::Tensor(const Group&)> score, Follow follow)
-    : state_(new State{model, std::move(forward), std::move(inputs), options.importance, std::move(score),
-                       std::move(follow), {}, {}, nullptr, {}, std::nullopt}) {
+    : state_(new State{model,
+                       std::move(forward),
+                       std::move(inputs),
+                       options.importance,
+                       std::move(score),
+                       std::move(follow),
+                       {},
+                       {},
+                       nullptr,
+                       {},
+                       std::nullopt}) {
   auto* state = state_.get();
   PrunableModel subject;
   subject.record = [state](bool shapes_only) { return state->record(shapes_only); };
@@ -126,6 +138,14 @@ StructuredPruner::StructuredPruner(torch::nn::Module& model, std::function<std::
     const at::NoGradGuard no_grad;
     state->forward();
   };
+  for (const auto& item : model.named_modules("", /*include_self=*/false)) {
+    if (item.value()->as<torch::nn::MultiheadAttentionImpl>()) {
+      for (const auto& parameter : item.value()->named_parameters()) {
+        subject.pinned.emplace_back(item.key() + "." + parameter.key(),
+                                    "torch::nn::MultiheadAttention takes its heads and its scale from its width");
+      }
+    }
+  }
   state->transaction.emplace(std::move(subject), std::move(options));
 }
 

@@ -1,11 +1,10 @@
-#include <rarefy/pruning/structured_report.h>
-
 #include <fmt/format.h>
+#include <rarefy/pruning/structured_report.h>
 
 #include <algorithm>
 #include <map>
 
-#include "pruning/html.h"
+#include "html.h"
 
 namespace rarefy::pruning {
 namespace {
@@ -35,7 +34,8 @@ std::vector<std::vector<std::string>> size_rows(const StructuredReport& report) 
       {"MACs", fmt::format("{:.0f}", report.before.macs), fmt::format("{:.0f}", report.after.macs),
        percent(report.before.macs, report.after.macs)}};
   if (report.latency_after_ms > 0) {
-    rows.push_back({"latency (ms)", fmt::format("{:.4g}", report.latency_before_ms), fmt::format("{:.4g}", report.latency_after_ms),
+    rows.push_back({"latency (ms)", fmt::format("{:.4g}", report.latency_before_ms),
+                    fmt::format("{:.4g}", report.latency_after_ms),
                     percent(report.latency_before_ms, report.latency_after_ms)});
   }
   return rows;
@@ -85,7 +85,8 @@ std::string StructuredReport::to_string() const {
                        group.reason.empty() ? "" : "  ", group.reason);
   }
   for (const auto& fold : folds) {
-    out += fmt::format("folded: constants of {} removed channels of {} into {}\n", fold.channels, fold.weight, fold.tensor);
+    out += fmt::format("folded: constants of {} removed channels of {} into {}\n", fold.channels, fold.weight,
+                       fold.tensor);
   }
   for (const auto& [reason, what] : reasons(*this)) {
     out += fmt::format("stays: {}: {}\n", what, reason);
@@ -108,7 +109,8 @@ std::string StructuredReport::to_html() const {
   }
   out += "<table>\n<tr><th>group</th><th>kept</th><th>of</th><th></th></tr>\n";
   for (const auto& group : groups) {
-    const double share = group.units ? 100.0 * static_cast<double>(group.units - group.removed) / static_cast<double>(group.units) : 0;
+    const double share =
+        group.units ? 100.0 * static_cast<double>(group.units - group.removed) / static_cast<double>(group.units) : 0;
     out += fmt::format(
         "<tr><td>{}</td><td>{}</td><td>{}</td><td><div style=\"width:120px;background:#ddd\"><div style=\"width:{:.0f}%;"
         "background:#4878a8;height:8px\"></div></div>{}</td></tr>\n",

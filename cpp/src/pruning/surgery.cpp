@@ -180,7 +180,8 @@ void Surgery::apply(const std::vector<Cut>& cuts) {
     if (of_state.empty() || next.kept.count(state.value.unsafeGetTensorImpl()) > 0) {
       continue;
     }
-    next.changes.push_back({state.value, state.value.variable_data(), take(state.value.detach(), of_state), {}, {}, {}});
+    next.changes.push_back(
+        {state.value, state.value.variable_data(), take(state.value.detach(), of_state), {}, {}, {}});
     next.kept.emplace(state.value.unsafeGetTensorImpl(), of_state);
   }
 

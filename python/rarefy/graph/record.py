@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from rarefy import _core
 from rarefy._core.graph import Graph
+from rarefy.quantization.simulation import simulation
 
 _LIBRARIES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
 
@@ -104,7 +105,7 @@ def record(
         *(_core.graph.NamedTensor(f"input.{i}", value, "input") for i, value in enumerate(tensors_of(example_inputs))),
     ]
     location = _Location(model)
-    with evaluation(model), location.attached():
+    with evaluation(model), simulation(model), location.attached():
         return _core.graph.record(
             lambda: tensors_of(run(model, example_inputs)), tensors, location, partial, shapes_only
         )

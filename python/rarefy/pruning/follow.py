@@ -7,7 +7,6 @@ from collections import defaultdict
 
 from torch import nn
 
-from rarefy._core.graph import Graph
 from rarefy._core.pruning import Plan
 from rarefy.pruning.surgery import Surgery
 
@@ -30,25 +29,28 @@ def _is_size(name: str) -> bool:
 class Follower:
     """Sets the attributes of a model's modules, and of its configurations, that say a size that changed.
 
-    An attribute follows when it is an integer named as a size is, equals a size in an operator that its module (or one
-    inside of it) called or a dimension of a parameter below it, and all of those that had its value have the same new one.
-    Where some had it and stay, as 4 heads of width 4 do, a name that says how many decides.
+    An attribute follows when it is an integer named as a size is, equals a size in an operator that its module called, and
+    all of those that had its value have the same new one. Where its module called none, the operators of the modules inside
+    of it and the dimensions of the parameters below it count. Where some had its value and stay, as 4 heads of width 4 do,
+    a name that says how many decides.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, plan: Plan) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, surgery: Surgery, plan: Plan) -> None:
+        self._surgery = surgery
         self._modules = dict(model.named_modules())
         # Of each module: old size to the new sizes that were seen for it.
         self._seen: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
-        shapes = {value.name: value.shape for value in graph.values if value.origin in ("parameter", "buffer")}
+        self._own: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))  # in its own operators
         kept = defaultdict(dict)
         for cut in plan.cuts:
             kept[cut.tensor][cut.dim] = len(cut.kept)
-        for name, shape in shapes.items():
+        for name, shape in surgery.shapes_before.items():
             for dim, size in enumerate(shape):
                 self._see(name.rpartition(".")[0], size, kept[name].get(dim, size))
         for resize in plan.resizes:
-            self._see(resize.module, resize.before, resize.after)
+            self._own[resize.module][resize.before].add(resize.after)
+            if resize.flows:
+                self._see(resize.module, resize.before, resize.after)
 
     def _see(self, path: str, before: int, after: int) -> None:
         while True:
@@ -57,30 +59,30 @@ class Follower:
                 return
             path = path.rpartition(".")[0]
 
-    def _new(self, path: str, name: str, value: object) -> int | None:
+    def _new(self, path: str, name: str, value: object, own: bool = True) -> int | None:
         """The size that an attribute of a module must become; None when it stays or it is not clear."""
         if not isinstance(value, int) or isinstance(value, bool) or not _is_size(name):
             return None
-        seen = self._seen[path][value]
+        seen = (self._own[path][value] if own else set()) or self._seen[path][value]
         changed = seen - {value}
         return next(iter(changed)) if len(changed) == 1 and (value not in seen or _HEADS.search(name)) else None
 
-    def follow(self, surgery: Surgery) -> None:
-        """Set them, through a surgery that undoes it when it is rolled back."""
+    def follow(self) -> None:
+        """Set them, through the surgery, which undoes it when it is rolled back."""
         done: set[int] = set()
         for path, module in self._modules.items():
             if id(module) in done:
                 continue
             done.add(id(module))
             if type(module).__module__.startswith(("torch.nn.", "rarefy.")):
-                self._follow_shape(surgery, path, module)
+                self._follow_shape(path, module)
                 continue
             for name, value in list(vars(module).items()):
                 if (new := self._new(path, name, value)) is not None:
-                    surgery.set_attribute(module, name, new)
-        self._follow_configurations(surgery)
+                    self._surgery.set_attribute(module, name, new)
+        self._follow_configurations()
 
-    def _follow_shape(self, surgery: Surgery, path: str, module: nn.Module) -> None:
+    def _follow_shape(self, path: str, module: nn.Module) -> None:
         """Norms without parameters, and other layers of torch that hold a shape: no tensor of theirs was cut."""
         if any(True for _ in module.parameters(recurse=False)):
             return
@@ -89,17 +91,17 @@ class Follower:
             if isinstance(shape, (tuple, list)):
                 new = tuple(self._sole_new(path, size) or size for size in shape)
                 if new != tuple(shape):
-                    surgery.set_attribute(module, name, new)
+                    self._surgery.set_attribute(module, name, new)
         for name in ("num_channels", "num_features"):
             size = vars(module).get(name)
             if isinstance(size, int) and (new := self._sole_new(path, size)) is not None:
-                surgery.set_attribute(module, name, new)
+                self._surgery.set_attribute(module, name, new)
 
     def _sole_new(self, path: str, size: int) -> int | None:
         seen = self._seen[path][size]
         return next(iter(seen)) if len(seen) == 1 and size not in seen else None
 
-    def _follow_configurations(self, surgery: Surgery) -> None:
+    def _follow_configurations(self) -> None:
         """A configuration that several modules share follows when it is right for the outermost of them."""
         done: set[int] = set()
         for path, module in self._modules.items():
@@ -108,5 +110,5 @@ class Follower:
                 continue
             done.add(id(config))
             for name, value in list(vars(config).items()):
-                if (new := self._new(path, name, value)) is not None:
-                    surgery.set_attribute(module, f"config.{name}", new)
+                if (new := self._new(path, name, value, own=False)) is not None:
+                    self._surgery.set_attribute(module, f"config.{name}", new)

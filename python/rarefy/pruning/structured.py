@@ -116,8 +116,6 @@ class StructuredPruner:
         self._optimizers: Sequence[Any] = ()
         self._surgery: Surgery | None = None
         self._report: StructuredReport | None = None
-        self._follower: Follower | None = None
-        self._graph: Graph | None = None
         options = StructuredOptions(
             ChoiceOptions(
                 kinds[kind](value) if kind in kinds else Channels(0.0), scope, round_to, min_width,
@@ -163,8 +161,6 @@ class StructuredPruner:
             graph = record(self._model, self._inputs, self._forward, partial, shapes_only)
         except Exception as error:  # of the model's own code: the transaction reports it or tries another way
             return partial, f"{type(error).__name__}: {error}".strip()
-        if self._surgery is None:
-            self._graph = graph
         return graph, ""
 
     def _tensors(self) -> list[_core.graph.NamedTensor]:
@@ -182,8 +178,7 @@ class StructuredPruner:
         try:
             for fold in plan.folds:
                 surgery.add(fold.tensor, fold.delta)
-            self._follower = Follower(self._model, self._graph, plan)
-            self._follower.follow(surgery)
+            Follower(self._model, surgery, plan).follow()
         except BaseException:
             surgery.rollback()
             raise

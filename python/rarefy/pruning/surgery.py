@@ -200,6 +200,11 @@ class Surgery:
                         result.append(Cut(key, 0, cut.kept))
         return result
 
+    @property
+    def shapes_before(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of all tensors when the transaction began."""
+        return self._shapes
+
     def add(self, name: str, delta: Tensor) -> None:
         """Add to a parameter or buffer, until it is rolled back.
 

@@ -284,9 +284,9 @@ void add_pieces(Table& table) {
       const auto x = conv1(input).relu_();
       auto y = conv2(x);
       y += x;
-      y.mul_(0.5).sigmoid_();
+      y.mul_(0.5);
       y.select(2, 0).fill_(0);
-      return out(y);
+      return out(y.sigmoid_());
     };
   });
   define(table, "repeat_tile", image(), [](Net& net) {
@@ -354,7 +354,7 @@ void add_groups(Table& table) {
     return [conv = net.conv("conv", 3, 8), squeeze = net.conv("squeeze", 8, 4, 1), excite = net.conv("excite", 4, 8, 1),
             out = net.conv("out", 8, 2)](const Tensor& input) mutable {
       const auto x = conv(input).relu();
-      return out(x * excite(squeeze(average(x)).relu()).sigmoid());
+      return out(x * excite(torch::silu(squeeze(average(x)))).sigmoid());
     };
   });
   define(table, "spatial_attention", image(), [](Net& net) {

@@ -1,4 +1,6 @@
 // Structured pruning of small models: what is left computes what the original computes without what was removed.
+#include <rarefy/pruning/structured.h>
+
 #include <algorithm>
 
 #include "absence.h"
@@ -88,4 +90,73 @@ TEST_CASE("the reference is a model that was pruned by hand", "[structures]") {
   const auto inputs = chain.inputs();
   CHECK(difference(run_without(original, wrong, inputs), pruned.forward(inputs)).find("differs by") !=
         std::string::npos);
+}
+
+namespace {
+
+using namespace rarefy::pruning;
+
+struct Pruned {
+  structures::Model original, model;
+  StructuredReport report;
+  absence::Kept kept;
+};
+
+Pruned prune(const structures::Structure& structure, uint64_t seed, double fraction, UnitScope scope, bool fold,
+             const std::vector<torch::optim::Optimizer*>& optimizers = {}, structures::Model* model = nullptr) {
+  Pruned out{structure.build(seed), model ? *model : structure.build(seed), {}, {}};
+  const auto inputs = structure.inputs(seed);
+  StructuredOptions options;
+  options.choice.target = Channels{fraction};
+  options.choice.scope = scope;
+  options.importance.criterion = Random{seed};
+  options.fold_constants = fold;
+  StructuredPruner pruner(*out.model.net, [&] { return out.model.forward(inputs); }, inputs, options);
+  out.report = pruner.prune(optimizers);
+  for (const auto& cut : out.report.cuts) out.kept[cut.tensor][cut.dim] = cut.kept;
+  return out;
+}
+
+/// The expected groups that were not found.
+std::string missing_groups(const structures::Structure& structure, const StructuredReport& report) {
+  std::vector<int64_t> found;
+  for (const auto& group : report.groups) found.push_back(group.units);
+  std::string missing;
+  for (const auto units : structure.groups) {
+    const auto at = std::find(found.begin(), found.end(), units);
+    if (at == found.end()) {
+      missing += std::to_string(units) + " ";
+    } else {
+      found.erase(at);
+    }
+  }
+  return missing;
+}
+
+}  // namespace
+
+TEST_CASE("what is left computes what the original computes without the rest", "[structures]") {
+  const torch::NoGradGuard no_grad;
+  for (const auto& structure : structures::all()) {
+    for (const uint64_t seed : {0, 1}) {
+      DYNAMIC_SECTION(structure.name << " " << seed) {
+        auto pruned = prune(structure, seed, seed == 0 ? 0.3 : 0.5, seed == 0 ? UnitScope::global : UnitScope::local, /*fold=*/false);
+        INFO(pruned.report.to_string());
+        CHECK(!pruned.kept.empty());
+        CHECK(missing_groups(structure, pruned.report) == "");
+        for (const auto& pin : structure.pins) {
+          const auto reason =
+              std::find_if(pruned.report.pinned.begin(), pruned.report.pinned.end(), [&](const Pinned& pinned) {
+                return pinned.tensor == pin.tensor && pinned.dim == pin.dim &&
+                       pinned.reason.find(pin.word) != std::string::npos;
+              });
+          CHECK(reason != pruned.report.pinned.end());
+          CHECK(pruned.kept[pin.tensor].count(pin.dim) == 0);
+        }
+        const auto inputs = structure.inputs(50 + seed);
+        const auto found = pruned.model.forward(inputs);
+        CHECK(difference(run_without(pruned.original, pruned.kept, inputs), found) == "");
+      }
+    }
+  }
 }

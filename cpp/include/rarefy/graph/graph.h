@@ -30,10 +30,13 @@ struct RAREFY_API Value {
   std::string name;  // path of a parameter or buffer, "input.<n>" of an input; empty otherwise
   std::vector<int64_t> sizes;
   at::ScalarType dtype = at::kFloat;
-  at::Tensor tensor;               // undefined for floating-point intermediates, which are not kept unless returned
+  /// Undefined for floating-point intermediates, which are not kept unless returned. One that operators change in place
+  /// has its last contents.
+  at::Tensor tensor;
   int64_t producer = -1;           // the node that made it; -1 when none did
   std::vector<int64_t> consumers;  // the nodes that read it, in order
   bool is_output = false;          // the model returned it
+  int64_t memory = -1;             // the first value in the same memory: this one, unless it is a view of another
 
   int64_t numel() const;
 };
@@ -48,6 +51,7 @@ struct RAREFY_API Node {
   int64_t children_end = 0;  // the nodes after this one up to here, exclusive, ran inside of it
   std::string module;        // path of the innermost module that was running; empty for the model itself
   std::string source;        // "file.py:12" of the line of the model's code; empty when not known
+  bool failed = false;       // it threw; when the model went on, it is not in the schedule
 
   /// "aten::conv2d (layer1.0.conv1, model.py:31)".
   std::string describe() const;
@@ -66,8 +70,11 @@ struct RAREFY_API Graph {
 
   /// The value of a parameter or buffer; -1 when the run did not touch it.
   int64_t find(const std::string& name) const;
-  /// One line per scheduled operator: number, name, module, inputs with sizes, constants, outputs, source line.
+  /// A table with one line per scheduled operator: number, outputs with sizes, operator, tensors, constants that differ
+  /// from the operator's defaults, module, source line. Parameters of the line's module stand without its path (.weight).
   std::string to_string() const;
+  /// How many operators and parameters, and the shapes of inputs and outputs, on one line.
+  std::string describe() const;
 };
 
 }  // namespace rarefy::graph

@@ -43,13 +43,17 @@ struct RAREFY_API RecordOptions {
 ///   forward  returns the model's outputs, tensors only, in a fixed order
 ///   tensors  parameters, buffers and inputs by name. A tensor that comes again under another name keeps the first.
 /// The caller sets evaluation mode. An exception from `forward` passes through; when `partial` is given it then holds
-/// what had been recorded, its last node being the operator that failed.
+/// what had been recorded. Operators that threw have Node::failed, the innermost being the last of them.
+/// Under autocast, the operators that the model calls have the tensors that it gives them; the conversions run inside.
+/// Tensors that leave torch on the way (through numpy, item(), tolist()) come back as constants.
 /// Throws c10::ValueError when an input or a parameter is undefined or sparse, and when a recording runs already on
 /// this thread.
-RAREFY_API Graph record(const std::function<std::vector<at::Tensor>()>& forward, const std::vector<NamedTensor>& tensors,
-                        const RecordOptions& options = {}, Graph* partial = nullptr);
+RAREFY_API Graph record(const std::function<std::vector<at::Tensor>()>& forward,
+                        const std::vector<NamedTensor>& tensors, const RecordOptions& options = {},
+                        Graph* partial = nullptr);
 
-/// Records model.forward for a module of one or more tensor inputs, in evaluation mode (restored afterwards).
+/// Records model.forward for a module of one or more tensor inputs, in evaluation mode, which ends when the call does,
+/// by an exception too. The module may be on the stack or belong to a shared pointer.
 /// `forward` calls it: [&] { return std::vector{net->forward(x)}; }
 RAREFY_API Graph record(const torch::nn::Module& model, const std::function<std::vector<at::Tensor>()>& forward,
                         const std::vector<at::Tensor>& inputs);

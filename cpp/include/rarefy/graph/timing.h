@@ -13,9 +13,9 @@
 namespace rarefy::graph {
 
 struct RAREFY_API TimingOptions {
-  double seconds = 0.5;       // measure at least this long, > 0
-  int64_t runs = 7;           // and at least this often, > 0
-  int64_t warmup = 3;         // calls before, which are not counted, >= 0
+  double seconds = 0.5;           // measure at least this long, > 0
+  int64_t runs = 7;               // and at least this often, > 0
+  int64_t warmup = 3;             // calls before, which are not counted, >= 0
   c10::Device device = at::kCPU;  // whose queued work a call ends with
   /// Seconds of a clock that only goes forward; unset: the steady clock.
   std::function<double()> clock = nullptr;

@@ -33,7 +33,7 @@ struct RAREFY_API LatencyTry {
 };
 
 struct RAREFY_API LatencyResult {
-  Widths widths;  // of the best try
+  Widths widths;                                // of the best try
   double target = 0, measured = 0, before = 0;  // milliseconds
   int64_t threads = 0;
   std::vector<LatencyTry> tries;

@@ -18,11 +18,11 @@ namespace rarefy::pruning {
 using Widths = std::vector<int64_t>;
 
 struct RAREFY_API LatencyOptions {
-  double seconds = 30;    // about how long to measure operators at other widths, > 0
-  int64_t points = 16;    // the most widths to measure per group, >= 2
-  int64_t round_to = 1;   // the slices of a group that stay are multiples of this, or all, > 0
-  double noise = 0.03;    // of an operator's time: what is no faster than by this share is not faster, in [0, 1)
-  Widths smallest;        // of each group: the fewest units to keep; empty: 1
+  double seconds = 30;   // about how long to measure operators at other widths, > 0
+  int64_t points = 16;   // the most widths to measure per group, >= 2
+  int64_t round_to = 1;  // the slices of a group that stay are multiples of this, or all, > 0
+  double noise = 0.03;   // of an operator's time: what is no faster than by this share is not faster, in [0, 1)
+  Widths smallest;       // of each group: the fewest units to keep; empty: 1
   graph::TimingOptions timing = {};
   /// The milliseconds of a convolution or linear layer with other numbers of output and input channels; unset: measured.
   std::function<double(const graph::Node& node, int64_t outputs, int64_t inputs)> time_operator = nullptr;

@@ -25,8 +25,8 @@ class Optimizer;
 namespace rarefy::pruning {
 
 struct RAREFY_API StructuredOptions {
-  ChoiceOptions choice = {};           // target, scope, round_to, min_width, limits, strict
-  std::optional<double> latency_ms;    // in place of choice.target: milliseconds of one forward pass, > 0
+  ChoiceOptions choice = {};         // target, scope, round_to, min_width, limits, strict
+  std::optional<double> latency_ms;  // in place of choice.target: milliseconds of one forward pass, > 0
   ImportanceOptions importance = {};
   std::vector<std::string> ignore = {};  // patterns of tensors or modules that keep their shape
   int64_t steps = 1;                     // calls of prune() until the target is met, >= 1
@@ -65,6 +65,8 @@ struct RAREFY_API PrunableModel {
   std::function<void()> commit;
   /// Runs the model once without recording it, for its time.
   std::function<void()> run;
+  /// Parameters and buffers that must keep their shape, and why.
+  std::vector<std::pair<std::string, std::string>> pinned = {};
 };
 
 /// The transaction that both languages share: record, group, score, choose, compute what the model must give without the

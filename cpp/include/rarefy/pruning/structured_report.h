@@ -28,23 +28,24 @@ struct RAREFY_API Resize {
   std::string argument;  // of the operator
   int64_t before = 0;
   int64_t after = 0;
+  bool flows = true;  // false: nothing of what is removed flows through the operator, whose sizes stay
 };
 
 /// What structural pruning did, or would do.
 struct RAREFY_API StructuredReport {
-  std::string asked;         // "macs 0.5", "latency 10 ms"
-  double achieved = 0;       // in the unit of what was asked
-  Counts before;             // the model before the first step
+  std::string asked;    // "macs 0.5", "latency 10 ms"
+  double achieved = 0;  // in the unit of what was asked
+  Counts before;        // the model before the first step
   Counts after;
   std::vector<GroupOutcome> groups;
   std::vector<Pinned> pinned;
-  std::vector<Cut> cuts;     // what is left of each dimension that lost slices in this step
+  std::vector<Cut> cuts;  // what is left of each dimension that lost slices in this step
   std::vector<Fold> folds;
   std::vector<std::string> notes;  // operators that were pinned on the way, and other things worth knowing
-  double difference = 0;     // largest, of the pruned model's outputs and the reference's, over the largest output
-  int64_t attempts = 0;      // cuts that were tried
+  double difference = 0;  // largest, of the pruned model's outputs and the reference's, over the largest output
+  int64_t attempts = 0;   // cuts that were tried
   int64_t step = 0, steps = 1;
-  bool pruned = false;       // false for a preview
+  bool pruned = false;                                 // false for a preview
   double latency_before_ms = 0, latency_after_ms = 0;  // 0: not measured
 
   /// Asked against achieved, one line per group, what stays and why.
