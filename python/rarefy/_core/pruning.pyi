@@ -701,6 +701,11 @@ class Resize:
     @property
     def before(self) -> int: ...
     @property
+    def flows(self) -> bool:
+        """
+        Whether what is removed flows through the operator.
+        """
+    @property
     def module(self) -> str: ...
     @property
     def node(self) -> int: ...
