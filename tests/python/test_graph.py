@@ -61,7 +61,11 @@ class Residual(nn.Module):
 
 def network(blocks: int = 3) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), *(Residual() for _ in range(blocks)), nn.Flatten(), nn.Linear(36, 5)
+        nn.Conv2d(3, 4, 3, stride=2),
+        nn.BatchNorm2d(4),
+        *(Residual() for _ in range(blocks)),
+        nn.Flatten(),
+        nn.Linear(36, 5),
     )
 
 
@@ -110,13 +114,17 @@ def test_lists_of_tensors_and_optional_tensors():
     )
     assert node(graph, "cat").input_values[0] == [graph.inputs[0], *node(graph, "flip").outputs]
     assert node(graph, "index").input_values[1] == [-1, graph.find("index")]
-    graph = from_function(lambda model, x: x.split(2, 1)[1] + F.linear(x, torch.ones(2, 5), None), torch.randn(2, 4 + 1)[:, :5])
+    graph = from_function(
+        lambda model, x: x.split(2, 1)[1] + F.linear(x, torch.ones(2, 5), None), torch.randn(2, 4 + 1)[:, :5]
+    )
     assert len(node(graph, "split").outputs) == 3
     assert node(graph, "linear").input_values[2] == []
 
 
 def test_composite_operators():
-    graph = from_function(lambda model, x, y: torch.einsum("bik,bkj->bij", x, y), torch.randn(2, 3, 4), torch.randn(2, 4, 5))
+    graph = from_function(
+        lambda model, x, y: torch.einsum("bik,bkj->bij", x, y), torch.randn(2, 3, 4), torch.randn(2, 4, 5)
+    )
     assert "einsum" not in ops(graph)
     assert "bmm" in ops(graph)
     assert any(item.op == "aten::einsum" for item in graph.nodes)
@@ -296,11 +304,15 @@ def test_scripted_modules():
 
 
 def test_own_operators():
-    model = rf.quantization.prepare_qat(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), rf.quantization.QConfig.int8(), torch.randn(2, 3))
+    model = rf.quantization.prepare_qat(
+        nn.Sequential(nn.Linear(3, 4), nn.ReLU()), rf.quantization.QConfig.int8(), torch.randn(2, 3)
+    )
     model.train()(torch.randn(2, 3))
     graph = record(model, torch.randn(2, 3))
     assert "rarefy::fake_quantize" in {graph.nodes[i].op for i in graph.schedule}
-    assert all(value.origin != "constant" or not value.consumers or not value.dtype.is_floating_point for value in graph.values)
+    assert all(
+        value.origin != "constant" or not value.consumers or not value.dtype.is_floating_point for value in graph.values
+    )
     int8 = rf.quantization.convert(model)
     assert count_costs(record(int8, torch.randn(2, 3))).total.macs == 24
 
@@ -514,7 +526,9 @@ def test_flops_of_what_is_no_product():
 
 
 def test_bytes():
-    graph = record(nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Unflatten(1, (2, 4)), nn.Tanh()), torch.randn(3, 4))
+    graph = record(
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Unflatten(1, (2, 4)), nn.Tanh()), torch.randn(3, 4)
+    )
     total = count_costs(graph).total
     assert total.parameter_bytes == 4 * (4 * 8 + 8)
     assert total.activation_bytes == 4 * 2 * 3 * 8  # of linear and tanh

@@ -115,6 +115,7 @@ Search search(const std::vector<RankedGroup>& groups, const std::vector<std::vec
   Search result;
   if (std::holds_alternative<Channels>(target)) {
     result.asked.assign(groups.size(), 0);
+    result.met = fraction == 0 || !groups.empty();
     for (const auto& pool : pools) {
       int64_t original = 0, now = 0;
       for (const auto g : pool) {
@@ -284,9 +285,15 @@ Choice choose(const Structure& structure, const Shapes& shapes, const std::vecto
         reasons += fmt::format("\n  {}: {}", group.name, group.reason);
       }
     }
+    if (groups.empty()) {
+      reasons = ": no groups";
+      for (const auto& pinned : structure.pinned) {
+        reasons += fmt::format("\n  {}[{}]: {}", pinned.tensor, pinned.dim, pinned.reason);
+      }
+    }
     TORCH_CHECK_VALUE(false, "[choose] the target must be met within one unit when strict is set: ",
                       std::visit([](const auto& chosen) { return chosen.to_string(); }, options.target),
-                      " was asked, got ", choice.achieved(), reasons.empty() ? ": no groups" : reasons);
+                      " was asked, got ", choice.achieved(), reasons);
   }
   return choice;
 }

@@ -291,7 +291,7 @@ TEST_CASE("A target is reached though the table is wrong", "[latency]") {
     for (const double fraction : {0.8, 0.6, 0.45}) {
       const double target = fraction * table.whole;
       // The truth: what was removed saves more, or less, than the table says.
-      const auto truth = [&](const Widths& widths) { return error * table.predict(widths) + (1 - error) * 1.0; };
+      const auto truth = [&](const Widths& widths) { return table.whole - error * (table.whole - table.predict(widths)); };
       const auto result = reach_latency(table, scores, target, truth);
       CHECK(result.measured == truth(result.widths));
       CHECK(result.measured <= 1.1 * target);
