@@ -94,7 +94,8 @@ double text_width(const std::string& text) {
 
 /// The end of a path says more than its start.
 std::string shortened(const std::string& module) {
-  return module.size() <= kLongestModule ? module : fmt::format("\u2026{}", module.substr(module.size() - kLongestModule + 1));
+  return module.size() <= kLongestModule ? module
+                                         : fmt::format("\u2026{}", module.substr(module.size() - kLongestModule + 1));
 }
 
 class Drawing {

@@ -232,7 +232,9 @@ class Layered {
       sweep(down, [&](const Item& item) { return mean(item, down || i > 1, !down || i > 1, 8.0); });
     }
     // Boxes right below those that they read; what starts something new, above its readers.
-    sweep(true, [&](const Item& item) { return item.above.empty() ? mean(item, false, true, 1e3) : mean(item, true, false, 1e3); });
+    sweep(true, [&](const Item& item) {
+      return item.above.empty() ? mean(item, false, true, 1e3) : mean(item, true, false, 1e3);
+    });
     // The places of an edge below each other.
     for (const bool down : {false, true, false}) {
       sweep(down, [&](const Item& item) {

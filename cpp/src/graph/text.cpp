@@ -158,7 +158,8 @@ std::string Graph::to_string() const {
     const Node& node = nodes[id];
     std::vector<std::string> results;
     for (auto value : node.outputs) {
-      results.push_back(value < 0 ? "None" : fmt::format("{} {}", value_string(*this, value, ""), shape_string(values[value])));
+      results.push_back(value < 0 ? "None"
+                                  : fmt::format("{} {}", value_string(*this, value, ""), shape_string(values[value])));
     }
     rows.push_back({std::to_string(id), fmt::format("{}", fmt::join(results, ", ")), node.op.name,
                     tensors_string(*this, node), constants_string(node), node.module, node.source});

@@ -176,7 +176,8 @@ TEST_CASE("Lists, absent tensors and composite operators", "[record]") {
   CHECK(node(graph, "aten::cat").input_values.at(0).size() == 2);
   CHECK(node(graph, "aten::index").input_values.at(1).at(0) == -1);
   CHECK(graph.values[node(graph, "aten::index").input_values[1].at(1)].origin == Origin::constant);
-  graph = record_function([](const at::Tensor& x) { return Tensors{at::einsum("ij,kj->ik", {x, x})}; }, at::randn({2, 3}));
+  graph =
+      record_function([](const at::Tensor& x) { return Tensors{at::einsum("ij,kj->ik", {x, x})}; }, at::randn({2, 3}));
   for (const auto& name : ops(graph)) {
     CHECK(name != "aten::einsum");
   }
@@ -191,5 +192,6 @@ TEST_CASE("What cannot be recorded is refused", "[record]") {
   CHECK_THROWS_WITH(record(nothing, {{"w", at::Tensor(), Origin::parameter}}), ContainsSubstring("'w' is undefined"));
   CHECK_THROWS_WITH(record(nothing, {{"w", at::eye(2).to_sparse(), Origin::parameter}}),
                     ContainsSubstring("'w' must be dense, got Sparse"));
-  CHECK_THROWS_WITH(record([] { return Tensors{at::Tensor()}; }, {}), ContainsSubstring("returned an undefined tensor"));
+  CHECK_THROWS_WITH(record([] { return Tensors{at::Tensor()}; }, {}),
+                    ContainsSubstring("returned an undefined tensor"));
 }
