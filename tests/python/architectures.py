@@ -393,7 +393,6 @@ ARCHITECTURES = {
         ),
         sequence_to_sequence,
         {
-            "d_model": widths("shared.weight", 1),
             "d_ff": widths("wi.weight"),
             "num_heads": widths("Attention.q.weight", 0, 6),
         },
@@ -413,7 +412,7 @@ ARCHITECTURES = {
             tie_word_embeddings=False,
         ),
         sequence_to_sequence,
-        {"d_model": widths("shared.weight", 1), "d_ff": widths("wi_0.weight")},
+        {"d_ff": widths("wi_0.weight")},
         output="logits",
     ),
     "CLIP": Architecture(
@@ -452,7 +451,7 @@ ARCHITECTURES = {
         ),
         spectrogram,
         {
-            "d_model": widths("embed_tokens.weight", 1),
+            "d_model": widths("layer_norm.weight"),
             "encoder_ffn_dim": widths("encoder.*fc1.weight"),
             "decoder_ffn_dim": widths("decoder.*fc1.weight"),
         },

@@ -50,6 +50,9 @@ def kept_slices(report: StructuredReport) -> Kept:
     for cut in report.cuts:
         assert cut.dim not in kept.setdefault(cut.tensor, {})
         kept[cut.tensor][cut.dim] = list(cut.kept)
+    for name in [name for name in kept if ".quant." in name and name.endswith(".scale")]:
+        for sibling in ("zero_point", "min_val", "max_val"):  # what else a quantizer knows about each channel
+            kept[name.removesuffix("scale") + sibling] = kept[name]
     return kept
 
 
@@ -136,19 +139,21 @@ def check_training(pruned: Pruned) -> None:
     model.train()
     step(pruned.subject, model, optimizer, 91)
     model.eval()
-    reached = {name for name, p in live.items() if p.grad is not None and bool(p.grad.any())}
+    reached = with_gradient(model)
     assert reached
     for name in reached:
         assert live[name].grad.shape == live[name].shape
         assert not torch.equal(before[name], live[name]), f"{name} has a gradient and was not changed"
-    assert reached == reached_in(pruned), "other parameters have a gradient than before"
+    # What has a gradient has one in the original too, and the other way round; rounding aside.
+    original = copy.deepcopy(pruned.original).train()
+    loss(pruned.subject, original, 91).backward()
+    assert with_gradient(model, 1e-6) <= with_gradient(original)
+    assert with_gradient(original, 1e-6) <= with_gradient(model, 0)
 
 
-def reached_in(pruned: Pruned) -> set[str]:
-    """The parameters of the original that get a gradient."""
-    model = copy.deepcopy(pruned.original).train()
-    loss(pruned.subject, model, 91).backward()
-    return {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+def with_gradient(model: nn.Module, floor: float = 1e-12) -> set[str]:
+    """Parameters with more than rounding: a bias in front of a batch norm that trains has a gradient of zero."""
+    return {name for name, p in model.named_parameters() if p.grad is not None and bool((p.grad.abs() > floor).any())}
 
 
 def check_attributes(model: nn.Module) -> None:

@@ -128,17 +128,17 @@ def test_nan_weight_is_named():
 
 
 @pytest.mark.parametrize(
-    ("inputs", "error"),
+    ("inputs", "message"),
     [
-        ((torch.randn(2, 4, 8, 8, dtype=torch.float64),), RuntimeError),  # channels of another model
-        ((torch.randn(2, 3, 8, 8),), RuntimeError),  # float32
-        ((), TypeError),
-        ({"y": torch.randn(2, 3, 8, 8, dtype=torch.float64)}, TypeError),
-        (("image",), Exception),
+        ((torch.randn(2, 4, 8, 8, dtype=torch.float64),), "RuntimeError: .*channels"),  # of another model
+        ((torch.randn(2, 3, 8, 8),), "RuntimeError: .*type"),  # float32
+        ((), "TypeError: .*missing"),
+        ({"y": torch.randn(2, 3, 8, 8, dtype=torch.float64)}, "TypeError: .*unexpected keyword"),
+        (("image",), "TypeError: .*str"),
     ],
 )
-def test_wrong_example_inputs(inputs, error):
-    fails(error, "", inputs=inputs, channels=0.5)
+def test_wrong_example_inputs(inputs, message):
+    fails(ValueError, f"must run on its example inputs: {message}", inputs=inputs, channels=0.5)
 
 
 def test_importance_that_raises():
@@ -164,7 +164,7 @@ def test_optimizer_of_another_model():
     inputs = STRUCTURES["chain"].make_inputs()
     optimizer = trained(other, inputs)
     snapshot, other_snapshot = Snapshot(model), Snapshot(other, optimizer)
-    with pytest.raises(ValueError, match="optimizer"):
+    with pytest.raises(ValueError, match="Adam must hold parameters of the model"):
         StructuredPruner(model, inputs, channels=0.5).prune(optimizers=[optimizer])
     snapshot.assert_untouched()
     other_snapshot.assert_untouched()
@@ -176,7 +176,7 @@ def test_group_never_vanishes():
     assert all(kept for dims in pruned.kept.values() for kept in dims.values())
     assert pruned.report.achieved < 0.99
     check_function(pruned)
-    fails(ValueError, "0.99", channels=0.99, scope="local", strict=True)
+    fails(ValueError, "0.99", channels=0.99, scope="local", min_width=3, strict=True)
 
 
 def test_min_width():
@@ -244,7 +244,7 @@ def test_forward_that_fails_after_surgery():
     model = Asserting().double()
     report = StructuredPruner(model, inputs, channels=0.5, scope="local").prune()
     assert model.conv1.weight.shape == (8, 3, 3, 3)
-    assert model.conv2.weight.shape == (3, 8, 3, 3)
+    assert model.conv2.weight.shape[1] == 8
     assert any("eight channels, please" in p.reason for p in report.pinned if p.tensor == "conv1.weight")
     model(*inputs)
     fails(ValueError, "eight channels, please", Asserting().double(), channels=0.5, scope="local", strict=True)

@@ -233,6 +233,9 @@ void Propagator::attention(const Node& node) {
   const auto grouped = argument(node, "enable_gqa");
   if (grouped.isBool() && grouped.toBool()) {
     for (auto* side : {&k, &v}) {
+      if (side->sizes[r - 3] == 1) {
+        continue;  // one head for all queries, as by broadcasting
+      }
       const int64_t repeats = q.sizes[r - 3] / side->sizes[r - 3];
       side->sizes[r - 3] *= repeats;
       for (auto& field : side->fields) {
