@@ -20,6 +20,8 @@ _OTHER = re.compile(
 
 
 _HEADS = re.compile(r"heads?$|groups?$")  # how many, as against how wide
+# The width of the residual stream, which is also that of all heads together until one of them shrinks.
+_STREAM = re.compile(r"^(hidden_size|d_model|n_embd|dim|embed_dim|embedding_size)$")
 
 
 def _is_size(name: str) -> bool:
@@ -41,20 +43,24 @@ class Follower:
         # Of each module: old size to the new sizes that were seen for it.
         self._seen: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
         self._own: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))  # in its own operators
+        self._norms: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))  # in scales of norms
         kept = defaultdict(dict)
         for cut in plan.cuts:
             kept[cut.tensor][cut.dim] = len(cut.kept)
         for name, shape in surgery.shapes_before.items():
             for dim, size in enumerate(shape):
-                self._see(name.rpartition(".")[0], size, kept[name].get(dim, size))
+                self._see(self._seen, name.rpartition(".")[0], size, kept[name].get(dim, size))
+            if len(shape) == 1 and name.endswith(".weight"):
+                self._see(self._norms, name.rpartition(".")[0], shape[0], kept[name].get(0, shape[0]))
         for resize in plan.resizes:
             self._own[resize.module][resize.before].add(resize.after)
             if resize.flows:
-                self._see(resize.module, resize.before, resize.after)
+                self._see(self._seen, resize.module, resize.before, resize.after)
 
-    def _see(self, path: str, before: int, after: int) -> None:
+    @staticmethod
+    def _see(sizes: dict[str, dict[int, set[int]]], path: str, before: int, after: int) -> None:
         while True:
-            self._seen[path][before].add(after)
+            sizes[path][before].add(after)
             if not path:
                 return
             path = path.rpartition(".")[0]
@@ -64,6 +70,8 @@ class Follower:
         if not isinstance(value, int) or isinstance(value, bool) or not _is_size(name):
             return None
         seen = (self._own[path][value] if own else set()) or self._seen[path][value]
+        if not own and _STREAM.search(name):
+            seen = self._norms[path][value] or seen  # norms are on the stream
         changed = seen - {value}
         return next(iter(changed)) if len(changed) == 1 and (value not in seen or _HEADS.search(name)) else None
 
