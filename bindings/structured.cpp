@@ -52,7 +52,8 @@ void init_report(py::module_& m) {
   py::class_<Plan>(m, "Plan", "What is to be done to a model in one transaction.")
       .def_readonly("cuts", &Plan::cuts)
       .def_readonly("folds", &Plan::folds)
-      .def_readonly("resizes", &Plan::resizes);
+      .def_readonly("resizes", &Plan::resizes)
+      .def_readonly("cautious", &Plan::cautious, "Sizes follow only in modules whose own operators hold them.");
   py::class_<StructuredReport>(m, "StructuredReport", "What structured pruning did, or would do. Prints as a table.")
       .def_readonly("asked", &StructuredReport::asked)
       .def_readonly("achieved", &StructuredReport::achieved, "In the unit of what was asked.")

@@ -396,11 +396,8 @@ ARCHITECTURES = {
             decoder_start_token_id=0,
         ),
         sequence_to_sequence,
-        {
-            "d_model": widths("shared.weight", 1),
-            "d_ff": widths("wi.weight"),
-            "num_heads": widths("Attention.q.weight", 0, 6),
-        },
+        # With a tied head the model divides by the root of d_model: sizes that enter nothing but shapes follow, heads.
+        {"num_heads": widths("Attention.q.weight", 0, 6)},
         output="logits",
     ),
     "T5 gated": Architecture(
@@ -417,7 +414,7 @@ ARCHITECTURES = {
             tie_word_embeddings=False,
         ),
         sequence_to_sequence,
-        {"d_model": widths("shared.weight", 1), "d_ff": widths("wi_0.weight")},
+        {"d_ff": widths("wi_0.weight")},
         output="logits",
     ),
     "CLIP": Architecture(
@@ -456,7 +453,7 @@ ARCHITECTURES = {
         ),
         spectrogram,
         {
-            "d_model": widths("embed_tokens.weight", 1),
+            "d_model": widths("layer_norm.weight"),
             "encoder_ffn_dim": widths("encoder.*fc1.weight"),
             "decoder_ffn_dim": widths("decoder.*fc1.weight"),
         },

@@ -16,7 +16,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPRESS_CNN = ROOT / "examples/python/compress_cnn.py"
+PRUNE_STRUCTURED = ROOT / "examples/python/prune_structured.py"
 COMPRESS_MLP = ROOT / "build/dev/examples/cpp/compress_mlp"
+PRUNE_CNN = ROOT / "build/dev/examples/cpp/prune_cnn"
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("onnxruntime")
@@ -223,19 +225,68 @@ def test_interrupted_write_leaves_the_old_file(common, tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-# ---- quickstart.ipynb -----------------------------------------------------------------------------------------------
+# ---- prune_structured.py --------------------------------------------------------------------------------------------
+
+
+def prune_structured(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, PRUNE_STRUCTURED, *map(str, arguments)], capture_output=True, text=True, timeout=500
+    )
+
+
+@pytest.mark.slow
+def test_prune_structured(tmp_path):
+    result = prune_structured("--quick", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    row = re.compile(r"^\| (\w+) +\| +([\d.]+) \| +([\d,]+) \| +([\d,]+) \| +([\d.]+) \| +([\d.]+) \|$", re.M)
+    rows = {match[1]: [float(x.replace(",", "")) for x in match.groups()[1:]] for match in row.finditer(result.stdout)}
+    assert list(rows) == ["original", "pruned"]
+    original, pruned = rows.values()
+    assert min(original[0], pruned[0]) > 80  # few epochs
+    assert 0.45 < pruned[2] / original[2] < 0.55
+    assert pruned[1] < 0.7 * original[1]
+    assert "outputs equal those of the masked model" in result.stdout
+    loaded = f"fresh process: {int(pruned[1]):,} parameters loaded, equal outputs"
+    assert loaded in result.stdout
+    again = prune_structured("--load", "--out", tmp_path)
+    assert (again.returncode, again.stdout) == (0, loaded + "\n")
+    assert not [path for path in tmp_path.rglob("*") if ".tmp" in path.name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "missing.npz"], "missing.npz must be an .npz file that can be read"),
+        (["--macs", "1"], r"--macs: must be in \[0, 1\), got 1.0"),
+        (["--epochs", "1", "0"], "--epochs: must be positive, got 1 0"),
+    ],
+)
+def test_prune_structured_bad_arguments(tmp_path, arguments, message):
+    result = prune_structured(*arguments, "--out", tmp_path / "out")
+    assert result.returncode == 2
+    assert re.search(message, result.stderr)
+    assert "Traceback" not in result.stderr
+
+
+# ---- notebooks ------------------------------------------------------------------------------------------------------
+
+
+def run_notebook(name: str, folder: Path) -> list[str]:
+    """The outputs of a notebook, as text."""
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(ROOT / "examples/notebooks" / name, as_version=4)
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
+    return [str(output) for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
 @pytest.mark.slow
 def test_notebook(tmp_path):
-    nbclient = pytest.importorskip("nbclient")
-    nbformat = pytest.importorskip("nbformat")
-    pytest.importorskip("ipykernel")
-    notebook = nbformat.read(ROOT / "examples/notebooks/quickstart.ipynb", as_version=4)
-    nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    ).execute()
-    texts = [str(output) for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    texts = run_notebook("quickstart.ipynb", tmp_path)
     assert sum("image/png" in text for text in texts) == 3
     assert any("batch norm folded" in text for text in texts)
     table = next(text for text in texts if "| model in ONNX Runtime |" in text)
@@ -244,6 +295,23 @@ def test_notebook(tmp_path):
     assert min(scores.values()) > 93
     qat = next(float(found[1]) for text in texts if (found := re.search(r"QAT model ([\d.]+) %", text)))
     assert abs(scores["int8"] - qat) < 0.6
+
+
+@pytest.mark.slow
+def test_structured_pruning_notebook(tmp_path):
+    texts = run_notebook("structured_pruning.ipynb", tmp_path)
+    assert sum("image/png" in text for text in texts) == 1
+    assert sum("<svg" in text for text in texts) == 1
+    assert sum("text/html" in text and "<table" in text for text in texts) >= 2  # preview and report
+    curves = next(text for text in texts if "random" in text and "taylor" in text and "image/png" not in text)
+    scores = {
+        name: [float(x) for x in row.split()] for name, row in re.findall(r"(l1|taylor|random) +([\d. ]+)", curves)
+    }
+    assert scores["taylor"][4] > scores["random"][4]  # at four tenths of the MACs
+    tuned = [float(score) for text in texts for score in re.findall(r"after training ([\d.]+) %", text)]
+    assert len(tuned) == 2
+    assert min(tuned) > 93
+    assert any("equal outputs: True" in text for text in texts)
 
 
 # ---- compress_mlp ---------------------------------------------------------------------------------------------------
@@ -336,3 +404,40 @@ def test_compress_mlp_bad_csv(tmp_path, line, message):
 def test_compress_mlp_missing_csv(tmp_path):
     result = compress_mlp(tmp_path / "missing.csv", "--out", tmp_path / "out")
     assert (result.returncode, result.stderr) == (1, f"compress_mlp: {tmp_path / 'missing.csv'} cannot be read\n")
+
+
+# ---- prune_cnn ------------------------------------------------------------------------------------------------------
+
+needs_prune_cnn = pytest.mark.skipif(
+    not PRUNE_CNN.exists(), reason="needs the C++ examples in build/dev (-DRAREFY_BUILD_EXAMPLES=ON)"
+)
+
+
+@needs_prune_cnn
+@pytest.mark.slow
+def test_prune_cnn(tmp_path):
+    result = subprocess.run([PRUNE_CNN, "--out", tmp_path, "--quick"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    line = re.compile(r"^(original|pruned|loaded) +([\d.]+) +(\d+) +(\d+) +[\d.]+$", re.M)
+    rows = {match[1]: [float(value) for value in match.groups()[1:]] for match in line.finditer(result.stdout)}
+    assert list(rows) == ["original", "pruned", "loaded"]
+    assert min(accuracy for accuracy, _, _ in rows.values()) > 80
+    assert 0.4 < rows["pruned"][2] / rows["original"][2] < 0.6
+    assert rows["loaded"] == rows["pruned"]
+    assert "loaded into a fresh model, equal outputs" in result.stdout
+
+
+@needs_prune_cnn
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--out must be given"),
+        (["--out"], "--out must be followed by a value"),
+        (["--out", "x", "--seed", "-1"], "--seed must be an integer from 0 to 4294967295, got '-1'"),
+        (["--out", "x", "--fast"], "unknown option --fast"),
+    ],
+)
+def test_prune_cnn_usage(arguments, message):
+    result = subprocess.run([PRUNE_CNN, *arguments], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [f"prune_cnn: {message}", "usage: prune_cnn --out DIR [--seed N] [--quick]"]

@@ -94,7 +94,9 @@ class TestTable:
         assert table.predict([FULL, FULL]) == pytest.approx(3.5)
         assert table.predict([32, FULL]) == pytest.approx(0.5 + 0.5 + 0.5 + 1)
         assert table.predict([32, 16]) == pytest.approx(0.5 + 0.5 + 0.125 + 0.25)
-        assert table.predict([52, FULL]) == pytest.approx(3.5)  # 48 is a step lower, 52 is not
+        assert table.predict([56, FULL]) == pytest.approx(3.5)  # no step lower; 48 is
+        assert table.predict([48, FULL]) == pytest.approx(3.0)
+        assert table.predict([52, FULL]) == pytest.approx(3.25)  # between the two
 
     def test_only_steps_are_useful(self):
         assert _core.pruning.useful_widths(chain(1)) == [[16, 32, 48, 64]]
@@ -177,7 +179,7 @@ class TestReach:
         measured = []
 
         def measure_pruned(widths):
-            measured.append(error * table.predict(widths) + (1 - error))
+            measured.append(table.whole - error * (table.whole - table.predict(widths)))  # saves more, or less
             return measured[-1]
 
         target = share * table.whole

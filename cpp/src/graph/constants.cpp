@@ -45,6 +45,9 @@ std::vector<char> find_constant(const Graph& graph, const Dataflow& flow) {
         // The model's own memory stays as it is.
         mine = mine && graph.values[memory(graph, id)].origin == Origin::intermediate;
       }
+      for (auto id : node.outputs) {
+        mine = mine && (id < 0 || !excluded[memory(graph, id)]);
+      }
       constant[index] = mine;
       for (auto id : flow.written[index]) {
         if (!mine || read[memory(graph, id)]) {

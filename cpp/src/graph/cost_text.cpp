@@ -73,7 +73,7 @@ std::string uncounted_string(const Costs& costs) {
 std::string Costs::to_string(bool by_operator) const {
   auto out = table_string(rows_of(*this, by_operator), by_operator ? "lrrrrr" : "lrlrrrrr");
   if (!uncounted.empty()) {
-    out += "not counted: " + uncounted_string(*this) + "\n";
+    out += fmt::format("not counted: {}\n", uncounted_string(*this));
   }
   return out;
 }
@@ -96,7 +96,7 @@ std::string Costs::to_html(bool by_operator) const {
   }
   out += "</table>\n";
   if (!uncounted.empty()) {
-    out += "<p>Not counted: " + escaped(uncounted_string(*this)) + "</p>\n";
+    out += fmt::format("<p>Not counted: {}</p>\n", escaped(uncounted_string(*this)));
   }
   return out;
 }

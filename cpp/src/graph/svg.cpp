@@ -94,7 +94,8 @@ double text_width(const std::string& text) {
 
 /// The end of a path says more than its start.
 std::string shortened(const std::string& module) {
-  return module.size() <= kLongestModule ? module : "\u2026" + module.substr(module.size() - kLongestModule + 1);
+  return module.size() <= kLongestModule ? module
+                                         : fmt::format("\u2026{}", module.substr(module.size() - kLongestModule + 1));
 }
 
 class Drawing {
@@ -284,7 +285,8 @@ class Drawing {
     box.name = box.nodes.size() <= 3 ? box.name + " \u00b7 " + short_name(graph_.nodes[index])
                                      : fmt::format("{} movements", box.nodes.size());
     box.shape = result_shape(index);
-    box.tooltip += "\n" + line(index);
+    box.tooltip += '\n';
+    box.tooltip += line(index);
   }
 
   static bool two_lines(const Box& box) { return box.look != moves && box.look != elementwise && box.look != end; }

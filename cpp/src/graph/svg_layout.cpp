@@ -10,7 +10,7 @@ namespace {
 constexpr double kEdgeWidth = 6;
 constexpr double kGap = 18;  // between neighbours in a layer
 constexpr int kOrderSweeps = 16;
-constexpr int kPlaceSweeps = 40;
+constexpr int kPlaceSweeps = 20;
 
 class Layered {
  public:
@@ -166,32 +166,27 @@ class Layered {
 
   // --- the places within the layers ---
 
-  /// How strongly an item keeps its wanted place: boxes stay in line, and edges go around them.
-  double weight(const Item& item) const { return item.box >= 0 ? 20.0 : 1.0; }
+  bool is_box(int64_t id) const { return layout_.items[id].box >= 0; }
 
-  double wanted(const Item& item, bool from_above, bool from_below) const {
+  /// The mean of the neighbours, where those of the item's own kind (boxes, places of edges) count `own` times.
+  double mean(const Item& item, bool above, bool below, double own) const {
     double sum = 0, weights = 0;
-    const auto add = [&](const std::vector<int64_t>& neighbours) {
-      for (auto other : neighbours) {
-        // Edges are straight where they pass layers, and boxes stand below each other.
-        const bool same = (layout_.items[other].box >= 0) == (item.box >= 0);
-        const double w = same ? 8.0 : 1.0;
-        sum += w * layout_.items[other].x;
+    for (const auto* neighbours : {above ? &item.above : nullptr, below ? &item.below : nullptr}) {
+      for (size_t i = 0; neighbours && i < neighbours->size(); ++i) {
+        const auto& other = layout_.items[(*neighbours)[i]];
+        const double w = (other.box >= 0) == (item.box >= 0) ? own : 1.0;
+        sum += w * other.x;
         weights += w;
       }
-    };
-    if (from_above) {
-      add(item.above);
-    }
-    if (from_below) {
-      add(item.below);
     }
     return weights > 0 ? sum / weights : item.x;
   }
 
   /// The places nearest to the wanted ones (least squares) at which neighbours keep their distance: shifted by the
-  /// distances, these are the nearest ascending numbers, found by pooling neighbours that are out of order.
-  void place_layer(const std::vector<int64_t>& layer, bool from_above, bool from_below) {
+  /// distances, these are the nearest ascending numbers, found by pooling neighbours that are out of order. Boxes weigh
+  /// more than the places of edges, which so go around them.
+  template <typename Wanted>
+  void place_layer(const std::vector<int64_t>& layer, const Wanted& wanted) {
     struct Pool {
       double sum, weight;
       size_t count;
@@ -203,8 +198,8 @@ class Layered {
       if (i > 0) {
         shift[i] = shift[i - 1] + (layout_.items[layer[i - 1]].width + item.width) / 2 + kGap;
       }
-      const double w = weight(item);
-      pools.push_back({w * (wanted(item, from_above, from_below) - shift[i]), w, 1});
+      const double weight = item.box >= 0 ? 1e4 : 1.0;
+      pools.push_back({weight * (wanted(item) - shift[i]), weight, 1});
       while (pools.size() > 1) {
         auto& last = pools.back();
         auto& before = pools[pools.size() - 2];
@@ -223,18 +218,30 @@ class Layered {
     }
   }
 
-  void place() {
-    for (const auto& layer : layout_.layers) {
-      place_layer(layer, true, false);
-    }
+  template <typename Wanted>
+  void sweep(bool down, const Wanted& wanted) {
     const auto count = static_cast<int64_t>(layout_.layers.size());
-    for (int sweep = 0; sweep < kPlaceSweeps; ++sweep) {
-      const bool down = sweep % 2 == 1;
-      for (int64_t i = 0; i < count; ++i) {
-        // The last sweeps look both ways.
-        const bool both = sweep >= kPlaceSweeps / 2;
-        place_layer(layout_.layers[down ? i : count - 1 - i], down || both, !down || both);
-      }
+    for (int64_t i = 0; i < count; ++i) {
+      place_layer(layout_.layers[down ? i : count - 1 - i], wanted);
+    }
+  }
+
+  void place() {
+    for (int i = 0; i < kPlaceSweeps; ++i) {
+      const bool down = i % 2 == 0;
+      sweep(down, [&](const Item& item) { return mean(item, down || i > 1, !down || i > 1, 8.0); });
+    }
+    // Boxes right below those that they read; what starts something new, above its readers.
+    sweep(true, [&](const Item& item) {
+      return item.above.empty() ? mean(item, false, true, 1e3) : mean(item, true, false, 1e3);
+    });
+    // The places of an edge below each other.
+    for (const bool down : {false, true, false}) {
+      sweep(down, [&](const Item& item) {
+        const auto& neighbours = down ? item.above : item.below;
+        const bool goes_on = std::any_of(neighbours.begin(), neighbours.end(), [&](int64_t id) { return !is_box(id); });
+        return item.box >= 0 || !goes_on ? item.x : mean(item, down, !down, 1e6);
+      });
     }
   }
 

@@ -12,7 +12,7 @@ struct Layout {
     int64_t box = -1;     // -1: a place where an edge passes
     int64_t source = -1;  // of an edge: the box that it comes from
     double width = 0;
-    double x = 0;  // of the centre
+    double x = 0;                       // of the centre
     std::vector<int64_t> above, below;  // items of the neighbouring layers that edges come from and go to
   };
   std::vector<Item> items;                   // the boxes first, in the order in which they were given

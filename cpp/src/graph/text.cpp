@@ -11,7 +11,7 @@ namespace rarefy::graph {
 namespace {
 
 constexpr size_t kLongest = 60;     // of one constant
-constexpr size_t kWidestCell = 44;  // that widens its column
+constexpr size_t kWidestCell = 64;  // that widens its column
 
 /// An enumeration that a schema's argument holds as a number.
 std::string constant_string(const c10::Argument* argument, const c10::IValue& value) {
@@ -34,6 +34,9 @@ std::string constant_string(const c10::Argument* argument, const c10::IValue& va
         break;
     }
   }
+  if (value.isDouble()) {
+    return fmt::format("{:g}", value.toDouble());
+  }
   std::ostringstream text;
   text << value;
   auto out = text.str();
@@ -53,7 +56,7 @@ size_t width_of(const std::string& text) {
 
 std::string shape_string(const Value& value) {
   auto out = fmt::format("[{}]", fmt::join(value.sizes, ", "));
-  return value.dtype == at::kFloat ? out : out + " " + c10::toString(value.dtype);
+  return value.dtype == at::kFloat ? out : fmt::format("{} {}", out, c10::toString(value.dtype));
 }
 
 std::string value_string(const Graph& graph, int64_t id, std::string_view module) {
@@ -62,7 +65,7 @@ std::string value_string(const Graph& graph, int64_t id, std::string_view module
   }
   const auto& name = graph.values[id].name;
   if (name.empty()) {
-    return "%" + std::to_string(id);
+    return fmt::format("%{}", id);
   }
   const bool inside = !module.empty() && name.size() > module.size() + 1 && name.starts_with(module) &&
                       name[module.size()] == '.' && name.find('.', module.size() + 1) == std::string::npos;
@@ -91,7 +94,9 @@ std::string constants_string(const Node& node) {
   for (size_t i = 0; i < node.inputs.size(); ++i) {
     const auto* argument =
         handle && i < handle->schema().arguments().size() ? &handle->schema().arguments()[i] : nullptr;
-    if (!node.input_values[i].empty() || is_default(argument, node.inputs[i])) {
+    // Which library computes is no property of the result.
+    const bool backend = argument && argument->name() == "cudnn_enabled";
+    if (backend || !node.input_values[i].empty() || is_default(argument, node.inputs[i])) {
       continue;
     }
     const auto text = constant_string(argument, node.inputs[i]);
@@ -142,7 +147,7 @@ std::string count_string(double count) {
   }
   auto digits = fmt::format("{:.0f}", count);
   for (int at = static_cast<int>(digits.size()) - 3; at > 0; at -= 3) {
-    digits.insert(static_cast<size_t>(at), ",");
+    digits.insert(static_cast<size_t>(at), 1, ',');
   }
   return digits;
 }
@@ -153,14 +158,15 @@ std::string Graph::to_string() const {
     const Node& node = nodes[id];
     std::vector<std::string> results;
     for (auto value : node.outputs) {
-      results.push_back(value_string(*this, value, "") + (value < 0 ? "" : " " + shape_string(values[value])));
+      results.push_back(value < 0 ? "None"
+                                  : fmt::format("{} {}", value_string(*this, value, ""), shape_string(values[value])));
     }
     rows.push_back({std::to_string(id), fmt::format("{}", fmt::join(results, ", ")), node.op.name,
                     tensors_string(*this, node), constants_string(node), node.module, node.source});
   }
   std::vector<std::string> returned;
   for (auto id : outputs) {
-    returned.push_back(value_string(*this, id, "") + " " + shape_string(values[id]));
+    returned.push_back(fmt::format("{} {}", value_string(*this, id, ""), shape_string(values[id])));
   }
   return describe() + "\n" + table_string(rows, "r", kWidestCell) +
          fmt::format("returns {}\n", fmt::join(returned, ", "));

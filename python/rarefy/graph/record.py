@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +42,17 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with eager():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, training in modes.items():
             module.training = training
+
+
+def eager() -> AbstractContextManager[object]:
+    """Compiled modules run as they are written: what a compiler makes of them calls no operators."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 class _Location:
@@ -53,22 +60,26 @@ class _Location:
 
     def __init__(self, model: nn.Module) -> None:
         self.names = {module: name for name, module in model.named_modules()}
-        self.stack: list[str] = [""]
+        self.stack: list[tuple[nn.Module | None, str]] = [(None, "")]
+        self.thread = threading.get_ident()
 
     def __call__(self) -> tuple[str, str]:
         frame = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
             frame = frame.f_back
         source = "" if frame is None else f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
-        return self.stack[-1], source
+        return self.stack[-1][1], source
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         def before(module: nn.Module, args: object) -> None:
-            self.stack.append(self.names.get(module, self.stack[-1]))
+            if threading.get_ident() == self.thread:
+                self.stack.append((module, self.names.get(module, self.stack[-1][1])))
 
         def after(module: nn.Module, args: object, out: object) -> None:
-            self.stack.pop()
+            # A module whose hooks raise may end without having begun.
+            if threading.get_ident() == self.thread and self.stack[-1][0] is module:
+                self.stack.pop()
 
         handles = [register_module_forward_pre_hook(before), register_module_forward_hook(after, always_call=True)]
         try:
@@ -87,6 +98,9 @@ def record(
 ) -> Graph:
     """Run the model once, in evaluation mode and without gradients, and record every operator.
 
+    Modules of ``torch.compile`` run as they are written. Under autocast, operators have the tensors that the model gives
+    them. What other threads run is not recorded.
+
     Args:
         model: any module; its training mode is restored.
         example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
@@ -96,7 +110,7 @@ def record(
             constants are what they are, unless the model's code looks at values.
 
     Raises:
-        ValueError: a parameter that is not dense.
+        ValueError: a parameter that is not dense; a recording runs already on this thread.
     """
     run = forward or call
     tensors = [

@@ -20,45 +20,52 @@ _OTHER = re.compile(
 
 
 _HEADS = re.compile(r"heads?$|groups?$")  # how many, as against how wide
-# The width of the residual stream, which is also that of all heads together until one of them shrinks.
-_STREAM = re.compile(r"^(hidden_size|d_model|n_embd|dim|embed_dim|embedding_size)$")
+_STREAM = re.compile(r"^hidden_size$|d_model|n_embd|embed_dim|^dim$|^embed$")  # the width of what residuals add to
 
 
 def _is_size(name: str) -> bool:
     return bool(_SIZE.search(name.lower())) and not _OTHER.search(name.lower())
 
 
+_Sizes = dict[str, dict[int, set[int]]]
+
+
 class Follower:
     """Sets the attributes of a model's modules, and of its configurations, that say a size that changed.
 
     An attribute follows when it is an integer named as a size is, equals a size in an operator that its module called, and
-    all of those that had its value have the same new one. Where its module called none, the operators of the modules inside
-    of it and the dimensions of the parameters below it count. Where some had its value and stay, as 4 heads of width 4 do,
-    a name that says how many decides.
+    all of those that had its value have the same new one. Where its module called none, the operators of the modules
+    inside of it count, and without those the dimensions of the parameters below it; for the width that residuals add to,
+    norms and embeddings first. Where some had its value and stay, as 4 heads of width 4 do, a name that says how many
+    decides. A cautious plan goes by the module's own operators alone: a size may be a factor of a computation as well.
     """
 
     def __init__(self, model: nn.Module, surgery: Surgery, plan: Plan) -> None:
         self._surgery = surgery
+        self._cautious = plan.cautious
         self._modules = dict(model.named_modules())
         # Of each module: old size to the new sizes that were seen for it.
-        self._seen: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
-        self._own: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))  # in its own operators
-        self._norms: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))  # in scales of norms
+        self._own: _Sizes = defaultdict(lambda: defaultdict(set))  # in its own operators
+        self._seen: _Sizes = defaultdict(lambda: defaultdict(set))  # in those of the modules inside of it too
+        self._streams: _Sizes = defaultdict(lambda: defaultdict(set))  # in norms and embeddings below it
+        self._dims: _Sizes = defaultdict(lambda: defaultdict(set))  # in parameters below it
         kept = defaultdict(dict)
         for cut in plan.cuts:
             kept[cut.tensor][cut.dim] = len(cut.kept)
         for name, shape in surgery.shapes_before.items():
+            path, _, last = name.rpartition(".")
+            norm = len(shape) == 1 and last == "weight"
             for dim, size in enumerate(shape):
-                self._see(self._seen, name.rpartition(".")[0], size, kept[name].get(dim, size))
-            if len(shape) == 1 and name.endswith(".weight"):
-                self._see(self._norms, name.rpartition(".")[0], shape[0], kept[name].get(0, shape[0]))
+                self._see(self._dims, path, size, kept[name].get(dim, size))
+                if norm or (dim == 1 and isinstance(self._modules.get(path), nn.Embedding)):
+                    self._see(self._streams, path, size, kept[name].get(dim, size))
         for resize in plan.resizes:
             self._own[resize.module][resize.before].add(resize.after)
             if resize.flows:
                 self._see(self._seen, resize.module, resize.before, resize.after)
 
     @staticmethod
-    def _see(sizes: dict[str, dict[int, set[int]]], path: str, before: int, after: int) -> None:
+    def _see(sizes: _Sizes, path: str, before: int, after: int) -> None:
         while True:
             sizes[path][before].add(after)
             if not path:
@@ -69,9 +76,11 @@ class Follower:
         """The size that an attribute of a module must become; None when it stays or it is not clear."""
         if not isinstance(value, int) or isinstance(value, bool) or not _is_size(name):
             return None
-        seen = (self._own[path][value] if own else set()) or self._seen[path][value]
-        if not own and _STREAM.search(name):
-            seen = self._norms[path][value] or seen  # norms are on the stream
+        seen = self._own[path][value] if own else set()
+        if not self._cautious or _HEADS.search(name):
+            if _STREAM.search(name):
+                seen = seen or self._streams[path][value]
+            seen = seen or self._seen[path][value] or self._dims[path][value]
         changed = seen - {value}
         return next(iter(changed)) if len(changed) == 1 and (value not in seen or _HEADS.search(name)) else None
 
@@ -106,7 +115,7 @@ class Follower:
                 self._surgery.set_attribute(module, name, new)
 
     def _sole_new(self, path: str, size: int) -> int | None:
-        seen = self._seen[path][size]
+        seen = self._seen[path][size] or self._dims[path][size]
         return next(iter(seen)) if len(seen) == 1 and size not in seen else None
 
     def _follow_configurations(self) -> None:

@@ -33,7 +33,12 @@ TEST_CASE("measure gives the median and the quartiles of an injected clock", "[t
   options.warmup = 2;
   options.clock = [&] { return now; };
   // 50 ms twice (warm-up, not counted), then 1, 2, 3, 4, 5 ms.
-  const auto timing = measure([&] { now += calls < 2 ? 0.050 : 1e-3 * (calls - 1); ++calls; }, options);
+  const auto timing = measure(
+      [&] {
+        now += calls < 2 ? 0.050 : 1e-3 * (calls - 1);
+        ++calls;
+      },
+      options);
   CHECK(calls == 7);
   CHECK(timing.runs == 5);
   CHECK(timing.milliseconds == Approx(3.0));

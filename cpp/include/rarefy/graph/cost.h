@@ -22,7 +22,7 @@ struct RAREFY_API Cost {
   ///     weight norm;
   ///   0 for what moves, indexes, looks up, converts or creates elements, and for the gates of a recurrent layer.
   int64_t flops = 0;
-  int64_t parameters = 0;        // elements; of an operator: of the parameters that it is the first to read
+  int64_t parameters = 0;  // elements; of an operator: of the parameters that it is the first to read
   int64_t parameter_bytes = 0;
   int64_t activation_bytes = 0;  // of the results that take memory of their own: views and in-place results take none
 
@@ -35,18 +35,19 @@ struct RAREFY_API OperatorCost {
 };
 
 struct RAREFY_API ModuleCost {
-  std::string module;       // path; empty for the whole model
-  int64_t operators = 0;    // that ran in it and in the modules inside of it
-  Cost cost;                // of those; parameters by their names, whether an operator read them or not
+  std::string module;                 // path; empty for the whole model
+  int64_t operators = 0;              // that ran in it and in the modules inside of it
+  Cost cost;                          // of those; parameters by their names, whether an operator read them or not
   std::vector<int64_t> output_sizes;  // of the last operator's result
 };
 
 struct RAREFY_API Costs {
   Cost total;                           // all parameters of the model count, read or not
   std::vector<OperatorCost> operators;  // in the order of the schedule
-  std::vector<ModuleCost> modules;      // the model, and below each module those inside of it, in the order of their running
-  std::vector<int64_t> uncounted;       // operators whose work is not known and that count with 0
-  std::vector<std::string> names;       // of `operators`, to print
+  std::vector<ModuleCost>
+      modules;                     // the model, and below each module those inside of it, in the order of their running
+  std::vector<int64_t> uncounted;  // operators whose work is not known and that count with 0
+  std::vector<std::string> names;  // of `operators`, to print
 
   /// A table with one line per module, or per operator, and a line for what is not counted.
   std::string to_string(bool by_operator = false) const;

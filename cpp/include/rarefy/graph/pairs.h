@@ -16,10 +16,10 @@ namespace rarefy::graph {
 struct RAREFY_API ConvBnPair {
   int64_t conv = -1;  // nodes
   int64_t norm = -1;
-  std::string weight, bias;         // of the convolution or linear layer
-  std::string scale, shift;         // of the normalization
-  std::string mean, variance;       // its running statistics
-  int64_t output_dim = 0;           // of the weight: one slice per output channel (and group, when transposed)
+  std::string weight, bias;    // of the convolution or linear layer
+  std::string scale, shift;    // of the normalization
+  std::string mean, variance;  // its running statistics
+  int64_t output_dim = 0;      // of the weight: one slice per output channel (and group, when transposed)
   double eps = 0;
 };
 

@@ -25,8 +25,8 @@ class Optimizer;
 namespace rarefy::pruning {
 
 struct RAREFY_API StructuredOptions {
-  ChoiceOptions choice = {};         // target, scope, round_to, min_width, limits, strict
-  std::optional<double> latency_ms;  // in place of choice.target: milliseconds of one forward pass, > 0
+  ChoiceOptions choice = {};              // target, scope, round_to, min_width, limits, strict
+  std::optional<double> latency_ms = {};  // in place of choice.target: milliseconds of one forward pass, > 0
   ImportanceOptions importance = {};
   std::vector<std::string> ignore = {};  // patterns of tensors or modules that keep their shape
   int64_t steps = 1;                     // calls of prune() until the target is met, >= 1
@@ -49,6 +49,7 @@ struct RAREFY_API Plan {
   std::vector<Cut> cuts;
   std::vector<Fold> folds;
   std::vector<Resize> resizes;
+  bool cautious = false;  // sizes follow only in modules whose own operators hold them: others may enter a computation
 };
 
 /// A model as the pruner sees it, in either language.
@@ -102,6 +103,7 @@ class RAREFY_API StructuredTransaction {
   std::optional<Baseline> baseline_;
   int64_t step_ = 0;
   int64_t attempts_ = 0;
+  bool cautious_ = false;
   bool real_ = false;  // the recording computed: the model may look at values
 };
 
