@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 import threading
-import weakref
 from typing import ClassVar
 from xml.etree import ElementTree
 
@@ -219,6 +218,7 @@ def test_floating_point_intermediates_are_not_kept():
 
         def forward(self, x):
             return forward(self, x)
+
     graph = record(Model(), torch.randn(100))
     assert len(alive) == 2
     assert all(alive)  # already while it ran
