@@ -313,7 +313,8 @@ const graph::Graph& StructuredTransaction::recording() {
 
 void StructuredTransaction::refresh() {
   structure_ = find_structure(recording(), pins_);
-  if (!baseline_) {
+  // Before the first step, what was pinned on the way counts as never having been there.
+  if (step_ == 0 || baseline_->units.size() != structure_->groups.size()) {
     baseline_ = make_baseline(*structure_, parameter_shapes(*graph_));
   }
 }
