@@ -8,7 +8,24 @@ import collections.abc
 import torch
 import typing
 
-__all__: list[str] = ["Graph", "NamedTensor", "Node", "Timing", "Value", "measure", "record"]
+__all__: list[str] = [
+    "ConvBnPair",
+    "Cost",
+    "Costs",
+    "Graph",
+    "ModuleCost",
+    "NamedTensor",
+    "Node",
+    "OperatorCost",
+    "Timing",
+    "Value",
+    "constant_nodes",
+    "conv_bn_pairs",
+    "count_costs",
+    "fold_constants",
+    "measure",
+    "record",
+]
 
 class NamedTensor:
     """
@@ -32,6 +49,11 @@ class Value:
     @property
     def is_output(self) -> bool: ...
     @property
+    def memory(self) -> int:
+        """
+        The first value in the same memory.
+        """
+    @property
     def name(self) -> str: ...
     @property
     def origin(self) -> str: ...
@@ -39,12 +61,22 @@ class Value:
     def producer(self) -> int: ...
     @property
     def shape(self) -> tuple: ...
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        """
+        None for floating-point intermediates, which are not kept unless returned.
+        """
 
 class Node:
     """
     One call of an operator.
     """
     def __repr__(self) -> str: ...
+    @property
+    def failed(self) -> bool:
+        """
+        It threw.
+        """
     @property
     def input_values(self) -> list[list[int]]: ...
     @property
@@ -67,10 +99,28 @@ class Graph:
     A recorded run: operators, their tensors and their constants.
     """
     def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
     def __str__(self) -> str: ...
+    def _repr_html_(self) -> str: ...
+    @typing.overload
     def find(self, name: str) -> int:
         """
         The value of a parameter or buffer; -1 when the run did not touch it.
+        """
+    @typing.overload
+    def find(self, name: str) -> int:
+        """
+        The value of a parameter or buffer; -1 when the run did not touch it.
+        """
+    def summary(self) -> str:
+        """
+        A table of the modules: operators, last result, MACs, FLOPs, parameters, bytes.
+        """
+    def to_svg(self, constants: bool = False, movement: bool = True) -> str:
+        """
+        A drawing of the operators in layers, inputs above.
+
+        constants: draw what depends on no input too. movement=False: a run of operators that only move is one box.
         """
     @property
     def inputs(self) -> list[int]: ...
@@ -82,6 +132,104 @@ class Graph:
     def schedule(self) -> list[int]: ...
     @property
     def values(self) -> list[Value]: ...
+
+class Cost:
+    """
+    Work and memory of one operator, one module, or a whole run.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def activation_bytes(self) -> int:
+        """
+        Of the results that take memory of their own.
+        """
+    @property
+    def flops(self) -> int:
+        """
+        Floating-point operations: 2 per multiply-accumulate, and the element-wise work.
+        """
+    @property
+    def macs(self) -> int:
+        """
+        Multiply-accumulates of convolutions, products, attention, recurrent layers.
+        """
+    @property
+    def parameter_bytes(self) -> int: ...
+    @property
+    def parameters(self) -> int: ...
+
+class OperatorCost:
+    """
+    The cost of one operator; its parameters are those that it is the first to read.
+    """
+    @property
+    def cost(self) -> Cost: ...
+    @property
+    def node(self) -> int: ...
+
+class ModuleCost:
+    """
+    The cost of a module with all modules inside of it.
+    """
+    @property
+    def cost(self) -> Cost: ...
+    @property
+    def module(self) -> str: ...
+    @property
+    def operators(self) -> int: ...
+    @property
+    def output_shape(self) -> tuple: ...
+
+class Costs:
+    """
+    What a recorded run costs: in all, by operator, by module.
+    """
+    def __str__(self) -> str: ...
+    def _repr_html_(self) -> str: ...
+    def to_html(self, by_operator: bool = False) -> str: ...
+    def to_string(self, by_operator: bool = False) -> str: ...
+    @property
+    def modules(self) -> list[ModuleCost]: ...
+    @property
+    def operators(self) -> list[OperatorCost]: ...
+    @property
+    def total(self) -> Cost: ...
+    @property
+    def uncounted(self) -> list[int]:
+        """
+        Operators whose work is not known and that count with 0.
+        """
+
+class ConvBnPair:
+    """
+    A convolution or linear layer and the batch normalization that alone reads its result.
+
+    Names are those of parameters and buffers, empty for what is absent.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def bias(self) -> str: ...
+    @property
+    def conv(self) -> int: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def mean(self) -> str: ...
+    @property
+    def norm(self) -> int: ...
+    @property
+    def output_dim(self) -> int:
+        """
+        Of the weight: one slice per output channel.
+        """
+    @property
+    def scale(self) -> str: ...
+    @property
+    def shift(self) -> str: ...
+    @property
+    def variance(self) -> str: ...
+    @property
+    def weight(self) -> str: ...
 
 class Timing:
     """
@@ -106,6 +254,26 @@ class Timing:
         Of torch, inside an operator.
         """
 
+def constant_nodes(graph: Graph) -> list[int]:
+    """
+    The scheduled operators that depend on no input, no parameter and no random number.
+    """
+
+def conv_bn_pairs(graph: Graph) -> list[ConvBnPair]:
+    """
+    The convolutions and linear layers that an evaluation-mode batch normalization alone reads.
+    """
+
+def count_costs(graph: Graph) -> Costs:
+    """
+    Count MACs, FLOPs, parameters and bytes of a recording from the shapes that occurred.
+    """
+
+def fold_constants(graph: Graph) -> Graph:
+    """
+    The recording without its constant operators, whose results become constants with their tensors.
+    """
+
 def measure(
     call: collections.abc.Callable[[], None],
     *,
@@ -126,6 +294,7 @@ def record(
     tensors: collections.abc.Sequence[NamedTensor],
     location: collections.abc.Callable[[], tuple[str, str]],
     partial: Graph = None,
+    shapes_only: bool = False,
 ) -> Graph:
     """
     Run `forward` once under no-grad and record every operator that it calls on this thread.

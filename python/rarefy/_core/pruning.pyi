@@ -586,7 +586,10 @@ class Baseline:
     @property
     def counts(self) -> Counts: ...
     @property
-    def units(self) -> tuple: ...
+    def units(self) -> tuple:
+        """
+        Of each group, by name.
+        """
 
 class ChoiceOptions:
     """
@@ -698,6 +701,11 @@ class Resize:
     @property
     def before(self) -> int: ...
     @property
+    def flows(self) -> bool:
+        """
+        Whether what is removed flows through the operator.
+        """
+    @property
     def module(self) -> str: ...
     @property
     def node(self) -> int: ...
@@ -708,6 +716,11 @@ class Plan:
     """
     What is to be done to a model in one transaction.
     """
+    @property
+    def cautious(self) -> bool:
+        """
+        Sizes follow only in modules whose own operators hold them.
+        """
     @property
     def cuts(self) -> list[Cut]: ...
     @property
@@ -792,7 +805,7 @@ class StructuredTransaction:
     """
     def __init__(
         self,
-        record: collections.abc.Callable[[], tuple[rarefy._core.graph.Graph, str]],
+        record: collections.abc.Callable[[bool], tuple[rarefy._core.graph.Graph, str]],
         tensors: collections.abc.Callable[[], list[rarefy._core.graph.NamedTensor]],
         score: collections.abc.Callable,
         apply: collections.abc.Callable[[Plan], None],
