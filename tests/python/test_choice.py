@@ -23,6 +23,7 @@ from rarefy._core.pruning import (
     Macs,
     Member,
     Parameters,
+    Pinned,
     Structure,
     at_step,
     choose_widths,
@@ -242,17 +243,25 @@ def test_strict_names_groups_and_reasons():
     for target in TARGETS:
         choose(case, target(0.5), strict=True)
     limits = [("*", 0.1)]
-    with pytest.raises(ValueError, match=r"within one unit.*Channels\(fraction=0.5\) was asked, got 0.08") as error:
+    with pytest.raises(
+        ValueError, match=r"as closely as whole units allow.*Channels\(fraction=0.5\) was asked, got 0.08"
+    ) as error:
         choose(case, Channels(0.5), limits=limits, strict=True)
     assert "l2.weight: limit 0.1 of '*' allows 4 of 40 units" in str(error.value)
-    with pytest.raises(ValueError, match="within one unit"):
+    with pytest.raises(ValueError, match="as closely as whole units allow"):
         choose(case, Macs(0.5), limits=limits, strict=True)
     with pytest.raises(ValueError, match="min_width keeps 10 of 10 units"):
         choose(case, Channels(0.5), scope="local", min_width=10, strict=True)
     with pytest.raises(ValueError, match="needs a multiple of 64"):
         choose(case, Parameters(0.5), round_to=64, strict=True)
-    with pytest.raises(ValueError, match="no groups"):
-        _core.pruning.choose(Structure([]), {"w": (3,)}, [], ChoiceOptions(Parameters(0.5), strict=True))
+    with pytest.raises(ValueError, match=r"got 0\.875"):  # the eighth of 8 units is withheld
+        choose(descending(8), Channels(0.99), scope="local", strict=True)
+    for target in TARGETS:
+        options = ChoiceOptions(target(0.5), strict=True)
+        with pytest.raises(ValueError, match="got 0: there are no groups"):
+            _core.pruning.choose(Structure([]), {"w": (3,)}, [], options)
+        with pytest.raises(ValueError, match=r"got 0\n  w\[0\], 3 slices: on purpose"):
+            _core.pruning.choose(Structure([], [Pinned("w", 0, 3, "on purpose")]), {"w": (3,)}, [], options)
 
 
 @given(chains(), st.floats(0, 0.9), st.sampled_from(TARGETS), st.sampled_from(SCOPES))
@@ -329,7 +338,10 @@ def test_a_model():
 
 @pytest.mark.parametrize(("target", "fraction"), list(itertools.product(TARGETS, [1.0, 1.5, -0.1, math.nan, math.inf])))
 def test_fractions_out_of_range(target, fraction):
-    with pytest.raises(ValueError, match=rf"\[{target.__name__}\] the fraction removed must be in \[0, 1\), got"):
+    what = target.__name__.lower()
+    with pytest.raises(
+        ValueError, match=rf"\[{target.__name__}\] the fraction of {what} removed must be in \[0, 1\), got"
+    ):
         target(fraction)
 
 

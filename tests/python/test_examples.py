@@ -307,7 +307,7 @@ def test_structured_pruning_notebook(tmp_path):
     scores = {
         name: [float(x) for x in row.split()] for name, row in re.findall(r"(l1|taylor|random) +([\d. ]+)", curves)
     }
-    assert scores["taylor"][4] > scores["random"][4]  # at four tenths of the MACs
+    assert scores["l1"][2] > scores["random"][2]  # a fifth of the MACs is gone
     tuned = [float(score) for text in texts for score in re.findall(r"after training ([\d.]+) %", text)]
     assert len(tuned) == 2
     assert min(tuned) > 93

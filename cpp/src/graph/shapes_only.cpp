@@ -43,7 +43,8 @@ Shape convolution(const torch::jit::Stack& stack, size_t first) {
   const auto &x = stack[first].toTensor(), &weight = stack[first + 1].toTensor();
   const auto &stride = stack[first + 3], &padding = stack[first + 4], &dilation = stack[first + 5];
   const auto spatial = static_cast<size_t>(weight.dim() - 2);
-  if (x.dim() != weight.dim() || !stride.isIntList() || !padding.isIntList() || !dilation.isIntList()) {
+  if (x.dim() != weight.dim() || x.size(1) != weight.size(1) * stack[first + 6].toInt() || !stride.isIntList() ||
+      !padding.isIntList() || !dilation.isIntList()) {
     return std::nullopt;
   }
   const auto strides = stride.toIntVector(), pads = padding.toIntVector(), dilations = dilation.toIntVector();

@@ -1,6 +1,7 @@
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
 #include <rarefy/pruning/choice.h>
+#include <rarefy/pruning/structure_text.h>
 
 #include <algorithm>
 #include <cmath>
@@ -16,9 +17,9 @@ namespace {
 
 using Amounts = std::vector<int64_t>;  // units of each group that leave
 
-void check_fraction(const char* function, double fraction) {
-  TORCH_CHECK_VALUE(fraction >= 0.0 && fraction < 1.0, "[", function, "] the fraction removed must be in [0, 1), got ",
-                    fraction);  // false for NaN
+void check_fraction(const char* function, const char* what, double fraction) {
+  TORCH_CHECK_VALUE(fraction >= 0.0 && fraction < 1.0, "[", function, "] the fraction of ", what,
+                    " removed must be in [0, 1), got ", fraction);  // false for NaN
 }
 
 double fraction_of(const Target& target) {
@@ -103,9 +104,10 @@ double one_unit(const std::vector<RankedGroup>& groups, const std::vector<size_t
   return most;
 }
 
+/// True when no whole unit more or less would come nearer, were there no bounds.
 bool is_met(const std::vector<RankedGroup>& groups, const std::vector<size_t>& pool, const Measure& measure,
             const Amounts& amounts, double wanted) {
-  const double tolerance = one_unit(groups, pool, measure, amounts);
+  const double tolerance = one_unit(groups, pool, measure, amounts) / 2;
   return std::abs(measure(amounts) - wanted) <= tolerance + 1e-9 * std::max(1.0, std::abs(wanted));
 }
 
@@ -113,9 +115,9 @@ Search search(const std::vector<RankedGroup>& groups, const std::vector<std::vec
               const Counter& counter, const Target& target, const Counts& before) {
   const double fraction = fraction_of(target);
   Search result;
+  result.met = !groups.empty() || fraction == 0.0;
   if (std::holds_alternative<Channels>(target)) {
     result.asked.assign(groups.size(), 0);
-    result.met = fraction == 0 || !groups.empty();
     for (const auto& pool : pools) {
       int64_t original = 0, now = 0;
       for (const auto g : pool) {
@@ -145,7 +147,7 @@ Search search(const std::vector<RankedGroup>& groups, const std::vector<std::vec
     result.asked = amounts_at(groups, units, nearest(groups, units, measure, wanted));
     std::vector<size_t> every(groups.size());
     std::iota(every.begin(), every.end(), size_t{0});
-    result.met = is_met(groups, every, measure, rounded(groups, result.asked), wanted);
+    result.met = result.met && is_met(groups, every, measure, rounded(groups, result.asked), wanted);
   }
   result.found = rounded(groups, result.asked);
   return result;
@@ -185,6 +187,28 @@ std::vector<std::vector<int32_t>> orders(const std::vector<RankedGroup>& groups)
   return out;
 }
 
+/// What kept a target from being met, a line each.
+std::string obstacles(const Choice& choice, const Structure& structure) {
+  std::vector<std::string> lines;
+  for (const auto& group : choice.groups) {
+    if (!group.reason.empty()) {
+      lines.push_back(fmt::format("{}: {}", group.name, group.reason));
+    }
+  }
+  for (const auto& pinned : structure.pinned) {
+    lines.push_back(to_string(pinned));
+  }
+  if (lines.empty()) {
+    return ": there are no groups";
+  }
+  constexpr size_t kMost = 40;
+  std::string text;
+  for (size_t i = 0; i < std::min(lines.size(), kMost); ++i) {
+    text += "\n  " + lines[i];
+  }
+  return lines.size() > kMost ? text + fmt::format("\n  and {} more", lines.size() - kMost) : text;
+}
+
 /// The units that each group of a structure had in the baseline.
 Amounts original_units(const Structure& structure, const Baseline& baseline) {
   std::map<std::pair<std::string, size_t>, int64_t> known;  // by name and how many of that name come before
@@ -202,9 +226,9 @@ Amounts original_units(const Structure& structure, const Baseline& baseline) {
 
 }  // namespace
 
-void Channels::validate() const { check_fraction("Channels", fraction); }
-void Parameters::validate() const { check_fraction("Parameters", fraction); }
-void Macs::validate() const { check_fraction("Macs", fraction); }
+void Channels::validate() const { check_fraction("Channels", "channels", fraction); }
+void Parameters::validate() const { check_fraction("Parameters", "parameters", fraction); }
+void Macs::validate() const { check_fraction("Macs", "macs", fraction); }
 std::string Channels::to_string() const { return fmt::format("Channels(fraction={})", fraction); }
 std::string Parameters::to_string() const { return fmt::format("Parameters(fraction={})", fraction); }
 std::string Macs::to_string() const { return fmt::format("Macs(fraction={})", fraction); }
@@ -279,21 +303,9 @@ Choice choose(const Structure& structure, const Shapes& shapes, const std::vecto
          reason_for(groups[g], result.asked[g], result.found[g], fraction_of(options.target), options)});
   }
   if (options.strict && !result.met) {
-    std::string reasons;
-    for (const auto& group : choice.groups) {
-      if (!group.reason.empty()) {
-        reasons += fmt::format("\n  {}: {}", group.name, group.reason);
-      }
-    }
-    if (groups.empty()) {
-      reasons = ": no groups";
-      for (const auto& pinned : structure.pinned) {
-        reasons += fmt::format("\n  {}[{}]: {}", pinned.tensor, pinned.dim, pinned.reason);
-      }
-    }
-    TORCH_CHECK_VALUE(false, "[choose] the target must be met within one unit when strict is set: ",
+    TORCH_CHECK_VALUE(false, "[choose] the target must be met as closely as whole units allow when strict is set: ",
                       std::visit([](const auto& chosen) { return chosen.to_string(); }, options.target),
-                      " was asked, got ", choice.achieved(), reasons);
+                      " was asked, got ", choice.achieved(), obstacles(choice, structure));
   }
   return choice;
 }

@@ -328,9 +328,7 @@ const Structure& StructuredTransaction::structure() {
 Choice StructuredTransaction::choose_units(const std::vector<GroupScore>& scores) {
   auto options = options_.choice;
   options.target = at_step(options.target, std::min(step_ + 1, options_.steps), options_.steps);
-  // A pin that was learnt on the way changes the groups: then fractions refer to what can still be pruned.
-  const bool same = baseline_->units.size() == structure_->groups.size();
-  return choose(*structure_, parameter_shapes(*graph_), scores, options, same ? baseline_ : std::nullopt);
+  return choose(*structure_, parameter_shapes(*graph_), scores, options, baseline_);
 }
 
 StructuredReport StructuredTransaction::make_report(const Choice& choice) const {

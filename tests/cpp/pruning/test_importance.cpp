@@ -61,8 +61,8 @@ std::vector<double> reference(Net& net, const Term& term, const Finish& finish) 
     double mean = 0;
     for (const auto& [parameter, dim] :
          {std::pair{net->first->weight, 0}, {net->norm->weight, 0}, {net->last->weight, 1}}) {
-      const auto w = parameter.detach().select(dim, unit).reshape({-1});
-      const auto g = gradient(parameter).select(dim, unit).reshape({-1});
+      const at::Tensor w = parameter.detach().select(dim, unit).reshape({-1});
+      const at::Tensor g = gradient(parameter).select(dim, unit).reshape({-1});
       double sum = 0;
       for (int64_t i = 0; i < w.numel(); ++i) {
         sum += term(w[i].item<double>(), g[i].item<double>());

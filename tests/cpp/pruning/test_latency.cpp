@@ -260,7 +260,8 @@ TEST_CASE("Bad targets and scores are errors", "[latency]") {
   const auto table = table_of(Chain({3, 64, 64, 8}));
   const auto scores = equal_scores(table);
   const double nan = std::numeric_limits<double>::quiet_NaN();
-  CHECK_THROWS_WITH(widths_for_latency(table, scores, 0), ContainsSubstring("target must be positive milliseconds, got 0"));
+  CHECK_THROWS_WITH(widths_for_latency(table, scores, 0),
+                    ContainsSubstring("target must be positive milliseconds, got 0"));
   CHECK_THROWS_WITH(widths_for_latency(table, scores, nan), ContainsSubstring("target must be positive"));
   CHECK_THROWS_WITH(widths_for_latency(table, scores, 0.51), ContainsSubstring("the fastest widths are estimated at "));
   CHECK_THROWS_WITH(widths_for_latency(table, {scores[0]}, 3), ContainsSubstring("each of the 2 groups, got 1"));
@@ -291,7 +292,9 @@ TEST_CASE("A target is reached though the table is wrong", "[latency]") {
     for (const double fraction : {0.8, 0.6, 0.45}) {
       const double target = fraction * table.whole;
       // The truth: what was removed saves more, or less, than the table says.
-      const auto truth = [&](const Widths& widths) { return table.whole - error * (table.whole - table.predict(widths)); };
+      const auto truth = [&](const Widths& widths) {
+        return table.whole - error * (table.whole - table.predict(widths));
+      };
       const auto result = reach_latency(table, scores, target, truth);
       CHECK(result.measured == truth(result.widths));
       CHECK(result.measured <= 1.1 * target);
@@ -326,7 +329,7 @@ TEST_CASE("Progress reaches the end, and equal operators are measured once", "[l
   table_of(Chain({3, 64, 64, 64, 64, 8}), options);
   CHECK(std::is_sorted(seen.begin(), seen.end()));
   CHECK(seen.back() == Approx(1.0));
-  CHECK(seen.size() == 3);             // the first, those in the middle, the last
+  CHECK(seen.size() == 3);  // the first, those in the middle, the last
   CHECK(calls == 8 + 8 * 8 + 8);
 }
 

@@ -140,7 +140,8 @@ TEST_CASE("what is left computes what the original computes without the rest", "
   for (const auto& structure : structures::all()) {
     for (const uint64_t seed : {0, 1}) {
       DYNAMIC_SECTION(structure.name << " " << seed) {
-        auto pruned = prune(structure, seed, seed == 0 ? 0.3 : 0.5, seed == 0 ? UnitScope::global : UnitScope::local, /*fold=*/false);
+        auto pruned = prune(structure, seed, seed == 0 ? 0.3 : 0.5, seed == 0 ? UnitScope::global : UnitScope::local,
+                            /*fold=*/false);
         INFO(pruned.report.to_string());
         CHECK(!pruned.kept.empty());
         CHECK(missing_groups(structure, pruned.report) == "");

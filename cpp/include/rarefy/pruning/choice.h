@@ -126,8 +126,8 @@ struct RAREFY_API Choice {
 ///   baseline  of the first of several steps; unset: what the structure is now. Groups are found in it by name, of
 ///             equal names by order; one that is not in it had the units that it has
 /// Throws c10::ValueError for an option out of range, for a limit that names nothing in the structure, for scores that
-/// do not fit, and, when `strict` is set, when what is achieved differs from the target by more than the removal of one
-/// unit (or one step of round_to) changes; the message then names groups and reasons.
+/// do not fit, and, when `strict` is set, when one more unit (or step of round_to) would have come nearer to the target
+/// but was withheld; the message then names groups and what is pinned, with reasons.
 RAREFY_API Choice choose(const Structure& structure, const Shapes& shapes, const std::vector<GroupScore>& scores,
                          const ChoiceOptions& options, const std::optional<Baseline>& baseline = std::nullopt);
 

@@ -25,7 +25,7 @@ class Optimizer;
 namespace rarefy::pruning {
 
 struct RAREFY_API StructuredOptions {
-  ChoiceOptions choice = {};         // target, scope, round_to, min_width, limits, strict
+  ChoiceOptions choice = {};              // target, scope, round_to, min_width, limits, strict
   std::optional<double> latency_ms = {};  // in place of choice.target: milliseconds of one forward pass, > 0
   ImportanceOptions importance = {};
   std::vector<std::string> ignore = {};  // patterns of tensors or modules that keep their shape
