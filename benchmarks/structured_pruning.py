@@ -177,7 +177,7 @@ def onnx_session(model: nn.Module, x: Tensor, folder: Path, name: str, threads: 
     import onnxruntime
 
     file = folder / f"{name}.onnx"
-    rf.export.to_onnx(model, x, file)
+    rf.export.to_onnx(model, x, file, dynamic_batch=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

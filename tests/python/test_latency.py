@@ -196,6 +196,15 @@ class TestReach:
         with pytest.raises(ValueError, match=r"got 2 ms; the fastest of . tries took 3 ms of 3.5 ms before"):
             _core.pruning.reach_latency(chain(2), ones(2), 2.0, lambda widths: 3.0)
 
+    def test_a_fast_model_is_not_tried(self):
+        def never(widths):
+            raise AssertionError(widths)
+
+        result = _core.pruning.reach_latency(chain(2), ones(2), 3.5, never)
+        assert result.widths == [FULL, FULL]
+        assert result.measured == 3.5
+        assert result.tries == []
+
     def test_errors_of_the_caller_pass_through(self):
         def fails(widths):
             raise RuntimeError("out of memory")

@@ -5,8 +5,13 @@
 #include <rarefy/config.h>
 #include <rarefy/distillation/loss.h>
 #include <rarefy/distillation/trainer.h>
+#include <rarefy/graph/constants.h>
+#include <rarefy/graph/cost.h>
 #include <rarefy/graph/graph.h>
+#include <rarefy/graph/pairs.h>
 #include <rarefy/graph/record.h>
+#include <rarefy/graph/svg.h>
+#include <rarefy/graph/timing.h>
 #include <rarefy/nn/add.h>
 #include <rarefy/nn/cat.h>
 #include <rarefy/nn/conv.h>

@@ -150,7 +150,7 @@ const Table& table() {
 }
 
 Kind rarefy_kind(std::string_view name) {
-  if (name == "relu") {
+  if (name == "relu" || name == "inverse_std") {
     return Kind::elementwise;
   }
   return name == "fake_quantize" ? Kind::fake_quantize : Kind::unknown;

@@ -375,7 +375,7 @@ class Drawing {
           "<rect x=\"{:.1f}\" y=\"12\" width=\"10\" height=\"10\" rx=\"2\" fill=\"{}\" stroke=\"{}\"/>"
           "<text x=\"{:.1f}\" y=\"21\" class=\"dim\">{}</text>\n",
           x, style.fill, style.stroke, x + 15, style.meaning);
-      x += 15 + text_width(style.meaning) + 14;
+      x += 15 + 1.05 * text_width(style.meaning) + 18;
     }
     return {out, x - kMargin};
   }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <set>
 
 namespace rarefy::pruning {
@@ -235,6 +236,30 @@ bool tried(const LatencyResult& result, const Widths& widths) {
                      [&](const LatencyTry& one) { return one.widths == widths; });
 }
 
+/// What the table should predict for a model that takes `aim` milliseconds: on the line between the two tries whose times
+/// enclose the aim, one of which may be the whole model; beyond the fastest try on the line from the whole model to it.
+double prediction_for(double aim, const LatencyResult& result) {
+  const std::pair<double, double> whole{result.before, result.before};  // predicted, measured
+  auto above = whole;                                                   // the fastest try that is too slow
+  std::optional<std::pair<double, double>> below;                       // the slowest one that is not
+  for (const auto& one : result.tries) {
+    if (one.measured >= aim && one.measured < above.second) {
+      above = {one.predicted, one.measured};
+    }
+    if (one.measured < aim && (!below || one.measured > below->second)) {
+      below = {one.predicted, one.measured};
+    }
+  }
+  const auto near = below ? *below : above, far = below ? above : whole;
+  const double slope = (far.first - near.first) / (far.second - near.second);
+  // Noise can make narrower widths look slower; then a smaller step in the right direction.
+  if (!std::isfinite(slope) || slope <= 0) {
+    const auto& last = result.tries.back();
+    return last.predicted * (last.measured > aim ? 0.9 : 1.1);
+  }
+  return std::max(0.0, near.first + slope * (aim - near.second));
+}
+
 /// Widths for a target; the fastest ones when it cannot be reached.
 Search search_widths(const LatencyTable& table, const std::vector<Loss>& losses, double target) {
   Search search(table, losses);
@@ -307,6 +332,11 @@ LatencyResult reach_latency(const LatencyTable& table, const std::vector<at::Ten
   result.target = target;
   result.before = table.whole;
   result.threads = table.threads;
+  if (table.whole <= target) {
+    result.widths = table.units;
+    result.measured = table.whole;
+    return result;
+  }
   double asked = target * (1 - tolerance / 2);
   const LatencyTry* best = nullptr;
   result.tries.reserve(static_cast<size_t>(tries));
@@ -320,8 +350,7 @@ LatencyResult reach_latency(const LatencyTable& table, const std::vector<at::Ten
     if (tried(result, search.widths)) {
       break;
     }
-    const bool whole = search.widths == table.units;
-    const double measured = whole ? table.whole : measure_pruned(search.widths);
+    const double measured = measure_pruned(search.widths);
     TORCH_CHECK_VALUE(measured > 0, "[reach_latency] measure_pruned must return positive milliseconds, got ", measured);
     result.tries.push_back({search.widths, asked, search.time, measured});
     if (!best || miss(measured, target) < miss(best->measured, target)) {
@@ -330,7 +359,7 @@ LatencyResult reach_latency(const LatencyTable& table, const std::vector<at::Ten
     if (measured <= target && measured >= (1 - tolerance) * target) {
       break;
     }
-    asked = target * (1 - tolerance / 2) * search.time / measured;
+    asked = prediction_for(target * (1 - tolerance / 2), result);
   }
   TORCH_CHECK_VALUE(best->measured <= (1 + kClose) * target, "[reach_latency] target must be reachable, got ", target,
                     " ms; the fastest of ", result.tries.size(), " tries took ", best->measured, " ms of ", table.whole,

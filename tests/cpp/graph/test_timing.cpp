@@ -68,7 +68,9 @@ TEST_CASE("Times of nodes are those of the operators that run, nested ones inclu
   CHECK(times[1] > 5 * times[0]);
 
   const auto graph = record([&] { return std::vector{large.square()}; }, {{"x", large, Origin::input}});
-  REQUIRE(graph.nodes.size() == 2);  // square, and inside of it pow
+  REQUIRE(graph.nodes.size() >= 2);
+  REQUIRE(graph.nodes[0].op.name == "aten::square");
+  REQUIRE(graph.nodes[1].op.name == "aten::pow");  // inside of it
   const auto nested = time_nodes(graph, [&] { large.square(); }, options);
   CHECK(nested[0] > nested[1]);
   CHECK(nested[1] > 0.3 * nested[0]);

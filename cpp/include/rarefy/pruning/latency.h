@@ -43,9 +43,9 @@ struct RAREFY_API LatencyResult {
 };
 
 /// Widths whose measured time is `target` milliseconds at most, and not far below: chooses widths by the table, lets
-/// `measure_pruned` prune to them and measure, and corrects what it asks the table for by the ratio of both, until the time
+/// `measure_pruned` prune to them and measure, and corrects what it asks the table for by what the tries before predicted and took, until the time
 /// is within `tolerance` below the target or `tries` are used up. The last widths that were tried need not be those that
-/// are returned. Throws c10::ValueError when no try came within 10 % of the target, saying the fastest time measured.
+/// are returned; a model that is fast enough already is not tried at all. Throws c10::ValueError when no try came within 10 % of the target, saying the fastest time measured.
 RAREFY_API LatencyResult reach_latency(const LatencyTable& table, const std::vector<at::Tensor>& scores, double target,
                                        const std::function<double(const Widths&)>& measure_pruned, int64_t tries = 5,
                                        double tolerance = 0.05);
