@@ -107,7 +107,7 @@ def main() -> None:
     if arguments.load:
         load(arguments.out)
         return
-    epochs = arguments.epochs or ((2, 1) if arguments.quick else (8, 4))
+    epochs = arguments.epochs or ((2, 1) if arguments.quick else (6, 3))
     if min(epochs) < 1:
         parser.error(f"argument --epochs: must be positive, got {' '.join(map(str, epochs))}")
     if not 0 <= arguments.macs < 1:
