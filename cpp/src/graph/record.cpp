@@ -302,15 +302,14 @@ bool is_composite(const c10::OperatorName& op) {
 }
 
 /// Appends to the schedule what computes the outputs of nodes [begin, end) at one level of nesting.
-void make_schedule(Graph& graph, int64_t begin, int64_t end,
-                   const std::function<bool(const c10::OperatorName&)>& keep) {
+void make_schedule(Graph& graph, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i = std::max(graph.nodes[i].children_end, i + 1)) {
     const Node& node = graph.nodes[i];
     if (node.failed) {
       continue;
     }
-    if (!keep(node.op) && node.children_end > i + 1 && is_composite(node.op)) {
-      make_schedule(graph, i + 1, node.children_end, keep);
+    if (!is_known(node.op) && node.children_end > i + 1 && is_composite(node.op)) {
+      make_schedule(graph, i + 1, node.children_end);
     } else {
       graph.schedule.push_back(i);
     }
@@ -329,7 +328,6 @@ Graph record(const std::function<std::vector<at::Tensor>()>& forward, const std:
       graph.inputs.push_back(id);
     }
   }
-  const auto keep = options.keep ? options.keep : [](const c10::OperatorName& op) { return is_known(op); };
   std::vector<at::Tensor> outputs;
   try {
     const at::NoGradGuard no_grad;
@@ -341,13 +339,13 @@ Graph record(const std::function<std::vector<at::Tensor>()>& forward, const std:
     outputs = forward();
   } catch (...) {
     if (partial) {
-      make_schedule(graph, 0, static_cast<int64_t>(graph.nodes.size()), keep);
+      make_schedule(graph, 0, static_cast<int64_t>(graph.nodes.size()));
       *partial = std::move(graph);
     }
     throw;
   }
   recorder.finish(outputs);
-  make_schedule(graph, 0, static_cast<int64_t>(graph.nodes.size()), keep);
+  make_schedule(graph, 0, static_cast<int64_t>(graph.nodes.size()));
   return graph;
 }
 

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "removed.h"
+
 // What a recorded model computes without some of its units, at its full size: the recording is run again with the
 // weights that produce removed channels at zero, consumers that ignore them, and normalizations whose statistics leave
 // them out. The physically smaller model must give the same outputs.
@@ -16,40 +18,6 @@ namespace rarefy::pruning {
 struct Reference {
   std::vector<at::Tensor> outputs;  // of the model, at full size
   std::vector<Fold> folds;
-};
-
-/// Places of a value that a removal takes away: per dimension, ascending.
-struct RemovedPlaces {
-  int64_t dim = 0;
-  std::vector<int64_t> removed;
-  std::vector<int64_t> kept;
-};
-
-/// Answers what a removal takes from each value of a recording.
-class RemovedView {
- public:
-  RemovedView(const graph::Graph& graph, const Structure& structure, const Removal& removal);
-  /// Of a recording of which nothing is removed.
-  explicit RemovedView(const graph::Graph& graph);
-  ~RemovedView();
-  RemovedView(const RemovedView&) = delete;
-  RemovedView& operator=(const RemovedView&) = delete;
-
-  const std::vector<RemovedPlaces>& of(int64_t value) const;
-  /// The removed places along one dimension; null when there are none.
-  const RemovedPlaces* along(int64_t value, int64_t dim) const;
-  /// The value's sizes afterwards.
-  std::vector<int64_t> sizes(int64_t value) const;
-  /// False for parameters and what is computed from them alone.
-  bool depends_on_input(int64_t value) const;
-  bool any(int64_t value) const { return !of(value).empty(); }
-
- private:
-  const graph::Graph& graph_;
-  const Provenance* provenance_ = nullptr;
-  std::vector<char> gone_;  // by label
-  mutable std::vector<std::vector<RemovedPlaces>> places_;
-  mutable std::vector<char> known_;
 };
 
 /// Runs the reference. With `fold`, channels that are constant once their weights are zero keep their constants where the

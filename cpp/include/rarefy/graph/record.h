@@ -34,9 +34,6 @@ struct RAREFY_API RecordOptions {
   /// Leaves out the work of convolutions and matrix products, which give zeros: the operators, their shapes and constants
   /// are what they are, unless the model's code looks at values.
   bool shapes_only = false;
-  /// Operators to keep whole though they are made of others, by name ("aten::linear"); unset: those that
-  /// labels.h knows.
-  std::function<bool(const c10::OperatorName&)> keep = nullptr;
 };
 
 /// Runs `forward` once, under no-grad, and records every operator that it calls on this thread.

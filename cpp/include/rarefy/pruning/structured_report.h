@@ -25,7 +25,6 @@ struct RAREFY_API Resize {
   int64_t node = -1;
   std::string module;  // that called the operator
   std::string source;
-  std::string argument;  // of the operator
   int64_t before = 0;
   int64_t after = 0;
   bool flows = true;  // false: nothing of what is removed flows through the operator, whose sizes stay
