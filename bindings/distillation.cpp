@@ -159,6 +159,8 @@ void init_distillation(py::module_& m) {
             trainer.load_state(TrainerState{epoch, step, std::move(history)});
           },
           py::arg("epoch"), py::arg("step"), py::arg("history"));
+
+  init_ema(sub);
 }
 
 }  // namespace rarefy::python
