@@ -19,6 +19,9 @@ void init_distillation(py::module_& m) {
       .def_readonly("alpha", &DistillationLossOptions::alpha)
       .def_readonly("ignore_index", &DistillationLossOptions::ignore_index)
       .def("validate", &DistillationLossOptions::validate, "Raise ValueError for a field out of range.");
+
+  init_distillation_trainer(sub);
+  init_ema(sub);
 }
 
 }  // namespace rarefy::python

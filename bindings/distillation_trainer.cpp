@@ -237,8 +237,7 @@ void define_results(py::module_& sub) {
 
 }  // namespace
 
-void init_distillation_trainer(py::module_& m) {
-  auto sub = m.attr("distillation").cast<py::module_>();
+void init_distillation_trainer(py::module_& sub) {
   define_results(sub);
 
   // The loop runs without the GIL: the functions below take it for as long as they are in Python, and the autograd engine

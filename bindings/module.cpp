@@ -38,7 +38,6 @@ PYBIND11_MODULE(_core, m) {
   init_pruning_latency(m);
   init_quantization(m);
   init_distillation(m);
-  init_distillation_trainer(m);
 }
 
 }  // namespace rarefy::python
