@@ -6,6 +6,7 @@
 #include <rarefy/distillation/capture.h>
 #include <rarefy/distillation/ema.h>
 #include <rarefy/distillation/loss.h>
+#include <rarefy/distillation/checkpoint.h>
 #include <rarefy/distillation/trainer.h>
 #include <rarefy/graph/constants.h>
 #include <rarefy/graph/cost.h>

@@ -8,7 +8,7 @@ from rarefy.distillation.ema import EMATeacher
 from rarefy.distillation.loss import DistillationLoss
 from rarefy.distillation.on_policy import OnPolicy
 from rarefy.distillation.outputs import Outputs, to_logits
-from rarefy.distillation.trainer import Callbacks, DistillationTrainer
+from rarefy.distillation.trainer import Callbacks, DistillationTrainer, Selection
 
 if TYPE_CHECKING:
     from rarefy.distillation.hf import DistillationTrainerMixin
@@ -26,6 +26,7 @@ __all__ = [
     "LayerCapture",
     "OnPolicy",
     "Outputs",
+    "Selection",
     "StepResult",
     "to_logits",
 ]
