@@ -17,6 +17,8 @@ _missing = [name for name in ("transformers", "accelerate") if importlib.util.fi
 if _missing:
     raise ImportError(f"[DistillationTrainerMixin] needs {', '.join(_missing)}: pip install rarefy[integrations]")
 
+from transformers import TrainerCallback
+
 _TERMS_FILE = "distillation_terms.pt"
 
 
@@ -45,7 +47,7 @@ class DistillationTrainerMixin:
         objective: instead of `loss_fn`, terms by name: a callable (student: Outputs, teacher: Outputs, batch), or (weight,
             callable). The outputs of layers that a term names in its attributes ``student_layers`` and ``teacher_layers``
             are in ``Outputs.features``. Parameters of terms (adapters) are trained with the student and saved in
-            checkpoints, in one process. The mean of each weighted term is in the log, as ``loss/<name>``.
+            checkpoints, in one process; ``max_grad_norm`` measures the student's gradients alone. The mean of each weighted term is in the log, as ``loss/<name>``.
         student_logits, teacher_logits: functions that find the logits in what a model returned; see `to_logits`.
 
     Labels are ``inputs["labels"]``. Smoothing of labels is the loss's (``DistillationLoss(label_smoothing=)``).
@@ -98,6 +100,8 @@ class DistillationTrainerMixin:
                 "[DistillationTrainerMixin] terms with parameters are trained in one process, got "
                 f"{self.args.world_size}: make the adapters modules of the student"
             )
+        if self._term_parameters():
+            self.add_callback(_ZeroGradients(self._term_parameters()))
         # Not called: it tells the Trainer to count the labels of all batches of a step, and not to scale the loss itself.
         self.compute_loss_func = self._no_loss_func
         losses = [loss_fn] if terms is None else [term for _, term in terms.values()]
@@ -202,6 +206,17 @@ class DistillationTrainerMixin:
             state = torch.load(Path(checkpoint, _TERMS_FILE), map_location=self.args.device, weights_only=True)
             for name, module in self._term_modules.items():
                 module.load_state_dict(state[name])
+
+
+class _ZeroGradients(TrainerCallback):
+    """Zero the gradients of terms before each step: the Trainer zeroes those of its model alone."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self._parameters = parameters
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
 
 
 def _is_movable(teacher: nn.Module) -> bool:
