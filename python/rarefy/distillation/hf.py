@@ -1,6 +1,5 @@
 """Distillation inside of Hugging Face's Trainer."""
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ from rarefy.distillation.modes import evaluating
 from rarefy.distillation.outputs import Outputs
 from rarefy.distillation.unwrap import unwrap
 
-_missing = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
-if _missing:
-    raise ImportError(f"[DistillationTrainerMixin] needs {', '.join(_missing)}: pip install rarefy[integrations]")
-
-from transformers import TrainerCallback
+try:
+    import accelerate  # noqa: F401  (transformers' Trainer needs it, and imports without it)
+    from transformers import TrainerCallback
+except ModuleNotFoundError as error:
+    raise ImportError(f"[DistillationTrainerMixin] needs {error.name}: pip install rarefy[integrations]") from error
 
 _TERMS_FILE = "distillation_terms.pt"
 
@@ -47,7 +46,8 @@ class DistillationTrainerMixin:
         objective: instead of `loss_fn`, terms by name: a callable (student: Outputs, teacher: Outputs, batch), or (weight,
             callable). The outputs of layers that a term names in its attributes ``student_layers`` and ``teacher_layers``
             are in ``Outputs.features``. Parameters of terms (adapters) are trained with the student and saved in
-            checkpoints, in one process; ``max_grad_norm`` measures the student's gradients alone. The mean of each weighted term is in the log, as ``loss/<name>``.
+            checkpoints, in one process; ``max_grad_norm`` measures the student's gradients alone. The mean of each weighted
+            term is in the log, as ``loss/<name>``.
         student_logits, teacher_logits: functions that find the logits in what a model returned; see `to_logits`.
 
     Labels are ``inputs["labels"]``. Smoothing of labels is the loss's (``DistillationLoss(label_smoothing=)``).
