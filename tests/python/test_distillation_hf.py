@@ -1,6 +1,9 @@
 """A teacher inside of transformers' Trainer."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,7 +116,7 @@ def pair():
     return bert(16), bert(32).train()
 
 
-def gradients(make, data, batch, steps, folder, **options):
+def gradients(make, data, batch, steps, folder, ddp_backend=None, **options):
     """The gradient at the only optimizer step of one pass over the data, and what was logged."""
     student, teacher = make()
     seen = {}
@@ -130,6 +133,7 @@ def gradients(make, data, batch, steps, folder, **options):
             gradient_accumulation_steps=steps,
             num_train_epochs=1,
             train_sampling_strategy="sequential",
+            ddp_backend=ddp_backend,
         ),
         train_dataset=data,
         data_collator=transformers.default_data_collator,
@@ -415,6 +419,10 @@ def test_a_batch_without_valid_rows_adds_nothing(tmp_path):
         ({"loss_fn": DistillationLoss(), "objective": {"a": DistillationLoss()}}, "got both of them"),
         ({"objective": {}}, "objective must have at least one term, got none"),
         ({"objective": {"a": (float("nan"), DistillationLoss())}}, "must be a finite number, got nan for 'a'"),
+        (
+            {"loss_fn": DistillationLoss(reduction="sum")},
+            "loss_fn must return a mean, got one with the reduction 'sum'",
+        ),
         ({"loss_fn": DistillationLoss(), "compute_loss_func": print}, "got a compute_loss_func as well"),
         (
             {"loss_fn": DistillationLoss(), "smoothing": 0.1},
@@ -449,3 +457,31 @@ def test_smoothing_of_labels_is_the_losss(pair, tmp_path):
     with torch.no_grad():
         expected = F.cross_entropy(pair[0].eval()(**batch).logits, labels, label_smoothing=0.1)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+PROCESS = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from test_distillation_hf import gradients, pair_of, shifted_loss, texts
+result, loss = gradients(
+    pair_of("texts"), texts(8), 2, 2, {folder!r}, loss_fn=shifted_loss, ddp_backend="gloo"
+)
+if torch.distributed.get_rank() == 0:
+    torch.save((result, loss), {folder!r} + "/gradients.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    expected, loss = gradients(pair_of("texts"), texts(8), 8, 1, tmp_path / "one", loss_fn=shifted_loss)
+    script = tmp_path / "process.py"
+    script.write_text(PROCESS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result, again = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    assert result.keys() == expected.keys()
+    for name, gradient in result.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert again == pytest.approx(loss, rel=1e-4)

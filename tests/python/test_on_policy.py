@@ -234,6 +234,12 @@ def test_what_is_wrong_is_said(student):
     good = batch_of(PROMPTS, COMPLETIONS)
     with pytest.raises(TypeError, match=r"\[OnPolicy\] student must have a method generate, got Linear"):
         OnPolicy(nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="student must continue its prompts, got an encoder-decoder model"):
+        OnPolicy(
+            transformers.T5ForConditionalGeneration(
+                transformers.T5Config(vocab_size=WORDS, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+            )
+        )
     with pytest.raises(TypeError, match="a batch must be a dict, got Tensor"):
         on_policy(good["input_ids"])
     with pytest.raises(KeyError, match="labels tell where a prompt ends"):

@@ -54,7 +54,7 @@ class DistillationTrainerMixin:
 
     Raises:
         ValueError: both or none of `loss_fn` and `objective`; ``args.label_smoothing_factor`` without the same
-            smoothing in `loss_fn`; ``compute_loss_func``; terms with parameters in several processes.
+            smoothing in `loss_fn`; ``compute_loss_func``; a loss that is no mean; terms with parameters in several processes.
         ImportError: on import of the module, without transformers and accelerate.
     """
 
@@ -76,6 +76,11 @@ class DistillationTrainerMixin:
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
                 "[DistillationTrainerMixin] the loss is loss_fn or objective, got a compute_loss_func as well"
+            )
+        if getattr(loss_fn, "reduction", "mean") != "mean":
+            raise ValueError(
+                "[DistillationTrainerMixin] loss_fn must return a mean, got one with the reduction "
+                f"{loss_fn.reduction!r}"
             )
         terms = None if objective is None else objectives.read_terms("DistillationTrainerMixin", objective)
         super().__init__(*args, **kwargs)
