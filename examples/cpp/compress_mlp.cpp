@@ -235,8 +235,9 @@ void distill(Student& student, torch::nn::Sequential& teacher, const Examples& t
   torch::optim::Adam optimizer(student->parameters(), torch::optim::AdamOptions(rate));
   const int64_t steps = epochs * ((train.y.size(0) + kBatchSize - 1) / kBatchSize);
   const rarefy::distillation::DistillationLossOptions loss_options{.temperature = 4.0, .alpha = 0.7};
-  rarefy::distillation::DistillationTrainer trainer(student, teacher, optimizer,
-                                                    rarefy::distillation::DistillationLoss(loss_options));
+  const rarefy::distillation::DistillationTrainerOptions trainer_options;
+  rarefy::distillation::DistillationTrainer trainer(
+      student, teacher, optimizer, rarefy::distillation::DistillationLoss(loss_options), trainer_options);
   rarefy::distillation::Callbacks callbacks;
   callbacks.on_step = [&](int64_t step, double) {
     after_step();
