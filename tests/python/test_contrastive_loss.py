@@ -25,9 +25,9 @@ def reference(anchor, memory, index, negatives, temperature, normalizer=1.0):
     total = 0.0
     for a, i, others in zip(anchor, index, negatives, strict=True):
 
-        def h(j, a=a, n=len(others)):
+        def h(j, a=a):
             e = math.exp(float(a @ memory[j]) / temperature) / normalizer
-            return e / (e + n / len(memory))
+            return e / (e + negatives.shape[1] / len(memory))
 
         total -= math.log(h(i)) + sum(math.log(1 - h(j)) for j in others)
     return total / len(anchor)
@@ -137,7 +137,7 @@ def test_negatives_are_others_evenly_and_anew_at_each_step():
 
 
 def test_the_module_is_the_sum_of_both_directions():
-    loss_fn = module()
+    loss_fn = module(variant="paper")
     s, t, index = batch()
     arrays = []
     for x, layer in ((s, loss_fn.student_embedding), (t, loss_fn.teacher_embedding)):
@@ -198,11 +198,11 @@ def test_a_loaded_state_continues_where_it_was(variant):
 def test_training_aligns_student_and_teacher():
     """The student learns which sample is which from a teacher of another width."""
     torch.manual_seed(0)
-    hidden = torch.randn(12, 3)
-    teacher_features = hidden @ torch.randn(3, 7)
-    inputs = hidden @ torch.randn(3, 5)
+    hidden = torch.randn(12, 5)
+    teacher_features = hidden @ torch.randn(5, 7)
+    inputs = hidden @ torch.randn(5, 5)
     student = torch.nn.Linear(5, 5)
-    loss_fn = module(temperature=0.2, negatives=11)
+    loss_fn = module(temperature=0.2, negatives=11, features=8)
     optimizer = torch.optim.Adam([*student.parameters(), *loss_fn.parameters()], 0.02)
     losses = []
     for _ in range(150):
@@ -212,14 +212,14 @@ def test_training_aligns_student_and_teacher():
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
     with torch.no_grad():
         s = ops.embed_features(student(inputs), *loss_fn.student_embedding.parameters())
         t = ops.embed_features(teacher_features, *loss_fn.teacher_embedding.parameters())
     cosines = s @ t.T
     same, others = cosines.diag().mean(), cosines[~torch.eye(12, dtype=torch.bool)].mean()
-    assert same > 0.8
-    assert others < 0.3
+    assert same > 0.5
+    assert others < 0.2
 
 
 def test_compiles():

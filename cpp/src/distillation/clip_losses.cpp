@@ -5,7 +5,6 @@
 #include <torch/types.h>
 
 #include "distillation/loss_math.h"
-#include "ops/distillation_loss_checks.h"
 
 namespace rarefy::distillation {
 namespace {
@@ -32,7 +31,7 @@ at::Tensor checked_scale(const char* name, const at::Tensor& scale, const at::Te
 
 at::Tensor contrastive_kl_loss(const at::Tensor& student_logits, const at::Tensor& teacher_logits, double temperature) {
   const FullPrecision full_precision;
-  ops::check_temperature("contrastive_kl_loss", temperature);
+  check_temperature("contrastive_kl_loss", temperature);
   const auto [s, t] = check_equal_pair("contrastive_kl_loss", student_logits, teacher_logits, 2);
   TORCH_CHECK_VALUE(student_logits.dim() == 2, "[contrastive_kl_loss] logits must have shape [images, texts], got ",
                     student_logits.sym_sizes());
@@ -82,7 +81,7 @@ TORCH_LIBRARY_IMPL(rarefy, CompositeImplicitAutograd, m) {
   m.impl("embedding_mse_loss", &embedding_mse_loss);
 }
 
-void ContrastiveKLOptions::validate() const { ops::check_temperature("ContrastiveKL", temperature); }
+void ContrastiveKLOptions::validate() const { check_temperature("ContrastiveKL", temperature); }
 
 ContrastiveKLImpl::ContrastiveKLImpl(const ContrastiveKLOptions& options) : options(options) { options.validate(); }
 

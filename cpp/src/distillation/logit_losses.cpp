@@ -9,7 +9,6 @@
 #include <limits>
 
 #include "distillation/loss_math.h"
-#include "ops/distillation_loss_checks.h"
 
 namespace rarefy::distillation {
 namespace {
@@ -95,7 +94,7 @@ at::Tensor dkd_loss(const at::Tensor& student_logits, const at::Tensor& teacher_
                     const std::optional<at::Tensor>& mask, double temperature, double alpha, double beta,
                     int64_t ignore_index) {
   const FullPrecision full_precision;
-  ops::check_temperature("dkd_loss", temperature);
+  check_temperature("dkd_loss", temperature);
   check_not_negative("dkd_loss", "alpha", alpha);
   check_not_negative("dkd_loss", "beta", beta);
   const auto rows = check_rows("dkd_loss", student_logits, teacher_logits, labels, mask, ignore_index, true);
@@ -118,7 +117,7 @@ at::Tensor dkd_loss(const at::Tensor& student_logits, const at::Tensor& teacher_
 at::Tensor nkd_loss(const at::Tensor& student_logits, const at::Tensor& teacher_logits, const at::Tensor& labels,
                     const std::optional<at::Tensor>& mask, double temperature, double gamma, int64_t ignore_index) {
   const FullPrecision full_precision;
-  ops::check_temperature("nkd_loss", temperature);
+  check_temperature("nkd_loss", temperature);
   check_not_negative("nkd_loss", "gamma", gamma);
   const auto rows = check_rows("nkd_loss", student_logits, teacher_logits, labels, mask, ignore_index, true);
   const auto target = at_label(rows);
@@ -139,7 +138,7 @@ at::Tensor dist_loss(const at::Tensor& student_logits, const at::Tensor& teacher
                      const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& mask, double temperature,
                      double beta, double gamma, int64_t ignore_index) {
   const FullPrecision full_precision;
-  ops::check_temperature("dist_loss", temperature);
+  check_temperature("dist_loss", temperature);
   check_not_negative("dist_loss", "beta", beta);
   check_not_negative("dist_loss", "gamma", gamma);
   const auto rows = check_rows("dist_loss", student_logits, teacher_logits, labels, mask, ignore_index, true);
@@ -187,7 +186,7 @@ TORCH_LIBRARY_IMPL(rarefy, CompositeImplicitAutograd, m) {
 }
 
 void DKDOptions::validate() const {
-  ops::check_temperature("DKD", temperature);
+  check_temperature("DKD", temperature);
   check_not_negative("DKD", "alpha", alpha);
   check_not_negative("DKD", "beta", beta);
 }
@@ -207,7 +206,7 @@ void DKDImpl::pretty_print(std::ostream& stream) const {
 }
 
 void NKDOptions::validate() const {
-  ops::check_temperature("NKD", temperature);
+  check_temperature("NKD", temperature);
   check_not_negative("NKD", "gamma", gamma);
 }
 
@@ -225,7 +224,7 @@ void NKDImpl::pretty_print(std::ostream& stream) const {
 }
 
 void DISTOptions::validate() const {
-  ops::check_temperature("DIST", temperature);
+  check_temperature("DIST", temperature);
   check_not_negative("DIST", "beta", beta);
   check_not_negative("DIST", "gamma", gamma);
 }

@@ -68,6 +68,11 @@ void check_positive(const char* function, const char* name, double value) {
                     " must be positive and finite, got ", value);
 }
 
+void check_temperature(const char* function, double temperature) {
+  TORCH_CHECK_VALUE(temperature >= 1e-6 && temperature <= 1e6, "[", function,
+                    "] temperature must be in [1e-6, 1e6], got ", temperature);
+}
+
 void check_not_negative(const char* function, const char* name, double value) {
   TORCH_CHECK_VALUE(std::isfinite(value) && value >= 0.0, "[", function, "] ", name,
                     " must be finite and not negative, got ", value);

@@ -36,6 +36,8 @@ void check_choice(const char* function, const char* name, std::string_view value
 
 /// Throws c10::ValueError unless `value` is finite and positive.
 void check_positive(const char* function, const char* name, double value);
+/// Throws c10::ValueError unless the temperature is in [1e-6, 1e6]: its inverse and its square take part in float32.
+void check_temperature(const char* function, double temperature);
 /// Throws c10::ValueError unless `value` is finite and not negative.
 void check_not_negative(const char* function, const char* name, double value);
 

@@ -25,8 +25,8 @@ class ContrastiveKL(nn.Module):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"[ContrastiveKL] temperature must be positive and finite, got {temperature}")
+        if not 1e-6 <= temperature <= 1e6:
+            raise ValueError(f"[ContrastiveKL] temperature must be in [1e-6, 1e6], got {temperature}")
         self.temperature = float(temperature)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

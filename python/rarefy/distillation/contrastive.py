@@ -28,7 +28,9 @@ class ContrastiveRepresentation(nn.Module):
             every device, and a run that is resumed draws what it would have drawn.
         temperature: of the similarities.
         momentum: of the memories, in [0, 1).
-        variant: "paper", or "code": e^z is divided by a constant estimated at the first batch, as in the authors' program.
+        variant: "code": e^z is divided by a constant, M times its mean over the first batch, as in the authors' program; or
+            "paper": it is not. Then negatives at a right angle cost log(1 + M / N) each, which for many of them outweighs
+            the positive: keep N small.
         seed: of the negatives and the first memories.
 
     Shapes:
@@ -49,7 +51,7 @@ class ContrastiveRepresentation(nn.Module):
         negatives: int = 16384,
         temperature: float = 0.07,
         momentum: float = 0.5,
-        variant: str = "paper",
+        variant: str = "code",
         seed: int = 0,
     ) -> None:
         super().__init__()

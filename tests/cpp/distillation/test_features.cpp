@@ -60,8 +60,8 @@ std::vector<Named> losses() {
       {"pkt", [](auto& s, auto& t) { return ProbabilisticKnowledgeTransfer()(s, t); }, {4, 5}},
       {"minilm",
        [](auto& s, auto& t) {
-         return MiniLMRelations(MiniLMRelationsOptions{2, {1, 0.5, 2}})(QueryKeyValue{s, s + 1, s * 2},
-                                                                        QueryKeyValue{t, t + 1, t * 2});
+         return MiniLMRelations(MiniLMRelationsOptions{2, {1, 0.5, 2}})(QueryKeyValue{s, s * 2, s / 4},
+                                                                        QueryKeyValue{t, t * 2, t / 4});
        },
        {2, 3, 4}},
       {"maps", [](auto& s, auto& t) { return AttentionMaps(AttentionMapsOptions{"kl", true})(s, t); }, {2, 2, 3, 3}},
