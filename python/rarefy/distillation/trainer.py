@@ -23,7 +23,7 @@ from rarefy.distillation.display import history_html, plot_history
 from rarefy.distillation.ema import EMATeacher
 from rarefy.distillation.objective import Term, layers_of
 from rarefy.distillation.outputs import Outputs, has_logits, to_logits
-from rarefy.distillation.terms import Objective
+from rarefy.distillation.trainer_terms import Objective
 from rarefy.distillation.unwrap import unwrap
 
 LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
