@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "distillation/logit_loss.h"
+#include "distillation/loss_forward.h"
 #include "distillation/vocabulary.h"
 #include "ops/distillation_rule.h"
 
@@ -30,14 +30,14 @@ void DistillationLossImpl::reset() {}  // no parameters and no buffers
 torch::Tensor DistillationLossImpl::forward(const torch::Tensor& student_logits, const torch::Tensor& teacher_logits,
                                             const torch::Tensor& labels, const torch::Tensor& row_weights,
                                             const torch::Tensor& mask) {
-  return logit_loss(student_logits, teacher_logits, labels, row_weights, mask, options_);
+  return loss_forward(student_logits, teacher_logits, labels, row_weights, mask, options_);
 }
 
 torch::Tensor DistillationLossImpl::forward(const torch::Tensor& student_logits,
                                             const std::vector<torch::Tensor>& teacher_logits,
                                             const torch::Tensor& labels, const torch::Tensor& row_weights,
                                             const torch::Tensor& mask) {
-  return logit_loss(student_logits, teacher_logits, labels, row_weights, mask, options_);
+  return loss_forward(student_logits, teacher_logits, labels, row_weights, mask, options_);
 }
 
 void DistillationLossImpl::pretty_print(std::ostream& stream) const {

@@ -26,9 +26,9 @@ struct RAREFY_API DistillationLossOptions {
   /// Where student and teacher do not have the same classes: "error"; "truncate" to the classes that both have, in both
   /// terms; "pad" the shorter with -inf; "map" student classes to teacher classes.
   std::string vocabulary = "error";
-  torch::Tensor label_map = {};   // int64 [student classes]: the teacher's class, or -1 for none; with "map" only
-  bool shift = false;        // position i is compared with the label, weight and mask of i + 1 (causal models)
-  bool standardize = false;  // z-scores of the logits take their place in the divergence
+  torch::Tensor label_map = {};  // int64 [student classes]: the teacher's class, or -1 for none; with "map" only
+  bool shift = false;            // position i is compared with the label, weight and mask of i + 1 (causal models)
+  bool standardize = false;      // z-scores of the logits take their place in the divergence
   std::vector<double> teacher_weights = {};  // positive, one per teacher, relative to their sum; empty: all alike
 
   /// The part that the operator takes.

@@ -8,8 +8,8 @@ namespace rarefy::distillation {
 
 /// As DistillationLossImpl::forward; undefined tensors are not given. In Python it is torch.ops.rarefy.distillation_logit_loss,
 /// which is made of differentiable operators.
-torch::Tensor logit_loss(const torch::Tensor& student_logits, torch::TensorList teacher_logits,
-                         const torch::Tensor& labels, const torch::Tensor& row_weights, const torch::Tensor& mask,
-                         const DistillationLossOptions& options);
+torch::Tensor loss_forward(const torch::Tensor& student_logits, torch::TensorList teacher_logits,
+                           const torch::Tensor& labels, const torch::Tensor& row_weights, const torch::Tensor& mask,
+                           const DistillationLossOptions& options);
 
 }  // namespace rarefy::distillation

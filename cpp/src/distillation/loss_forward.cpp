@@ -1,4 +1,4 @@
-#include "distillation/logit_loss.h"
+#include "distillation/loss_forward.h"
 
 #include <rarefy/ops/distillation_loss.h>
 #include <torch/library.h>
@@ -104,13 +104,12 @@ Tensor loss_of(const Tensor& student, const Tensor& teacher, const Rows& rows,
                                 given(rows.weights), settings);
 }
 
-Tensor logit_loss_op(const Tensor& student_logits, torch::TensorList teacher_logits,
-                     const std::optional<Tensor>& labels, const std::optional<Tensor>& row_weights,
-                     const std::optional<Tensor>& mask, const std::optional<Tensor>& label_map, double temperature,
-                     double alpha, std::string_view divergence, double skew, double label_smoothing,
-                     int64_t ignore_index, std::string_view reduction, std::string_view vocabulary, bool shift,
-                     bool standardize, at::ArrayRef<double> teacher_weights) {
-  return logit_loss(
+Tensor loss_op(const Tensor& student_logits, torch::TensorList teacher_logits, const std::optional<Tensor>& labels,
+               const std::optional<Tensor>& row_weights, const std::optional<Tensor>& mask,
+               const std::optional<Tensor>& label_map, double temperature, double alpha, std::string_view divergence,
+               double skew, double label_smoothing, int64_t ignore_index, std::string_view reduction,
+               std::string_view vocabulary, bool shift, bool standardize, at::ArrayRef<double> teacher_weights) {
+  return loss_forward(
       student_logits, teacher_logits, labels.value_or(Tensor()), row_weights.value_or(Tensor()),
       mask.value_or(Tensor()),
       {temperature, alpha, std::string(divergence), skew, label_smoothing, ignore_index, std::string(reduction),
@@ -119,8 +118,8 @@ Tensor logit_loss_op(const Tensor& student_logits, torch::TensorList teacher_log
 
 }  // namespace
 
-Tensor logit_loss(const Tensor& student_logits, torch::TensorList teacher_logits, const Tensor& labels,
-                  const Tensor& row_weights, const Tensor& mask, const DistillationLossOptions& options) {
+Tensor loss_forward(const Tensor& student_logits, torch::TensorList teacher_logits, const Tensor& labels,
+                    const Tensor& row_weights, const Tensor& mask, const DistillationLossOptions& options) {
   const auto settings = options.settings();
   const auto rule = ops::resolve("DistillationLoss", settings);
   const auto vocabulary = vocabulary_of(options.vocabulary, options.label_map);
@@ -174,7 +173,7 @@ TORCH_LIBRARY_FRAGMENT(rarefy, m) {
       "Tensor? row_weights=None, Tensor? mask=None, Tensor? label_map=None, *, float temperature, float alpha, "
       "str divergence='kl', float skew=0.5, float label_smoothing=0.0, int ignore_index=-100, str reduction='mean', "
       "str vocabulary='error', bool shift=False, bool standardize=False, float[] teacher_weights=[]) -> Tensor",
-      &logit_loss_op);
+      &loss_op);
 }
 
 }  // namespace rarefy::distillation
