@@ -33,10 +33,10 @@ torch::Tensor DistillationLossImpl::forward(const torch::Tensor& student_logits,
   return loss_forward(student_logits, teacher_logits, labels, row_weights, mask, options_);
 }
 
-torch::Tensor DistillationLossImpl::forward(const torch::Tensor& student_logits,
-                                            const std::vector<torch::Tensor>& teacher_logits,
-                                            const torch::Tensor& labels, const torch::Tensor& row_weights,
-                                            const torch::Tensor& mask) {
+torch::Tensor DistillationLossImpl::forward_teachers(const torch::Tensor& student_logits,
+                                                     const std::vector<torch::Tensor>& teacher_logits,
+                                                     const torch::Tensor& labels, const torch::Tensor& row_weights,
+                                                     const torch::Tensor& mask) {
   return loss_forward(student_logits, teacher_logits, labels, row_weights, mask, options_);
 }
 

@@ -71,7 +71,7 @@ TEST_CASE("DistillationLoss takes several teachers as their mixture", "[distilla
   DistillationLoss loss(DistillationLossOptions{.temperature = t, .alpha = 1.0, .teacher_weights = {3.0, 1.0}});
   const auto p = 0.75 * torch::softmax(teachers[0] / t, -1) + 0.25 * torch::softmax(teachers[1] / t, -1);
   const double expected = t * t * (p * (p.log() - torch::log_softmax(student / t, -1))).sum().item<double>() / 6.0;
-  CHECK(loss->forward(student, teachers).item<double>() == Approx(expected).epsilon(1e-12));
+  CHECK(loss->forward_teachers(student, teachers).item<double>() == Approx(expected).epsilon(1e-12));
   CHECK_THROWS_WITH(loss->forward(student, teachers[0]), ContainsSubstring("one number per teacher, got 2 for 1"));
 }
 

@@ -55,10 +55,10 @@ class RAREFY_API DistillationLossImpl : public torch::nn::Cloneable<Distillation
   torch::Tensor forward(const torch::Tensor& student_logits, const torch::Tensor& teacher_logits,
                         const torch::Tensor& labels = {}, const torch::Tensor& row_weights = {},
                         const torch::Tensor& mask = {});
-  /// The same with several teachers.
-  torch::Tensor forward(const torch::Tensor& student_logits, const std::vector<torch::Tensor>& teacher_logits,
-                        const torch::Tensor& labels = {}, const torch::Tensor& row_weights = {},
-                        const torch::Tensor& mask = {});
+  /// The same with several teachers. Not an overload: those of forward would take the holder's operator() away.
+  torch::Tensor forward_teachers(const torch::Tensor& student_logits, const std::vector<torch::Tensor>& teacher_logits,
+                                 const torch::Tensor& labels = {}, const torch::Tensor& row_weights = {},
+                                 const torch::Tensor& mask = {});
 
   const DistillationLossOptions& options() const { return options_; }
   void reset() override;
