@@ -22,5 +22,6 @@ void init_structured(py::module_& pruning);
 void init_pruning_latency(py::module_& m);
 void init_quantization(py::module_& m);
 void init_distillation(py::module_& m);
+void init_teacher_cache(py::module_& m);
 
 }  // namespace rarefy::python

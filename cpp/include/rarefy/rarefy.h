@@ -4,6 +4,8 @@
 #include <rarefy/checkpoint.h>
 #include <rarefy/config.h>
 #include <rarefy/distillation/loss.h>
+#include <rarefy/distillation/teacher_cache.h>
+#include <rarefy/distillation/top_k.h>
 #include <rarefy/distillation/trainer.h>
 #include <rarefy/graph/constants.h>
 #include <rarefy/graph/cost.h>
@@ -19,6 +21,7 @@
 #include <rarefy/nn/embedding.h>
 #include <rarefy/nn/linear.h>
 #include <rarefy/nn/mul.h>
+#include <rarefy/ops/compact_logits.h>
 #include <rarefy/ops/distillation_loss.h>
 #include <rarefy/ops/fake_quantize.h>
 #include <rarefy/ops/fake_quantize_learned.h>

@@ -1,0 +1,25 @@
+#pragma once
+
+#include <rarefy/export.h>
+#include <torch/types.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace rarefy::distillation {
+
+/// What is kept of a teacher's logits: the k largest and one number for all others. Together they are the logits of k + 1
+/// outcomes, "class indices[j]" and "any other class", at one temperature T.
+struct RAREFY_API TopKLogits {
+  torch::Tensor values;   // [..., k], the teacher's logits, largest first
+  torch::Tensor indices;  // int64 [..., k], their classes
+  torch::Tensor tail;     // [...], T * logsumexp of the other logits / T; -inf where there are none
+  double temperature;     // T > 0: tail holds for this one
+  int64_t classes = 0;    // of the teacher; 0 when it is not known
+};
+
+/// The k largest logits of [..., classes] and the tail of the others. 1 <= k <= classes. values have the logits' dtype; tail is
+/// float32 (float64 for float64). Not differentiable. Throws c10::ValueError for k or T out of range.
+RAREFY_API TopKLogits topk_logits(const torch::Tensor& logits, int64_t k, double temperature);
+
+}  // namespace rarefy::distillation
