@@ -69,13 +69,13 @@ void init_distillation(py::module_& m) {
   auto sub = m.def_submodule("distillation", "Distillation loss options and the trainer's loop.");
 
   py::class_<DistillationLossOptions>(sub, "DistillationLossOptions")
-      .def(py::init([](double temperature, double alpha, int64_t ignore_index) {
-             return DistillationLossOptions{temperature, alpha, ignore_index};
+      .def(py::init([](double temperature, double alpha, std::string divergence, double skew, double label_smoothing,
+                       int64_t ignore_index, std::string reduction) {
+             return DistillationLossOptions{temperature,     alpha,        std::move(divergence), skew,
+                                            label_smoothing, ignore_index, std::move(reduction)};
            }),
-           py::arg("temperature") = 4.0, py::arg("alpha") = 0.5, py::arg("ignore_index") = -100)
-      .def_readonly("temperature", &DistillationLossOptions::temperature)
-      .def_readonly("alpha", &DistillationLossOptions::alpha)
-      .def_readonly("ignore_index", &DistillationLossOptions::ignore_index)
+           py::kw_only(), py::arg("temperature"), py::arg("alpha"), py::arg("divergence"), py::arg("skew"),
+           py::arg("label_smoothing"), py::arg("ignore_index"), py::arg("reduction"))
       .def("validate", &DistillationLossOptions::validate, "Raise ValueError for a field out of range.");
 
   py::class_<StepResult>(sub, "StepResult", "What one training step reports: its loss, before the step.")
