@@ -26,6 +26,7 @@
 #include <rarefy/ops/fake_quantize.h>
 #include <rarefy/ops/fake_quantize_learned.h>
 #include <rarefy/ops/inverse_std.h>
+#include <rarefy/ops/linear_distillation_loss.h>
 #include <rarefy/ops/mask.h>
 #include <rarefy/ops/quantized_linear.h>
 #include <rarefy/ops/relu.h>

@@ -13,7 +13,7 @@
 
 #include "distillation/mapped_file.h"
 #include "distillation/teacher_cache_keys.h"
-#include "ops/distillation_loss_checks.h"
+#include "ops/distillation_rule.h"
 
 namespace rarefy::distillation {
 namespace {
@@ -35,8 +35,7 @@ std::string text_of(const TeacherCacheOptions& options) {
 }  // namespace
 
 void TeacherCacheOptions::validate() const {
-  constexpr const char* function = "TeacherCache";
-  ops::check_temperature(function, temperature);
+  ops::resolve("TeacherCache", {.temperature = temperature});
   TORCH_CHECK_VALUE(classes >= 1 && classes <= std::numeric_limits<int32_t>::max(),
                     "[TeacherCache] classes must be in [1, 2^31 - 1], got ", classes);
   TORCH_CHECK_VALUE(k >= 1 && k <= classes, "[TeacherCache] k must be in [1, ", classes, "] (the classes), got ", k);

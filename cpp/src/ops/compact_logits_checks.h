@@ -1,13 +1,12 @@
 // The argument rules of compact_logits.
 #pragma once
 
-#include "ops/distillation_loss_checks.h"
+#include "ops/distillation_rule.h"
 
 namespace rarefy::ops {
 
 inline void check_compact_logits(const at::Tensor& logits, const at::Tensor& indices, double temperature) {
-  constexpr const char* function = "compact_logits";
-  check_temperature(function, temperature);
+  resolve("compact_logits", {.temperature = temperature});
   const auto type = logits.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
                    "[compact_logits] logits must be float32, float64, bfloat16 or float16, got ", type);
