@@ -3,6 +3,7 @@
 // Everything that rarefy offers to C++.
 #include <rarefy/checkpoint.h>
 #include <rarefy/config.h>
+#include <rarefy/distillation/linear_loss.h>
 #include <rarefy/distillation/loss.h>
 #include <rarefy/distillation/teacher_cache.h>
 #include <rarefy/distillation/top_k.h>
@@ -30,6 +31,7 @@
 #include <rarefy/ops/mask.h>
 #include <rarefy/ops/quantized_linear.h>
 #include <rarefy/ops/relu.h>
+#include <rarefy/ops/top_k_distillation_loss.h>
 #include <rarefy/pruning/choice.h>
 #include <rarefy/pruning/importance.h>
 #include <rarefy/pruning/latency.h>
