@@ -58,3 +58,55 @@ def topk_logits(logits: Tensor, k: int, temperature: float = 4.0) -> TopKLogits:
         ValueError: k is not in [1, classes], or the temperature is not positive.
     """
     return TopKLogits(*_core.topk_logits(logits, k, temperature))
+
+
+def top_k_distillation_loss(
+    student_logits: Tensor,
+    teacher: TopKLogits,
+    labels: Tensor | None = None,
+    *,
+    row_weights: Tensor | None = None,
+    temperature: float,
+    alpha: float,
+    divergence: str = "kl",
+    skew: float = 0.5,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return the distillation loss where of the teacher the k largest logits and the tail are known.
+
+        alpha * T^2 * D(p, q) + (1 - alpha) * cross_entropy(student, labels)
+
+    with p and q over k + 1 outcomes, "class indices[j]" and "any other class", and the cross-entropy over all classes. With
+    k = classes it is the loss on the full logits. Differentiable once, in `student_logits`.
+
+    Raises:
+        ValueError, TypeError, IndexError: the teacher is of another temperature or other classes, or an argument breaks the
+            rules of `DistillationLoss`.
+    """
+    if teacher.temperature != temperature:
+        raise ValueError(
+            f"[top_k_distillation_loss] the teacher's tail must be of the loss's temperature {temperature:g}, "
+            f"got {teacher.temperature:g}"
+        )
+    if teacher.classes and student_logits.shape[-1] != teacher.classes:
+        raise ValueError(
+            f"[top_k_distillation_loss] student_logits must have the teacher's {teacher.classes} classes, "
+            f"got {list(student_logits.shape)}"
+        )
+    return torch.ops.rarefy.top_k_distillation_loss(
+        student_logits,
+        teacher.values,
+        teacher.indices,
+        teacher.tail,
+        labels,
+        row_weights,
+        temperature=temperature,
+        alpha=alpha,
+        divergence=divergence,
+        skew=skew,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
