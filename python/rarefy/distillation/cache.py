@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rarefy._core import distillation as _core
+from rarefy.distillation.outputs import to_logits
 from rarefy.distillation.top_k import TopKLogits
 
 
@@ -36,7 +37,7 @@ def cache_teacher(
     mask_key: str | None = None,
     input_key: str | None = None,
     label_key: str | None = "labels",
-    fingerprint: str | None = None,  # noqa: A002, the function below makes it
+    fingerprint: str | None = None,
     progress: bool = True,
 ) -> _core.TeacherCacheBound:
     """Write a teacher's outputs for every sample of a loader to a file, and return what the file's rounding may cost.
@@ -226,12 +227,7 @@ def _logits(
         output = teacher(**{name: value for name, value in batch.items() if name not in hidden})
     else:
         output = teacher(_entry(batch, input_key, "input_key"))
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"[cache_teacher] the teacher must return a tensor or something with .logits, got {type(output).__name__}"
-        )
-    return logits
+    return to_logits(output)
 
 
 def _require_same(path: Path, held: Any, k: int, temperature: float, dtype: str, fingerprint: str) -> None:

@@ -9,8 +9,8 @@ from rarefy import _core
 class LinearDistillationLoss(nn.Module):
     """Compute the distillation loss from the hidden states below two linear heads, in chunks of rows.
 
-    The value is that of `DistillationLoss` on `student_hidden @ student_weight.T + student_bias` and the same of the teacher. Of
-    these logits only a chunk exists at a time: its gradient is written over it and multiplied out at once, so that memory
+    The value is that of `DistillationLoss` on `student_hidden @ student_weight.T + student_bias` and the same of the
+    teacher. Of these logits only a chunk exists at a time: its gradient is written over it and multiplied out at once, so that memory
     does not grow with rows times classes. The loss is differentiable, once, in the student's three tensors; the teacher is a
     constant. The module holds no parameters: the heads stay where they are.
 

@@ -22,13 +22,14 @@ bool is_plain_one(const at::Tensor& scale, const at::Tensor& upstream) {
 
 class LinearDistillationLoss : public torch::autograd::Function<LinearDistillationLoss> {
  public:
-  static Variable forward(AutogradContext* ctx, const Variable& hidden, const Variable& weight, const Variable& bias,
-                          const LinearDistillationArguments& arguments) {
+  static Variable forward(AutogradContext* ctx, const Variable& hidden, const Variable& weight,
+                          const std::optional<at::Tensor>& bias, const LinearDistillationArguments& arguments) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto results = linear_distillation_loss_forward(
         arguments.student, arguments.teacher, arguments.labels, arguments.row_weights, arguments.settings,
-        hidden.requires_grad(), weight.requires_grad(), bias.defined() && bias.requires_grad());
+        hidden.requires_grad(), weight.requires_grad(), bias.has_value() && bias->requires_grad());
     ctx->save_for_backward({results.hidden, results.weight, results.bias, results.scale});
+    ctx->saved_data["inputs"] = bias.has_value() ? 3 : 2;
     ctx->saved_data["dtype"] = static_cast<int64_t>(hidden.scalar_type());
     return results.loss;
   }
@@ -37,7 +38,7 @@ class LinearDistillationLoss : public torch::autograd::Function<LinearDistillati
     const auto saved = ctx->get_saved_variables();
     const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
     variable_list grads(4);
-    for (size_t i = 0; i < 3; ++i) {
+    for (size_t i = 0; i < static_cast<size_t>(ctx->saved_data["inputs"].toInt()); ++i) {
       if (!ctx->needs_input_grad(i)) {
         continue;
       }
@@ -73,7 +74,7 @@ at::Tensor autograd(const LinearDistillationArguments& arguments) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return call(arguments);
   }
-  return LinearDistillationLoss::apply(hidden, weight, bias.value_or(at::Tensor()), arguments);
+  return LinearDistillationLoss::apply(hidden, weight, bias, arguments);
 }
 
 /// As a linear layer under autocast: float32 becomes autocast's dtype.
