@@ -3,6 +3,8 @@
 // Everything that rarefy offers to C++.
 #include <rarefy/checkpoint.h>
 #include <rarefy/config.h>
+#include <rarefy/distillation/capture.h>
+#include <rarefy/distillation/ema.h>
 #include <rarefy/distillation/loss.h>
 #include <rarefy/distillation/trainer.h>
 #include <rarefy/graph/constants.h>

@@ -1,7 +1,44 @@
 """Knowledge distillation: the loss of Hinton et al. as one fused operator, and a trainer around it."""
 
+from typing import TYPE_CHECKING, Any
+
 from rarefy._core.distillation import EpochMetrics, Evaluation, StepResult
+from rarefy.distillation.capture import LayerCapture
+from rarefy.distillation.ema import EMATeacher
 from rarefy.distillation.loss import DistillationLoss
+from rarefy.distillation.on_policy import OnPolicy
+from rarefy.distillation.outputs import Outputs, to_logits
 from rarefy.distillation.trainer import Callbacks, DistillationTrainer
 
-__all__ = ["Callbacks", "DistillationLoss", "DistillationTrainer", "EpochMetrics", "Evaluation", "StepResult"]
+if TYPE_CHECKING:
+    from rarefy.distillation.hf import DistillationTrainerMixin
+    from rarefy.distillation.lightning import DistillationCallback
+
+__all__ = [
+    "Callbacks",
+    "DistillationCallback",
+    "DistillationLoss",
+    "DistillationTrainer",
+    "DistillationTrainerMixin",
+    "EMATeacher",
+    "EpochMetrics",
+    "Evaluation",
+    "LayerCapture",
+    "OnPolicy",
+    "Outputs",
+    "StepResult",
+    "to_logits",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs an optional package on first use."""
+    if name == "DistillationTrainerMixin":
+        from rarefy.distillation.hf import DistillationTrainerMixin
+
+        return DistillationTrainerMixin
+    if name == "DistillationCallback":
+        from rarefy.distillation.lightning import DistillationCallback
+
+        return DistillationCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
