@@ -309,11 +309,12 @@ def main() -> None:
     lines, rows = table(models, pairs, arguments.out, seconds=1 if arguments.quick else 5)
     first, before, best, *_, last = rows.values()
     gained, left = (a["image to text"] - b["image to text"] for a, b in ((best, before), (last, first)))
+    size, time = (last[key] / first[key] for key in ("bytes", "milliseconds"))
     print(
         f"\n{lines}\n\nPer cent of images whose first caption is right, of the first 10 images of a caption that are, and of "
-        f"images whose label is found. Captions are worded as none of training.\nDistilling changes the student's R@1 by {gained:+.2f} "
-        f"points. The pruned int8 tower is {left:+.2f} from the teacher's, with {last['bytes'] / first['bytes']:.2f} of its "
-        f"size and {last['milliseconds'] / first['milliseconds']:.2f} of its time.\nFiles: {arguments.out}"
+        "images whose label is found;\nno caption is worded as in training. Distilling changes the student's R@1 by "
+        f"{gained:+.2f} points. The pruned int8 tower is {left:+.2f} from\nthe teacher's, with {size:.2f} of its size and "
+        f"{time:.2f} of its time.\nFiles: {arguments.out}"
     )
 
 

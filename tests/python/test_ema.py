@@ -191,7 +191,9 @@ def test_a_teacher_in_the_trainer(student):
 def test_a_student_that_has_changed_is_refused(student):
     teacher = EMATeacher(student)
     before = copy.deepcopy(teacher.module.state_dict())
-    with pytest.raises(ValueError, match=r"\[EMATeacher\] the student must keep the shapes of its parameters, got \[7, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"\[EMATeacher\] the student must keep the shapes of its parameters, got \[7, 4\]"
+    ):
         teacher.update(Net(7))
     with pytest.raises(ValueError, match="must have the teacher's parameters, got a difference in 'drop.weight'"):
         other = Net()
