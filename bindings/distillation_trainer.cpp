@@ -230,6 +230,7 @@ void define_results(py::module_& sub) {
       .def_readwrite("best_value", &TrainerState::best_value)
       .def_readwrite("loss_scale", &TrainerState::loss_scale)
       .def_readwrite("good_steps", &TrainerState::good_steps)
+      .def_readwrite("advances", &TrainerState::advances)
       .def_readwrite("random", &TrainerState::random)
       .def_readwrite("epoch_random", &TrainerState::epoch_random)
       .def_readwrite("log", &TrainerState::log);
@@ -321,6 +322,7 @@ void init_distillation_trainer(py::module_& sub) {
       .def("stop", &DistillationTrainer::stop)
       .def_property_readonly("epoch", &DistillationTrainer::epoch)
       .def_property_readonly("step", &DistillationTrainer::step)
+      .def_property_readonly("best_epoch", &DistillationTrainer::best_epoch)
       .def_property_readonly("history", &DistillationTrainer::history)
       .def_property_readonly("log", &DistillationTrainer::log)
       .def_property_readonly("last", &DistillationTrainer::last)

@@ -206,7 +206,7 @@ def distill(student: CLIPModel, teacher: CLIPModel, pairs: Pairs, epochs: int, r
         ImageTower(teacher),
         optimizer,
         PairLoss(student, teacher, pairs.captions),
-        callbacks=rf.distillation.Callbacks(on_step=lambda _step, _loss: schedule.step()),
+        scheduler=schedule,
     )
     student.train()
     trainer.fit(batches, epochs)

@@ -120,27 +120,15 @@ def distill(student: nn.Module, teacher: nn.Module, batches: SentenceBatches, ep
     """Train on the teacher's logits and the labels."""
     optimizer, schedule = one_cycle(student, rate, epochs * len(batches))
     trainer = rf.distillation.DistillationTrainer(
-        student=Logits(student),
-        teacher=Logits(teacher),
-        optimizer=optimizer,
-        loss_fn=rf.distillation.DistillationLoss(temperature=2.0, alpha=0.7),
+        student,
+        teacher,
+        optimizer,
+        rf.distillation.DistillationLoss(temperature=2.0, alpha=0.7),
+        scheduler=schedule,
         max_grad_norm=1.0,
-        callbacks=rf.distillation.Callbacks(on_step=lambda _step, _loss: schedule.step()),
-        input_key="input_ids",
     )
     trainer.fit(batches, epochs)
     student.eval()
-
-
-class Logits(nn.Module):
-    """A model of Hugging Face as a function from token numbers to logits."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, attention_mask=(input_ids != 0).long()).logits
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ DISTILL_SENTIMENT = ROOT / "examples/python/distill_sentiment.py"
 DISTILL_CLIP = ROOT / "examples/python/distill_clip.py"
 COMPRESS_MLP = ROOT / "build/dev/examples/cpp/compress_mlp"
 PRUNE_CNN = ROOT / "build/dev/examples/cpp/prune_cnn"
+DISTILL_CNN = ROOT / "build/dev/examples/cpp/distill_cnn"
 
 MOST_COMMON_TOPIC = 45  # per cent of the sentences about Python that a constant answer would get right, and a little
 
@@ -552,6 +553,60 @@ def test_compress_mlp_bad_csv(tmp_path, line, message):
 def test_compress_mlp_missing_csv(tmp_path):
     result = compress_mlp(tmp_path / "missing.csv", "--out", tmp_path / "out")
     assert (result.returncode, result.stderr) == (1, f"compress_mlp: {tmp_path / 'missing.csv'} cannot be read\n")
+
+
+# ---- distill_cnn ----------------------------------------------------------------------------------------------------
+
+needs_distill_cnn = pytest.mark.skipif(
+    not DISTILL_CNN.exists(), reason="needs the C++ examples in build/dev (-DRAREFY_BUILD_EXAMPLES=ON)"
+)
+
+
+def distill_cnn(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([DISTILL_CNN, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+@needs_distill_cnn
+@pytest.mark.slow
+def test_distill_cnn(digits_csv):
+    result = distill_cnn(digits_csv, "--quick")
+    assert result.returncode == 0, result.stderr
+    line = re.compile(r"^(\S[\w ]+?) {2,}([\d.]+) +([\d.]+) +([\d.]+) +(\d+) +[\d.]+$", re.M)
+    rows = {match[1]: [float(value) for value in match.groups()[1:]] for match in line.finditer(result.stdout)}
+    assert list(rows) == ["teacher", "student alone", "student distilled"]
+    teacher, alone, distilled = rows.values()
+    assert teacher[0] > 95
+    assert distilled[3] == alone[3] < teacher[3] / 50
+    assert teacher[1:3] == [100.0, 0.0]
+    assert distilled[0] > alone[0]
+    assert distilled[1] > alone[1]
+    assert distilled[2] < alone[2]  # nearer to the teacher
+
+
+@needs_distill_cnn
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "a CSV file must be given"),
+        (["digits.csv", "--seed"], "--seed must be followed by a value"),
+        (["digits.csv", "--seed", "-1"], "--seed must be an integer from 0 to 2147483647, got '-1'"),
+        (["digits.csv", "--fast"], "unknown option --fast"),
+        (["digits.csv", "other.csv"], "one CSV file must be given, got also 'other.csv'"),
+    ],
+)
+def test_distill_cnn_usage(arguments, message):
+    result = distill_cnn(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        f"distill_cnn: {message}",
+        "usage: distill_cnn DIGITS.csv [--seed N] [--quick]",
+    ]
+
+
+@needs_distill_cnn
+def test_distill_cnn_missing_csv(tmp_path):
+    result = distill_cnn(tmp_path / "missing.csv")
+    assert (result.returncode, result.stderr) == (1, f"distill_cnn: {tmp_path / 'missing.csv'} cannot be read\n")
 
 
 # ---- prune_cnn ------------------------------------------------------------------------------------------------------

@@ -4,9 +4,16 @@
 #include <rarefy/checkpoint.h>
 #include <rarefy/config.h>
 #include <rarefy/distillation/capture.h>
+#include <rarefy/distillation/checkpoint.h>
+#include <rarefy/distillation/clip_losses.h>
+#include <rarefy/distillation/contrastive.h>
 #include <rarefy/distillation/ema.h>
+#include <rarefy/distillation/feature_losses.h>
+#include <rarefy/distillation/logit_losses.h>
 #include <rarefy/distillation/loss.h>
+#include <rarefy/distillation/relation_losses.h>
 #include <rarefy/distillation/trainer.h>
+#include <rarefy/distillation/transformer_losses.h>
 #include <rarefy/graph/constants.h>
 #include <rarefy/graph/cost.h>
 #include <rarefy/graph/graph.h>

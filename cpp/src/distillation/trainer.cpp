@@ -194,6 +194,7 @@ void DistillationTrainer::end_epoch(const Callbacks& callbacks, const BatchSourc
   }
   if (scheduler_.advance && scheduler_.when == SchedulerInterface::When::epoch) {
     scheduler_.advance(value);
+    ++state_.advances;
   }
   if (callbacks.on_epoch_end) {
     callbacks.on_epoch_end(state_.epoch, metrics);

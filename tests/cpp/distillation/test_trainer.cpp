@@ -152,11 +152,11 @@ TEST_CASE("the trainer leaves the teacher and all modes as they were", "[distill
   torch::optim::SGD optimizer(student->parameters(), 0.1);
   int calls = 0;
   Model watched(teacher.ptr());  // a shared_ptr is as good as a holder
-  watched.forward = [&, inner = watched.forward](const torch::Tensor& x) {
+  watched.forward = [&, inner = watched.forward](const Batch& batch) {
     ++calls;
     CHECK_FALSE(teacher->is_training());
     CHECK_FALSE(torch::GradMode::is_enabled());
-    return inner(x);
+    return inner(batch);
   };
   DistillationTrainer trainer(student, watched, optimizer, DistillationLoss());
   const auto check_modes = [&] {
