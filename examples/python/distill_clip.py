@@ -134,10 +134,10 @@ def embed_texts(clip: CLIPModel, tokens: Tensor) -> Tensor:
 # ---- losses ---------------------------------------------------------------------------------------------------------
 
 
-def contrastive(images: Tensor, texts: Tensor, scale: Tensor, captions: Tensor) -> Tensor:
-    """CLIP's loss, where several images of a batch may have one caption: each of them is a right answer."""
+def contrastive(images: Tensor, texts: Tensor, scale: Tensor, labels: Tensor) -> Tensor:
+    """CLIP's loss, where a batch has several pairs of one label: each image of it belongs to each of their captions."""
     logits = scale * images @ texts.t()
-    right = (captions[:, None] == captions[None, :]).to(logits.dtype)
+    right = (labels[:, None] == labels[None, :]).to(logits.dtype)
     right /= right.sum(1, keepdim=True)
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.t(), right)) / 2
 
@@ -150,7 +150,7 @@ class PairLoss(nn.Module):
 
     def __init__(self, student: CLIPModel, teacher: CLIPModel, captions: Tensor) -> None:
         super().__init__()
-        self.student, self.captions = student, captions.flatten(0, 1)
+        self.student, self.captions, self.templates = student, captions.flatten(0, 1), captions.shape[1]
         with torch.no_grad():
             self.teacher_texts = embed_texts(teacher, self.captions)  # all of them: they do not change
         self.teacher_scale = float(teacher.logit_scale.exp())
@@ -163,7 +163,7 @@ class PairLoss(nn.Module):
         student, teacher = (student_images, texts), (teacher_images, teacher_texts)
         affinities = self.affinities(student, teacher, student_scale=scale, teacher_scale=self.teacher_scale)
         embeddings = self.embeddings(student_images, teacher_images) + self.embeddings(texts, teacher_texts)
-        return contrastive(student_images, texts, scale, captions) + affinities + embeddings
+        return contrastive(student_images, texts, scale, captions // self.templates) + affinities + embeddings
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -186,7 +186,8 @@ def train(clip: CLIPModel, pairs: Pairs, epochs: int, title: str) -> None:
     for _ in range(epochs):
         for images, numbers in batches:
             texts = embed_texts(clip, captions[numbers])
-            loss = contrastive(tower(images), texts, clip.logit_scale.exp(), numbers)
+            labels = numbers // pairs.captions.shape[1]
+            loss = contrastive(tower(images), texts, clip.logit_scale.exp(), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
