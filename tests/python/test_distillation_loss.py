@@ -16,8 +16,17 @@ IGNORE = -100
 GRADIENT_TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 LOSS_TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13, torch.bfloat16: 5e-6, torch.float16: 5e-6}
 
-loss_op = torch.ops.rarefy.distillation_loss
-forward_op = torch.ops.rarefy.distillation_loss_forward
+
+def loss_op(student, teacher, labels, temperature, alpha, ignore_index=IGNORE, row_weights=None, **settings):
+    settings |= {"temperature": temperature, "alpha": alpha, "ignore_index": ignore_index}
+    return torch.ops.rarefy.distillation_loss(student, teacher, labels, row_weights, **settings)
+
+
+def forward_op(student, teacher, labels, temperature, alpha, ignore_index=IGNORE, row_weights=None, **settings):
+    settings |= {"temperature": temperature, "alpha": alpha, "ignore_index": ignore_index}
+    return torch.ops.rarefy.distillation_loss_forward(student, teacher, labels, row_weights, **settings)
+
+
 backward_op = torch.ops.rarefy.distillation_loss_backward
 
 
@@ -330,18 +339,23 @@ def test_opcheck():
     for dtype in (torch.float32, torch.float16, torch.float64):
         student, teacher, labels = make(6, 20, dtype=dtype)
         for labelled, alpha in ((labels, 0.5), (None, 1.0)):
+            settings = {"temperature": 4.0, "alpha": alpha}
             torch.library.opcheck(
                 torch.ops.rarefy.distillation_loss.default,
-                (student.clone().requires_grad_(), teacher, labelled, 4.0, alpha, IGNORE),
+                (student.clone().requires_grad_(), teacher, labelled),
+                settings,
             )
-            arguments = (student, teacher, labelled, 4.0, alpha, IGNORE)
-            torch.library.opcheck(torch.ops.rarefy.distillation_loss_forward.default, arguments)
+            torch.library.opcheck(
+                torch.ops.rarefy.distillation_loss_forward.default, (student, teacher, labelled), settings
+            )
         _, grad, scale = forward_op(student, teacher, labels, 4.0, 0.5, IGNORE)
         upstream = torch.tensor(2.0, dtype=scale.dtype)
         torch.library.opcheck(torch.ops.rarefy.distillation_loss_backward.default, (grad, scale, upstream))
     strided = make(6, 40)[0][:, ::2].requires_grad_()
     torch.library.opcheck(
-        torch.ops.rarefy.distillation_loss.default, (strided, make(6, 20)[1], make(6, 20)[2], 4.0, 0.5, IGNORE)
+        torch.ops.rarefy.distillation_loss.default,
+        (strided, make(6, 20)[1], make(6, 20)[2]),
+        {"temperature": 4.0, "alpha": 0.5},
     )
 
 

@@ -3,8 +3,10 @@
 // Everything that rarefy offers to C++.
 #include <rarefy/checkpoint.h>
 #include <rarefy/config.h>
+#include <rarefy/distillation/capture.h>
 #include <rarefy/distillation/clip_losses.h>
 #include <rarefy/distillation/contrastive.h>
+#include <rarefy/distillation/ema.h>
 #include <rarefy/distillation/feature_losses.h>
 #include <rarefy/distillation/logit_losses.h>
 #include <rarefy/distillation/loss.h>

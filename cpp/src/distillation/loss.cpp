@@ -1,14 +1,15 @@
 #include <rarefy/distillation/loss.h>
 #include <rarefy/ops/distillation_loss.h>
 
-#include "ops/distillation_loss_checks.h"
+#include "ops/distillation_rule.h"
 
 namespace rarefy::distillation {
 
-void DistillationLossOptions::validate() const {
-  ops::check_temperature("DistillationLoss", temperature);
-  ops::check_alpha("DistillationLoss", alpha);
+ops::DistillationLossSettings DistillationLossOptions::settings() const {
+  return {temperature, alpha, divergence, skew, label_smoothing, ignore_index, reduction};
 }
+
+void DistillationLossOptions::validate() const { ops::resolve("DistillationLoss", settings()); }
 
 DistillationLossImpl::DistillationLossImpl(const DistillationLossOptions& options) : options_(options) {
   options_.validate();
@@ -17,10 +18,9 @@ DistillationLossImpl::DistillationLossImpl(const DistillationLossOptions& option
 void DistillationLossImpl::reset() {}  // no parameters and no buffers
 
 torch::Tensor DistillationLossImpl::forward(const torch::Tensor& student_logits, const torch::Tensor& teacher_logits,
-                                            const torch::Tensor& labels) {
-  const auto given = labels.defined() ? std::optional<at::Tensor>(labels) : std::nullopt;
-  return ops::distillation_loss(student_logits, teacher_logits, given, options_.temperature, options_.alpha,
-                                options_.ignore_index);
+                                            const torch::Tensor& labels, const torch::Tensor& row_weights) {
+  const auto given = [](const torch::Tensor& x) { return x.defined() ? std::optional<at::Tensor>(x) : std::nullopt; };
+  return ops::distillation_loss(student_logits, teacher_logits, given(labels), given(row_weights), options_.settings());
 }
 
 void DistillationLossImpl::pretty_print(std::ostream& stream) const {

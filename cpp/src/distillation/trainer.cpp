@@ -1,39 +1,39 @@
+#include <ATen/Context.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/ops/tensor.h>
 #include <c10/util/Exception.h>
 #include <rarefy/distillation/trainer.h>
-#include <torch/nn/utils/clip_grad.h>
 #include <torch/utils.h>
 
 #include <cmath>
 #include <utility>
 
+#include "distillation/autocast.h"
+#include "distillation/scoped.h"
+#include "distillation/step.h"
+
 namespace rarefy::distillation {
 namespace {
 
-/// body() with the model in the given mode; its modules are put back as they were, whatever happens.
-/// Not a destructor's work: putting a model back may itself throw (a Python model interrupted by the user).
-template <typename Body>
-auto in_mode(const Model& model, bool training, const Body& body) {
-  const Model::Restore restore = model.enter_mode ? model.enter_mode(training) : Model::Restore([] {});
-  try {
-    auto result = body();
-    restore();
-    return result;
-  } catch (...) {
-    restore();
-    throw;
-  }
-}
-
-double to_loss(const torch::Tensor& loss) {
-  TORCH_CHECK_VALUE(
-      loss.defined() && loss.numel() == 1, "[DistillationTrainer] the loss function must return one number, got ",
-      loss.defined() ? "a tensor of shape " : "nothing", loss.defined() ? loss.sizes() : at::IntArrayRef{});
-  return loss.item<double>();
-}
-
 bool are_classes(const torch::Tensor& labels, const torch::Tensor& logits) {
-  return labels.defined() && labels.scalar_type() == torch::kLong && logits.dim() >= 1 &&
+  return labels.defined() && logits.defined() && labels.scalar_type() == torch::kLong && logits.dim() >= 1 &&
          labels.sizes() == logits.sizes().slice(0, static_cast<size_t>(logits.dim()) - 1);
+}
+
+std::optional<double> selected(const Selection& selection, const std::optional<Evaluation>& evaluation) {
+  if (!evaluation.has_value()) {
+    return std::nullopt;
+  }
+  if (selection.metric == "loss") {
+    return evaluation->loss;
+  }
+  if (selection.metric == "accuracy" && evaluation->accuracy.has_value()) {
+    return evaluation->accuracy;
+  }
+  const auto found = evaluation->metrics.find(selection.metric);
+  TORCH_CHECK_VALUE(found != evaluation->metrics.end(), "[DistillationTrainer] the selection's metric '",
+                    selection.metric, "' must be measured by the evaluation, which gave no such value");
+  return found->second;
 }
 
 }  // namespace
@@ -53,83 +53,175 @@ OptimizerInterface::OptimizerInterface(torch::optim::Optimizer& optimizer)
         return all;
       }) {}
 
+SchedulerInterface::SchedulerInterface(std::function<void(std::optional<double>)> function, When often)
+    : advance(std::move(function)), when(often) {}
+
+SchedulerInterface::SchedulerInterface(torch::optim::LRScheduler& scheduler, When often)
+    : advance([&scheduler](std::optional<double>) { scheduler.step(); }), when(often) {}
+
+RandomInterface::RandomInterface()
+    : capture([] {
+        std::vector<torch::Tensor> states{at::globalContext().defaultGenerator(at::kCPU).get_state()};
+        if (at::hasCUDA()) {
+          for (int i = 0; i < at::detail::getCUDAHooks().deviceCount(); ++i) {
+            states.push_back(at::globalContext()
+                                 .defaultGenerator(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(i)))
+                                 .get_state());
+          }
+        }
+        return states;
+      }),
+      restore([](const std::vector<torch::Tensor>& states) {
+        for (size_t i = 0; i < states.size(); ++i) {
+          const auto device =
+              i == 0 ? at::Device(at::kCPU) : at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(i - 1));
+          auto generator = at::globalContext().defaultGenerator(device);
+          generator.set_state(states[i]);
+        }
+      }) {}
+
 void DistillationTrainerOptions::validate() const {
   TORCH_CHECK_VALUE(max_grad_norm >= 0.0 && std::isfinite(max_grad_norm),
                     "[DistillationTrainer] max_grad_norm must be 0 (no clipping) or positive and finite, got ",
                     max_grad_norm);
+  TORCH_CHECK_VALUE(accumulate >= 1, "[DistillationTrainer] accumulate must be 1 or more, got ", accumulate);
+  TORCH_CHECK_VALUE(log_every >= 0, "[DistillationTrainer] log_every must be 0 (no log) or more, got ", log_every);
+  TORCH_CHECK_VALUE(processes >= 1, "[DistillationTrainer] processes must be 1 or more, got ", processes);
+  TORCH_CHECK_VALUE(selection.patience >= 0, "[DistillationTrainer] patience must be 0 (never stop) or more, got ",
+                    selection.patience);
+  TORCH_CHECK_VALUE(selection.min_delta >= 0.0 && std::isfinite(selection.min_delta),
+                    "[DistillationTrainer] min_delta must be 0 or more and finite, got ", selection.min_delta);
 }
 
-DistillationTrainer::DistillationTrainer(Model student, Model teacher, OptimizerInterface optimizer, LossFunction loss,
-                                         DistillationTrainerOptions options)
+DistillationTrainer::DistillationTrainer(Model student, Teacher teacher, OptimizerInterface optimizer,
+                                         Objective objective, DistillationTrainerOptions options,
+                                         SchedulerInterface scheduler)
     : student_(std::move(student)),
       teacher_(std::move(teacher)),
       optimizer_(std::move(optimizer)),
-      loss_(std::move(loss)),
-      options_(options) {
+      objective_(std::move(objective)),
+      options_(std::move(options)),
+      scheduler_(std::move(scheduler)) {
   options_.validate();
 }
 
-torch::Tensor DistillationTrainer::teacher_logits(const torch::Tensor& inputs) const {
-  const torch::NoGradGuard no_grad;
-  return teacher_.forward(inputs);
+Model::Restore DistillationTrainer::enter_student(bool training) const {
+  return student_.enter_mode ? student_.enter_mode(training) : Model::Restore([] {});
 }
 
-double DistillationTrainer::step(const Batch& batch) {
-  const torch::Tensor target = teacher_logits(batch.inputs);
-  const torch::Tensor loss = loss_(student_.forward(batch.inputs), target, batch.labels);
-  const double value = to_loss(loss);
-  const int64_t number = state_.step + 1;
-  TORCH_CHECK_VALUE(std::isfinite(value), "[DistillationTrainer] the loss must be finite, got ", value, " at step ",
-                    number, "; the parameters are those after step ", state_.step);
-  optimizer_.zero_grad();
-  loss.backward();
-  if (options_.max_grad_norm > 0.0) {
-    const double norm = torch::nn::utils::clip_grad_norm_(optimizer_.parameters(), options_.max_grad_norm);
-    TORCH_CHECK_VALUE(std::isfinite(norm), "[DistillationTrainer] the gradient's norm must be finite, got ", norm,
-                      " at step ", number, "; the parameters are those after step ", state_.step);
-  }
-  optimizer_.step();
-  state_.step = number;
-  return value;
+StepResult DistillationTrainer::train_step(const Batch& batch) {
+  return scoped(teacher_.enter(), [&] { return take_step({batch}); });
 }
 
 StepResult DistillationTrainer::train_step(const torch::Tensor& inputs, const torch::Tensor& labels) {
-  return in_mode(teacher_, false, [&] { return StepResult{step({inputs, labels})}; });
+  return train_step(Batch{inputs, labels});
+}
+
+void DistillationTrainer::begin_epoch(const BatchSource& next_batch) {
+  if (state_.batch == 0) {
+    state_.epoch_random = options_.random.capture();
+    state_.epoch_loss = 0.0;
+    state_.epoch_steps = 0;
+    return;
+  }
+  // The order of the batches, and what the source draws while it makes them, follow from the random state at the start.
+  const auto now = options_.random.capture();
+  options_.random.restore(state_.epoch_random);
+  for (int64_t i = 0; i < state_.batch; ++i) {
+    TORCH_CHECK_VALUE(next_batch().has_value(), "[DistillationTrainer] to go on with epoch ", state_.epoch + 1,
+                      " the source must have more than the ", state_.batch, " batches that were done, got ", i);
+  }
+  options_.random.restore(now);
 }
 
 void DistillationTrainer::run_epoch(const BatchSource& next_batch, const Callbacks& callbacks,
                                     const BatchSource& evaluation) {
-  const int64_t epoch = state_.epoch + 1;
-  double total = 0.0;
-  int64_t steps = 0;
-  for (auto batch = next_batch(); batch.has_value(); batch = next_batch()) {
-    const double loss = step(*batch);
-    total += loss;
-    ++steps;
+  begin_epoch(next_batch);
+  bool ended = false;
+  while (!ended) {
+    std::vector<Batch> window;
+    while (!ended && std::ssize(window) < options_.accumulate) {
+      auto batch = next_batch();
+      ended = !batch.has_value();
+      if (!ended) {
+        window.push_back(std::move(*batch));
+      }
+    }
+    if (window.empty()) {
+      break;
+    }
+    last_ = take_step(window);
+    state_.batch += std::ssize(window);
     if (callbacks.on_step) {
-      callbacks.on_step(state_.step, loss);
+      callbacks.on_step(state_.step, last_.loss);
+    }
+    if (stop_ && !ended) {
+      return;
     }
   }
-  TORCH_CHECK_VALUE(steps > 0, "[DistillationTrainer] an epoch must have at least one batch, got none in epoch ", epoch,
-                    " (a source starts anew after its end)");
-  EpochMetrics metrics{epoch, state_.step, total / static_cast<double>(steps), std::nullopt};
+  TORCH_CHECK_VALUE(state_.batch > 0, "[DistillationTrainer] an epoch must have at least one batch, got none in epoch ",
+                    state_.epoch + 1, " (a source starts anew after its end)");
+  end_epoch(callbacks, evaluation);
+}
+
+void DistillationTrainer::end_epoch(const Callbacks& callbacks, const BatchSource& evaluation) {
+  auto sums = at::tensor({state_.epoch_loss, static_cast<double>(state_.epoch_steps)}, torch::kDouble);
+  if (options_.all_reduce_sum) {
+    options_.all_reduce_sum(sums);
+  }
+  EpochMetrics metrics{state_.epoch + 1, state_.step, sums[0].item<double>() / sums[1].item<double>()};
   if (evaluation) {
     metrics.evaluation = evaluate(evaluation);
   }
-  state_.epoch = epoch;
-  state_.history.push_back(metrics);
-  if (callbacks.on_epoch_end) {
-    callbacks.on_epoch_end(epoch, metrics);
+  if (callbacks.evaluate) {
+    const torch::NoGradGuard no_grad;
+    if (!metrics.evaluation.has_value()) {
+      metrics.evaluation = Evaluation{std::nan("")};
+    }
+    metrics.evaluation->metrics = scoped(enter_student(false), [&] { return callbacks.evaluate(); });
   }
+  const auto value = selected(options_.selection, metrics.evaluation);
+
+  state_.epoch = metrics.epoch;
+  state_.batch = 0;
+  state_.history.push_back(metrics);
+  if (value.has_value()) {
+    const double gain = options_.selection.maximize ? *value - state_.best_value : state_.best_value - *value;
+    if (state_.best_epoch == 0 ? !std::isnan(*value) : gain > options_.selection.min_delta) {
+      state_.best_epoch = state_.epoch;
+      state_.best_value = *value;
+    }
+  }
+  if (scheduler_.advance && scheduler_.when == SchedulerInterface::When::epoch) {
+    scheduler_.advance(value);
+  }
+  if (callbacks.on_epoch_end) {
+    callbacks.on_epoch_end(state_.epoch, metrics);
+  }
+}
+
+bool DistillationTrainer::out_of_patience() const {
+  const int64_t patience = options_.selection.patience;
+  return patience > 0 && state_.epoch - state_.best_epoch >= patience;
 }
 
 const std::vector<EpochMetrics>& DistillationTrainer::fit(const BatchSource& next_batch, int64_t epochs,
                                                           const Callbacks& callbacks, const BatchSource& evaluation) {
   TORCH_CHECK_VALUE(epochs >= 0, "[DistillationTrainer] epochs must be 0 or more, got ", epochs);
-  in_mode(teacher_, false, [&] {
-    return in_mode(student_, true, [&] {
-      while (state_.epoch < epochs) {
+  TORCH_CHECK_VALUE(options_.selection.patience == 0 || evaluation || callbacks.evaluate,
+                    "[DistillationTrainer] patience needs an evaluation after each epoch, got a patience of ",
+                    options_.selection.patience, " and none");
+  stop_ = false;
+  const auto hashes = teacher_.hashes();
+  scoped(teacher_.enter(), [&] {
+    return scoped(enter_student(true), [&] {
+      if (!state_.random.empty()) {
+        options_.random.restore(state_.random);
+        state_.random.clear();
+      }
+      while (state_.epoch < epochs && !stop_ && !out_of_patience()) {
         run_epoch(next_batch, callbacks, evaluation);
+        teacher_.check_unchanged(hashes);
       }
       return state_.epoch;
     });
@@ -139,36 +231,52 @@ const std::vector<EpochMetrics>& DistillationTrainer::fit(const BatchSource& nex
 
 Evaluation DistillationTrainer::evaluate(const BatchSource& next_batch) {
   const torch::NoGradGuard no_grad;
-  return in_mode(teacher_, false, [&] {
-    return in_mode(student_, false, [&] {
-      double total = 0.0;
-      int64_t rows = 0, labelled = 0, correct = 0, batches = 0;
+  return scoped(teacher_.enter(), [&] {
+    return scoped(enter_student(false), [&] {
+      double total = 0.0, rows = 0.0, labelled = 0.0, correct = 0.0, batches = 0.0;
       for (auto batch = next_batch(); batch.has_value(); batch = next_batch()) {
-        ++batches;
-        const torch::Tensor target = teacher_logits(batch->inputs);
-        const torch::Tensor logits = student_.forward(batch->inputs);
-        const bool classes = are_classes(batch->labels, logits);
-        int64_t count = logits.dim() == 0 ? 1 : logits.numel() / logits.size(-1);
-        if (classes) {
-          const torch::Tensor valid = batch->labels != options_.ignore_index;
-          count = valid.sum().item<int64_t>();
-          labelled += count;
-          correct += ((logits.argmax(-1) == batch->labels) & valid).sum().item<int64_t>();
+        batches += 1.0;
+        const AutocastGuard autocast(options_.device, options_.precision);
+        const Outputs target = teacher_(*batch);
+        const Outputs outputs = student_.forward(*batch);
+        torch::Tensor logits = outputs.logits, labels = batch->labels;
+        if (options_.shift && logits.defined() && labels.defined() && labels.dim() >= 1 && labels.size(-1) > 1) {
+          logits = logits.narrow(-2, 0, logits.size(-2) - 1);
+          labels = labels.narrow(-1, 1, labels.size(-1) - 1);
         }
-        if (count > 0) {
-          total += to_loss(loss_(logits, target, batch->labels)) * static_cast<double>(count);
-          rows += count;
+        if (are_classes(labels, logits)) {
+          const torch::Tensor valid = labels != options_.ignore_index;
+          labelled += valid.sum().item<double>();
+          correct += ((logits.argmax(-1) == labels) & valid).sum().item<double>();
+        }
+        const double valid_rows = count_rows(options_, *batch, outputs);
+        if (valid_rows > 0.0) {
+          total += sum_terms(objective_, outputs, target, *batch).value * valid_rows;
+          rows += valid_rows;
         }
       }
-      TORCH_CHECK_VALUE(rows > 0, "[DistillationTrainer] evaluation must have at least one valid row, got ", batches,
-                        " batches and none");
-      Evaluation result{total / static_cast<double>(rows), std::nullopt};
-      if (labelled > 0) {
-        result.accuracy = static_cast<double>(correct) / static_cast<double>(labelled);
+      auto sums = at::tensor({total, rows, labelled, correct, batches}, torch::kDouble);
+      if (options_.all_reduce_sum) {
+        options_.all_reduce_sum(sums);
+      }
+      const auto* all = sums.const_data_ptr<double>();
+      TORCH_CHECK_VALUE(all[1] > 0.0, "[DistillationTrainer] evaluation must have at least one valid row, got ",
+                        static_cast<int64_t>(all[4]), " batches and none");
+      Evaluation result{all[0] / all[1]};
+      if (all[2] > 0.0) {
+        result.accuracy = all[3] / all[2];
       }
       return result;
     });
   });
+}
+
+TrainerState DistillationTrainer::state() const {
+  TrainerState copy = state_;
+  if (copy.random.empty()) {
+    copy.random = options_.random.capture();
+  }
+  return copy;
 }
 
 void DistillationTrainer::load_state(TrainerState state) {

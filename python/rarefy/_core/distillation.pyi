@@ -13,20 +13,19 @@ __all__: list[str] = ["DistillationLossOptions", "DistillationTrainer", "EpochMe
 class DistillationLossOptions:
     def __init__(
         self,
-        temperature: typing.SupportsFloat | typing.SupportsIndex = 4.0,
-        alpha: typing.SupportsFloat | typing.SupportsIndex = 0.5,
-        ignore_index: typing.SupportsInt | typing.SupportsIndex = -100,
+        *,
+        temperature: typing.SupportsFloat | typing.SupportsIndex,
+        alpha: typing.SupportsFloat | typing.SupportsIndex,
+        divergence: str,
+        skew: typing.SupportsFloat | typing.SupportsIndex,
+        label_smoothing: typing.SupportsFloat | typing.SupportsIndex,
+        ignore_index: typing.SupportsInt | typing.SupportsIndex,
+        reduction: str,
     ) -> None: ...
     def validate(self) -> None:
         """
         Raise ValueError for a field out of range.
         """
-    @property
-    def alpha(self) -> float: ...
-    @property
-    def ignore_index(self) -> int: ...
-    @property
-    def temperature(self) -> float: ...
 
 class StepResult:
     """

@@ -1,11 +1,17 @@
 """Knowledge distillation: the loss of Hinton et al. as one fused operator, and a trainer around it."""
 
+from typing import TYPE_CHECKING, Any
+
 from rarefy._core.distillation import EpochMetrics, Evaluation, StepResult
+from rarefy.distillation.capture import LayerCapture
 from rarefy.distillation.clip import AffinityMimicking, ContrastiveKL, EmbeddingMSE
 from rarefy.distillation.contrastive import ContrastiveRepresentation
+from rarefy.distillation.ema import EMATeacher
 from rarefy.distillation.features import AttentionTransfer, FeatureAdapter, HiddenCosine, Hint
 from rarefy.distillation.logits import DIST, DKD, NKD, LogitMSE
 from rarefy.distillation.loss import DistillationLoss
+from rarefy.distillation.on_policy import OnPolicy
+from rarefy.distillation.outputs import Outputs, to_logits
 from rarefy.distillation.relations import (
     AttentionMaps,
     MiniLMRelations,
@@ -17,6 +23,10 @@ from rarefy.distillation.relations import (
 from rarefy.distillation.terms import FeatureLoss, layer_map
 from rarefy.distillation.trainer import Callbacks, DistillationTrainer
 
+if TYPE_CHECKING:
+    from rarefy.distillation.hf import DistillationTrainerMixin
+    from rarefy.distillation.lightning import DistillationCallback
+
 __all__ = [
     "DIST",
     "DKD",
@@ -27,8 +37,11 @@ __all__ = [
     "Callbacks",
     "ContrastiveKL",
     "ContrastiveRepresentation",
+    "DistillationCallback",
     "DistillationLoss",
     "DistillationTrainer",
+    "DistillationTrainerMixin",
+    "EMATeacher",
     "EmbeddingMSE",
     "EpochMetrics",
     "Evaluation",
@@ -36,12 +49,29 @@ __all__ = [
     "FeatureLoss",
     "HiddenCosine",
     "Hint",
+    "LayerCapture",
     "LogitMSE",
     "MiniLMRelations",
+    "OnPolicy",
+    "Outputs",
     "ProbabilisticKnowledgeTransfer",
     "RelationalAngle",
     "RelationalDistance",
     "SimilarityPreserving",
     "StepResult",
     "layer_map",
+    "to_logits",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs an optional package on first use."""
+    if name == "DistillationTrainerMixin":
+        from rarefy.distillation.hf import DistillationTrainerMixin
+
+        return DistillationTrainerMixin
+    if name == "DistillationCallback":
+        from rarefy.distillation.lightning import DistillationCallback
+
+        return DistillationCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

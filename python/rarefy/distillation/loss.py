@@ -28,17 +28,43 @@ class DistillationLoss(nn.Module):
         ValueError, TypeError, IndexError: an argument breaks its rule; the message names the rule and the value.
     """
 
-    def __init__(self, temperature: float = 4.0, alpha: float = 0.5, ignore_index: int = -100) -> None:
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        alpha: float = 0.5,
+        *,
+        divergence: str = "kl",
+        skew: float = 0.5,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
         super().__init__()
-        _core.distillation.DistillationLossOptions(temperature, alpha, ignore_index).validate()
         self.temperature = float(temperature)
         self.alpha = float(alpha)
+        self.divergence = divergence
+        self.skew = float(skew)
+        self.label_smoothing = float(label_smoothing)
         self.ignore_index = int(ignore_index)
+        self.reduction = reduction
+        _core.distillation.DistillationLossOptions(**self._settings()).validate()
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the loss, a scalar in float32 (float64 for float64 logits)."""
+    def _settings(self) -> dict:
+        """Return the options that the operator takes, by name."""
+        names = ("temperature", "alpha", "divergence", "skew", "label_smoothing", "ignore_index", "reduction")
+        return {name: getattr(self, name) for name in names}
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None = None,
+        *,
+        row_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss, in float32 (float64 for float64 logits)."""
         return torch.ops.rarefy.distillation_loss(
-            student_logits, teacher_logits, labels, self.temperature, self.alpha, self.ignore_index
+            student_logits, teacher_logits, labels, row_weights, **self._settings()
         )
 
     def extra_repr(self) -> str:

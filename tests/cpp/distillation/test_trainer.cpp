@@ -75,12 +75,12 @@ bool same(const std::vector<torch::Tensor>& a, const std::vector<torch::Tensor>&
 TEST_CASE("DistillationLoss is the operator as a module", "[distillation]") {
   const auto student = torch::randn({4, 7}), teacher = torch::randn({4, 7});
   const auto labels = torch::randint(0, 7, {4});
-  DistillationLoss loss(DistillationLossOptions{3.0, 0.25, -100});
+  DistillationLoss loss(DistillationLossOptions{3.0, 0.25});
   CHECK(torch::equal(loss(student, teacher, labels),
-                     rarefy::ops::distillation_loss(student, teacher, labels, 3.0, 0.25, -100)));
-  DistillationLoss soft(DistillationLossOptions{2.0, 1.0, -100});
+                     rarefy::ops::distillation_loss(student, teacher, labels, std::nullopt, {3.0, 0.25})));
+  DistillationLoss soft(DistillationLossOptions{2.0, 1.0});
   CHECK(torch::equal(soft(student, teacher),
-                     rarefy::ops::distillation_loss(student, teacher, std::nullopt, 2.0, 1.0, -100)));
+                     rarefy::ops::distillation_loss(student, teacher, std::nullopt, std::nullopt, {2.0, 1.0})));
   std::ostringstream text;
   text << *loss;
   CHECK(text.str() == "rarefy::distillation::DistillationLoss(temperature=3, alpha=0.25, ignore_index=-100)");

@@ -64,10 +64,10 @@ TEST_CASE("distillation_loss follows the definition", "[ops][distillation]") {
     for (const double t : {0.5, 1.0, 3.0, 4.0, 20.0}) {
       for (const double alpha : {0.0, 0.4, 1.0}) {
         const double expected = reference(student, teacher, labels, t, alpha);
-        const double loss = distillation_loss(student, teacher, labels, t, alpha, -100).item<double>();
+        const double loss = distillation_loss(student, teacher, labels, std::nullopt, {t, alpha}).item<double>();
         CHECK(loss == Approx(expected).epsilon(1e-5).margin(1e-6));
         const double exact =
-            distillation_loss(student.to(torch::kDouble), teacher.to(torch::kDouble), labels, t, alpha, -100)
+            distillation_loss(student.to(torch::kDouble), teacher.to(torch::kDouble), labels, std::nullopt, {t, alpha})
                 .item<double>();
         CHECK(exact == Approx(expected).epsilon(1e-12).margin(1e-13));
       }
@@ -79,7 +79,7 @@ TEST_CASE("distillation_loss has the gradient of the definition", "[ops][distill
   auto [student, teacher, labels] = make(4, 9);
   for (const double t : {1.0, 4.0, 5.0}) {
     auto leaf = student.clone().requires_grad_();
-    (distillation_loss(leaf, teacher, labels, t, 0.6, -100) * 2.0).backward();
+    (distillation_loss(leaf, teacher, labels, std::nullopt, {t, 0.6}) * 2.0).backward();
     for (int64_t c = 0; c < 9; ++c) {
       auto up = student.to(torch::kDouble), down = student.to(torch::kDouble);
       up[2][c] += 1e-5;
@@ -100,7 +100,7 @@ TEST_CASE("distillation_loss gives the same bits with every instruction set", "[
     } catch (const c10::ValueError&) {
       continue;  // this processor does not have it
     }
-    results.push_back(distillation_loss_forward(student, teacher, labels, 4.0, 0.5, -100));
+    results.push_back(distillation_loss_forward(student, teacher, labels, std::nullopt, {4.0, 0.5}));
   }
   rarefy::set_instruction_set(before);
   for (const auto& result : results) {
@@ -111,7 +111,7 @@ TEST_CASE("distillation_loss gives the same bits with every instruction set", "[
 
 TEST_CASE("distillation_loss is zero when teacher and student agree", "[ops][distillation]") {
   auto student = (torch::randn({6, 50}) * 5).requires_grad_();
-  const auto loss = distillation_loss(student, student.detach().clone(), std::nullopt, 4.0, 1.0, -100);
+  const auto loss = distillation_loss(student, student.detach().clone(), std::nullopt, std::nullopt, {4.0, 1.0});
   loss.backward();
   CHECK(loss.item<float>() == 0.0f);
   CHECK(student.grad().count_nonzero().item<int64_t>() == 0);
@@ -119,14 +119,16 @@ TEST_CASE("distillation_loss is zero when teacher and student agree", "[ops][dis
 
 TEST_CASE("distillation_loss says what is wrong", "[ops][distillation]") {
   auto [student, teacher, labels] = make(4, 5);
-  CHECK_THROWS_WITH(distillation_loss(student, teacher, labels, 0.0, 0.5, -100),
+  CHECK_THROWS_WITH(distillation_loss(student, teacher, labels, std::nullopt, {0.0, 0.5}),
                     ContainsSubstring("[distillation_loss] temperature must be positive and finite, got 0"));
-  CHECK_THROWS_WITH(distillation_loss(student, teacher, labels, 4.0, 1.5, -100),
+  CHECK_THROWS_WITH(distillation_loss(student, teacher, labels, std::nullopt, {4.0, 1.5}),
                     ContainsSubstring("alpha must be in [0, 1], got 1.5"));
-  CHECK_THROWS_WITH(distillation_loss(student, teacher.slice(1, 0, 4), labels, 4.0, 0.5, -100),
+  CHECK_THROWS_WITH(distillation_loss(student, teacher.slice(1, 0, 4), labels, std::nullopt, {4.0, 0.5}),
                     ContainsSubstring("teacher_logits must have the student's shape [4, 5], got [4, 4]"));
-  CHECK_THROWS_AS(distillation_loss(student, teacher, labels.to(torch::kInt), 4.0, 0.5, -100), c10::TypeError);
-  CHECK_THROWS_AS(distillation_loss(student, teacher, labels + 5, 4.0, 0.5, -100), c10::IndexError);
-  CHECK_THROWS_WITH(distillation_loss(student, teacher, torch::full_like(labels, 7), 4.0, 0.5, 7),
+  CHECK_THROWS_AS(distillation_loss(student, teacher, labels.to(torch::kInt), std::nullopt, {4.0, 0.5}),
+                  c10::TypeError);
+  CHECK_THROWS_AS(distillation_loss(student, teacher, labels + 5, std::nullopt, {4.0, 0.5}), c10::IndexError);
+  CHECK_THROWS_WITH(distillation_loss(student, teacher, torch::full_like(labels, 7), std::nullopt,
+                                      {.temperature = 4.0, .alpha = 0.5, .ignore_index = 7}),
                     ContainsSubstring("at least one row must be valid"));
 }

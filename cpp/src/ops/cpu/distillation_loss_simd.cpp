@@ -107,7 +107,8 @@ class RowDistiller {
         soft_s_(row.scratch),
         soft_t_(row.scratch + (task.classes + kStep - 1) / kStep * kStep),
         hard_s_(soft_t_ + (task.classes + kStep - 1) / kStep * kStep),
-        label_(row.label) {}
+        label_(row.label),
+        weight_(row.weight) {}
 
   DistillationSums run() {
     const Range student = row_range(student_, task_.classes);
@@ -256,9 +257,9 @@ class RowDistiller {
   void write_gradient() {
     // Equal rows have equal sums, so teacher == student gives exactly 0 for the KL term.
     Scales scales;
-    scales.student = Vec(static_cast<float>(task_.soft_scale / sums_.soft_student));
-    scales.teacher = Vec(static_cast<float>(task_.soft_scale / sums_.soft_teacher));
-    scales.hard_student = Vec(static_cast<float>(task_.hard_scale / sums_.hard_student));
+    scales.student = Vec(static_cast<float>(weight_ * task_.soft_scale / sums_.soft_student));
+    scales.teacher = Vec(static_cast<float>(weight_ * task_.soft_scale / sums_.soft_teacher));
+    scales.hard_student = Vec(static_cast<float>(weight_ * task_.hard_scale / sums_.hard_student));
     const int64_t n = task_.classes;
     int64_t i = 0;
     for (; i + Vec::size <= n; i += Vec::size) {
@@ -272,7 +273,7 @@ class RowDistiller {
       float lanes[Vec::size];
       const int64_t first = label_ / Vec::size * Vec::size;
       gradient_at(first, scales).store(static_cast<float*>(lanes));
-      from_float(lanes[label_ - first] - static_cast<float>(task_.hard_scale), grad_ + label_);
+      from_float(lanes[label_ - first] - static_cast<float>(weight_ * task_.hard_scale), grad_ + label_);
     }
   }
 
@@ -284,6 +285,7 @@ class RowDistiller {
   float* soft_t_;
   float* hard_s_;
   int64_t label_;
+  double weight_;
   Vec max_s_, max_t_, soft_factor_, hard_factor_;
   DistillationSums sums_;
 };

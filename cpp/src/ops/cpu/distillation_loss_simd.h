@@ -28,6 +28,7 @@ struct DistillationRow {
   void* grad;      // null when only the sums are wanted
   float* scratch;  // distillation_scratch(classes) floats; unused when grad is null
   int64_t label;   // in [0, classes); unused without the hard term
+  double weight;   // of the row's gradient
 };
 
 /// Sums over a row with student logits s, teacher logits t, their maxima m_s and m_t, and temperature T.

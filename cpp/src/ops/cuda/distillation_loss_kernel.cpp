@@ -7,7 +7,7 @@
 #include <torch/library.h>
 
 #include "ops/cuda/launch.h"
-#include "ops/distillation_loss_checks.h"
+#include "ops/distillation_rule.h"
 
 namespace rarefy::ops {
 namespace {
@@ -19,8 +19,13 @@ struct Results {
 };
 
 Results run(const at::Tensor& student_logits, const at::Tensor& teacher_logits, const std::optional<at::Tensor>& labels,
-            double temperature, double alpha, int64_t ignore_index, bool with_gradient) {
-  check_distillation_loss(student_logits, teacher_logits, labels, temperature, alpha);
+            const std::optional<at::Tensor>& row_weights, const DistillationLossSettings& settings,
+            bool with_gradient) {
+  const auto rule = resolve("distillation_loss", settings);
+  check_distillation_loss(student_logits, teacher_logits, labels, row_weights, rule);
+  TORCH_CHECK_NOT_IMPLEMENTED(rule.divergence == Divergence::kl && rule.label_smoothing == 0.0 &&
+                                  rule.reduction == Reduction::mean && !row_weights.has_value(),
+                              "[distillation_loss] only divergence 'kl' and reduction 'mean' run on CUDA");
   const c10::DeviceGuard guard(student_logits.device());
   const auto student = student_logits.contiguous();
   const auto teacher = teacher_logits.contiguous();
@@ -37,8 +42,8 @@ Results run(const at::Tensor& student_logits, const at::Tensor& teacher_logits, 
   check_launch(
       "distillation_loss",
       cuda::distillation_loss(
-          {float_type(student), rows, classes, temperature, alpha, ignore_index, student.scalar_type() == at::kHalf,
-           student.const_data_ptr(), teacher.const_data_ptr(),
+          {float_type(student), rows, classes, rule.temperature, rule.alpha, rule.ignore_index,
+           student.scalar_type() == at::kHalf, student.const_data_ptr(), teacher.const_data_ptr(),
            targets.defined() ? targets.const_data_ptr<int64_t>() : nullptr,
            with_gradient ? results.grad.data_ptr() : nullptr, row_losses.data_ptr<double>(),
            valid_rows.data_ptr<int64_t>(), results.loss.data_ptr(), with_gradient ? results.scale.data_ptr() : nullptr},
@@ -47,17 +52,15 @@ Results run(const at::Tensor& student_logits, const at::Tensor& teacher_logits, 
 }
 
 at::Tensor distillation_loss_cuda(const at::Tensor& student_logits, const at::Tensor& teacher_logits,
-                                  const std::optional<at::Tensor>& labels, double temperature, double alpha,
-                                  int64_t ignore_index) {
-  return run(student_logits, teacher_logits, labels, temperature, alpha, ignore_index, false).loss;
+                                  const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& row_weights,
+                                  const DistillationLossSettings& settings) {
+  return run(student_logits, teacher_logits, labels, row_weights, settings, false).loss;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> distillation_loss_forward_cuda(const at::Tensor& student_logits,
-                                                                              const at::Tensor& teacher_logits,
-                                                                              const std::optional<at::Tensor>& labels,
-                                                                              double temperature, double alpha,
-                                                                              int64_t ignore_index) {
-  auto results = run(student_logits, teacher_logits, labels, temperature, alpha, ignore_index, true);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> distillation_loss_forward_cuda(
+    const at::Tensor& student_logits, const at::Tensor& teacher_logits, const std::optional<at::Tensor>& labels,
+    const std::optional<at::Tensor>& row_weights, const DistillationLossSettings& settings) {
+  auto results = run(student_logits, teacher_logits, labels, row_weights, settings, true);
   return {results.loss, results.grad, results.scale};
 }
 
@@ -76,8 +79,8 @@ at::Tensor distillation_loss_backward_cuda(const at::Tensor& grad, const at::Ten
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rarefy, CUDA, m) {
-  m.impl("distillation_loss", &distillation_loss_cuda);
-  m.impl("distillation_loss_forward", &distillation_loss_forward_cuda);
+  m.impl("distillation_loss", &with_settings<&distillation_loss_cuda>);
+  m.impl("distillation_loss_forward", &with_settings<&distillation_loss_forward_cuda>);
   m.impl("distillation_loss_backward", &distillation_loss_backward_cuda);
 }
 
