@@ -10,6 +10,8 @@
 // rarefy_parity --pruned FILE BATCH OUT: loads the pruned small network's FILE into a fresh one, removes channel 0 of what is
 //   left of `fc`'s input, writes it to OUT, and its output on the tensor `x` of BATCH before that to OUT.evaluated, of
 //   test_manifest.py.
+// rarefy_parity --distill STUDENT TEACHER DATA OUT: the small network distilled from one of its kind, in batches x<i>, y<i>
+//   of DATA, as test_parity.py does it; the student to OUT, and `losses` and `evaluated` (loss, accuracy) to OUT.results.
 // rarefy_parity --losses HINT CONTRASTIVE DATA OUT: loads the states of a Hint (4 to 6 features) and of a ContrastiveRepresentation,
 //   computes every loss of distillation on the tensors of DATA, and writes them to OUT by name. Takes one step of SGD on
 //   both, and writes their states to OUT.hint and OUT.contrastive, of test_parity.py.
@@ -103,6 +105,42 @@ int load_and_prune(char** argv) {
   return 0;
 }
 
+int distill(char** argv) {
+  namespace distillation = rarefy::distillation;
+  Parity student, teacher;
+  rarefy::load_safetensors(*student, argv[2]);
+  rarefy::load_safetensors(*teacher, argv[3]);
+  const auto data = rarefy::load_safetensors(argv[4]).tensors;
+  const auto source = [&data, i = 0]() mutable -> std::optional<distillation::Batch> {
+    const std::string number = std::to_string(i++);
+    if (!data.contains("x" + number)) {
+      i = 0;
+      return std::nullopt;
+    }
+    return distillation::Batch{data["x" + number], data["y" + number]};
+  };
+  torch::optim::AdamW optimizer(student->parameters(), torch::optim::AdamWOptions(0.01).weight_decay(0.01));
+  torch::optim::StepLR schedule(optimizer, 3, 0.5);
+  distillation::DistillationTrainerOptions options;
+  options.accumulate = 2;
+  options.max_grad_norm = 0.5;
+  distillation::DistillationLoss soft(distillation::DistillationLossOptions{3.0, 0.6});
+  const std::vector<distillation::LossTerm> terms{
+      {"logits", 1.0,
+       [&](const auto& s, const auto& t, const auto& batch) { return soft(s.logits, t.logits, batch.labels); }},
+      {"distance", 0.1, [](const auto& s, const auto& t, const auto&) { return torch::mse_loss(s.logits, t.logits); }}};
+  distillation::DistillationTrainer trainer(student, teacher, optimizer, terms, options, schedule);
+  std::vector<double> losses;
+  trainer.fit(source, 4, {[&](int64_t, double loss) { losses.push_back(loss); }});
+  const auto evaluation = trainer.evaluate(source);
+  rarefy::NamedTensors results;
+  results.insert("losses", torch::tensor(losses));
+  results.insert("evaluated", torch::tensor({evaluation.loss, evaluation.accuracy.value()}));
+  rarefy::save_safetensors(results, std::string(argv[5]) + ".results");
+  rarefy::save_safetensors(*student, argv[5]);
+  return 0;
+}
+
 int losses(char** argv) {
   using namespace rarefy::distillation;  // NOLINT(google-build-using-namespace)
   const auto data = rarefy::load_safetensors(argv[4]).tensors;
@@ -189,6 +227,9 @@ int main(int argc, char** argv) {
   if (mode == "--pruned" && argc == 5) {
     return load_and_prune(argv);
   }
+  if (mode == "--distill" && argc == 6) {
+    return distill(argv);
+  }
   if (mode == "--losses" && argc == 6) {
     return losses(argv);
   }
@@ -196,6 +237,7 @@ int main(int argc, char** argv) {
     return read_all(argc, argv);
   }
   std::cerr << "usage: rarefy_parity --train EXECUTION MODEL DATA FIRST LAST OUT | --continue MODEL BATCH OUT | "
-               "--pruned FILE BATCH OUT | --losses HINT CONTRASTIVE DATA OUT | --read FILE...\n";
+               "--pruned FILE BATCH OUT | --distill STUDENT TEACHER DATA OUT | --losses HINT CONTRASTIVE DATA OUT | "
+               "--read FILE...\n";
   return 2;
 }

@@ -189,6 +189,41 @@ def test_conversion_gives_the_same_integers(training):
         torch.testing.assert_close(returned["converted"], integer(*batch), **TOLERANCE)
 
 
+def test_distillation_in_both_languages(parity_program, tmp_path):
+    torch.manual_seed(7)
+    student, teacher = Parity(), Parity()
+    data = {}
+    for i in range(5):
+        data[f"x{i}"], data[f"y{i}"] = torch.randn(8, 2, 6, 6), torch.randint(3, (8,))
+    data["y1"][:5] = -100  # batches weigh differently
+    save_model(student, tmp_path / "student")
+    save_model(teacher, tmp_path / "teacher")
+    save_file(data, tmp_path / "data")
+    files = [tmp_path / name for name in ("student", "teacher", "data", "out")]
+    subprocess.run([parity_program, "--distill", *files], check=True, timeout=120)
+
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.01, weight_decay=0.01)
+    terms = {
+        "logits": rf.distillation.DistillationLoss(3.0, 0.6),
+        "distance": (0.1, lambda s, t, batch: F.mse_loss(s.logits, t.logits)),
+    }
+    losses = []
+    trainer = rf.distillation.DistillationTrainer(
+        student, teacher, optimizer, terms, accumulate=2, max_grad_norm=0.5,
+        scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5),
+        callbacks=rf.distillation.Callbacks(lambda step, loss: losses.append(loss)),
+    )  # fmt: skip
+    batches = [(data[f"x{i}"], data[f"y{i}"]) for i in range(5)]
+    trainer.fit(batches, epochs=4, progress=False)
+    evaluation = trainer.evaluate(batches)
+    results = load_file(tmp_path / "out.results")
+    assert len(losses) == 12
+    torch.testing.assert_close(results["losses"], torch.tensor(losses), **TOLERANCE)
+    torch.testing.assert_close(results["evaluated"], torch.tensor([evaluation.loss, evaluation.accuracy]), **TOLERANCE)
+    for name, value in load_file(tmp_path / "out").items():
+        torch.testing.assert_close(value, student.state_dict()[name], **TOLERANCE)
+
+
 def test_losses_of_distillation(parity_program, tmp_path):
     """Every loss has the same value, and adapters and memories the same state after a step, in both directions."""
     torch.manual_seed(4)

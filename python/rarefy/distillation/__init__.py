@@ -1,13 +1,23 @@
-"""Knowledge distillation: the loss of Hinton et al. as one fused operator, and a trainer around it."""
+"""Knowledge distillation: losses of logits and features as fused operators, and a trainer around them."""
 
 from typing import TYPE_CHECKING, Any
 
-from rarefy._core.distillation import EpochMetrics, Evaluation, StepResult
+from rarefy._core.distillation import (
+    EpochMetrics,
+    Evaluation,
+    StepResult,
+    TeacherCache,
+    TeacherCacheBound,
+    TeacherCacheOptions,
+    TeacherCacheWriter,
+)
+from rarefy.distillation.cache import CachedTeacher, cache_teacher, fingerprint
 from rarefy.distillation.capture import LayerCapture
 from rarefy.distillation.clip import AffinityMimicking, ContrastiveKL, EmbeddingMSE
 from rarefy.distillation.contrastive import ContrastiveRepresentation
 from rarefy.distillation.ema import EMATeacher
 from rarefy.distillation.features import AttentionTransfer, FeatureAdapter, HiddenCosine, Hint
+from rarefy.distillation.linear_loss import LinearDistillationLoss
 from rarefy.distillation.logits import DIST, DKD, NKD, LogitMSE
 from rarefy.distillation.loss import DistillationLoss
 from rarefy.distillation.on_policy import OnPolicy
@@ -21,7 +31,8 @@ from rarefy.distillation.relations import (
     SimilarityPreserving,
 )
 from rarefy.distillation.terms import FeatureLoss, layer_map
-from rarefy.distillation.trainer import Callbacks, DistillationTrainer
+from rarefy.distillation.top_k import TopKLogits, top_k_distillation_loss, topk_logits
+from rarefy.distillation.trainer import Callbacks, DistillationTrainer, Selection
 
 if TYPE_CHECKING:
     from rarefy.distillation.hf import DistillationTrainerMixin
@@ -34,6 +45,7 @@ __all__ = [
     "AffinityMimicking",
     "AttentionMaps",
     "AttentionTransfer",
+    "CachedTeacher",
     "Callbacks",
     "ContrastiveKL",
     "ContrastiveRepresentation",
@@ -50,6 +62,7 @@ __all__ = [
     "HiddenCosine",
     "Hint",
     "LayerCapture",
+    "LinearDistillationLoss",
     "LogitMSE",
     "MiniLMRelations",
     "OnPolicy",
@@ -57,10 +70,20 @@ __all__ = [
     "ProbabilisticKnowledgeTransfer",
     "RelationalAngle",
     "RelationalDistance",
+    "Selection",
     "SimilarityPreserving",
     "StepResult",
+    "TeacherCache",
+    "TeacherCacheBound",
+    "TeacherCacheOptions",
+    "TeacherCacheWriter",
+    "TopKLogits",
+    "cache_teacher",
+    "fingerprint",
     "layer_map",
     "to_logits",
+    "top_k_distillation_loss",
+    "topk_logits",
 ]
 
 
