@@ -10,6 +10,11 @@
 // rarefy_parity --pruned FILE BATCH OUT: loads the pruned small network's FILE into a fresh one, removes channel 0 of what is
 //   left of `fc`'s input, writes it to OUT, and its output on the tensor `x` of BATCH before that to OUT.evaluated, of
 //   test_manifest.py.
+// rarefy_parity --distill STUDENT TEACHER DATA OUT: the small network distilled from one of its kind, in batches x<i>, y<i>
+//   of DATA, as test_parity.py does it; the student to OUT, and `losses` and `evaluated` (loss, accuracy) to OUT.results.
+// rarefy_parity --losses HINT CONTRASTIVE DATA OUT: loads the states of a Hint (4 to 6 features) and of a ContrastiveRepresentation,
+//   computes every loss of distillation on the tensors of DATA, and writes them to OUT by name. Takes one step of SGD on
+//   both, and writes their states to OUT.hint and OUT.contrastive, of test_parity.py.
 // rarefy_parity --read FILE...: one line per file, its tensors' sum of bytes or why it is refused.
 #include "parity.h"
 
@@ -100,6 +105,97 @@ int load_and_prune(char** argv) {
   return 0;
 }
 
+int distill(char** argv) {
+  namespace distillation = rarefy::distillation;
+  Parity student, teacher;
+  rarefy::load_safetensors(*student, argv[2]);
+  rarefy::load_safetensors(*teacher, argv[3]);
+  const auto data = rarefy::load_safetensors(argv[4]).tensors;
+  const auto source = [&data, i = 0]() mutable -> std::optional<distillation::Batch> {
+    const std::string number = std::to_string(i++);
+    if (!data.contains("x" + number)) {
+      i = 0;
+      return std::nullopt;
+    }
+    return distillation::Batch{data["x" + number], data["y" + number]};
+  };
+  torch::optim::AdamW optimizer(student->parameters(), torch::optim::AdamWOptions(0.01).weight_decay(0.01));
+  torch::optim::StepLR schedule(optimizer, 3, 0.5);
+  distillation::DistillationTrainerOptions options;
+  options.accumulate = 2;
+  options.max_grad_norm = 0.5;
+  distillation::DistillationLoss soft(distillation::DistillationLossOptions{3.0, 0.6});
+  const std::vector<distillation::LossTerm> terms{
+      {"logits", 1.0,
+       [&](const auto& s, const auto& t, const auto& batch) { return soft(s.logits, t.logits, batch.labels); }},
+      {"distance", 0.1, [](const auto& s, const auto& t, const auto&) { return torch::mse_loss(s.logits, t.logits); }}};
+  distillation::DistillationTrainer trainer(student, teacher, optimizer, terms, options, schedule);
+  std::vector<double> losses;
+  trainer.fit(source, 4, {[&](int64_t, double loss) { losses.push_back(loss); }});
+  const auto evaluation = trainer.evaluate(source);
+  rarefy::NamedTensors results;
+  results.insert("losses", torch::tensor(losses));
+  results.insert("evaluated", torch::tensor({evaluation.loss, evaluation.accuracy.value()}));
+  rarefy::save_safetensors(results, std::string(argv[5]) + ".results");
+  rarefy::save_safetensors(*student, argv[5]);
+  return 0;
+}
+
+int losses(char** argv) {
+  using namespace rarefy::distillation;  // NOLINT(google-build-using-namespace)
+  const auto data = rarefy::load_safetensors(argv[4]).tensors;
+  const auto &s = data["student"], &t = data["teacher"], &u = data["wide_teacher"], &mask = data["mask"];
+  const auto &s_maps = data["student_maps"], &t_maps = data["teacher_maps"], &labels = data["labels"];
+  const auto s_rows = s.select(1, 0), t_rows = t.select(1, 0), s_next = s.select(1, 1), t_next = t.select(1, 1);
+  rarefy::NamedTensors out;
+  out.insert("HiddenCosine", HiddenCosine()(s, t, mask));
+  out.insert("AttentionTransfer", AttentionTransfer()(s, u, mask));
+  out.insert("AttentionTransfer.code", AttentionTransfer(AttentionTransferOptions{"code", 2.0, {}})(s, u, mask));
+  out.insert("SimilarityPreserving", SimilarityPreserving()(s, u, mask));
+  out.insert("RelationalDistance", RelationalDistance()(s, u, mask));
+  out.insert("RelationalAngle", RelationalAngle()(s, u, mask));
+  out.insert("ProbabilisticKnowledgeTransfer", ProbabilisticKnowledgeTransfer()(s, u, mask));
+  out.insert("MiniLMRelations", MiniLMRelations(MiniLMRelationsOptions{2, {1.0, 0.0, 0.5}})(
+                                    QueryKeyValue{s, s, s * 2}, QueryKeyValue{u, u, u * 2}, mask));
+  out.insert("AttentionMaps", AttentionMaps()(s_maps, t_maps, mask));
+  out.insert("AttentionMaps.kl", AttentionMaps(AttentionMapsOptions{"kl", true})(s_maps, t_maps, mask));
+  out.insert("ContrastiveKL", ContrastiveKL(ContrastiveKLOptions{2.0})(s_rows, t_rows));
+  out.insert("AffinityMimicking", AffinityMimicking(AffinityMimickingOptions{10.0, 20.0})(ImageText{s_rows, s_next},
+                                                                                          ImageText{t_rows, t_next}));
+  out.insert("EmbeddingMSE", EmbeddingMSE()(s_rows, t_rows));
+  out.insert("DKD", DKD()(s, t, labels, mask));
+  out.insert("NKD", NKD()(s, t, labels, mask));
+  out.insert("DIST", DIST()(s, t, labels, mask));
+  out.insert("LogitMSE", LogitMSE()(s, t, labels, mask));
+
+  Hint hint(HintOptions{"smooth_l1", 4, 6, {}});
+  rarefy::load_safetensors(*hint, argv[2]);
+  ContrastiveRepresentationOptions options;
+  options.dataset_size = 11;
+  options.student_features = 4;
+  options.teacher_features = 6;
+  options.features = 3;
+  options.negatives = 7;
+  options.variant = "code";
+  options.seed = 5;
+  ContrastiveRepresentation contrastive(options);
+  rarefy::load_safetensors(*contrastive, argv[3]);
+  auto parameters = hint->parameters();
+  for (const auto& parameter : contrastive->parameters()) {
+    parameters.push_back(parameter);
+  }
+  torch::optim::SGD optimizer(parameters, torch::optim::SGDOptions(0.1));
+  const auto distance = hint(s, u, mask), contrast = contrastive(s_rows, u.select(1, 0), data["index"]);
+  (distance + contrast).backward();
+  optimizer.step();
+  out.insert("Hint", distance.detach());
+  out.insert("ContrastiveRepresentation", contrast.detach());
+  rarefy::save_safetensors(out, argv[5]);
+  rarefy::save_safetensors(*hint, std::string(argv[5]) + ".hint");
+  rarefy::save_safetensors(*contrastive, std::string(argv[5]) + ".contrastive");
+  return 0;
+}
+
 int read_all(int argc, char** argv) {
   for (int i = 2; i < argc; ++i) {
     try {
@@ -131,10 +227,17 @@ int main(int argc, char** argv) {
   if (mode == "--pruned" && argc == 5) {
     return load_and_prune(argv);
   }
+  if (mode == "--distill" && argc == 6) {
+    return distill(argv);
+  }
+  if (mode == "--losses" && argc == 6) {
+    return losses(argv);
+  }
   if (mode == "--read") {
     return read_all(argc, argv);
   }
   std::cerr << "usage: rarefy_parity --train EXECUTION MODEL DATA FIRST LAST OUT | --continue MODEL BATCH OUT | "
-               "--pruned FILE BATCH OUT | --read FILE...\n";
+               "--pruned FILE BATCH OUT | --distill STUDENT TEACHER DATA OUT | --losses HINT CONTRASTIVE DATA OUT | "
+               "--read FILE...\n";
   return 2;
 }

@@ -318,7 +318,7 @@ def test_compiled_models(net, x, form, tmp_path):
                 bias = net.get_parameter(_weight(net).replace("weight", "bias"))
                 torch.testing.assert_close(captured, scale * linear + bias)
                 assert len(capture.features["twice"]) == 2
-                captured.sum().backward()
+                (captured.sum() + y.sum()).backward()
             if scale == 1.0:
                 torch.testing.assert_close(y, expected)
             torch.testing.assert_close(model(x), expected)  # without hooks

@@ -363,7 +363,10 @@ def test_state_dict_is_checked():
         trainer.load_state_dict({"epoch": 2, "step": 4, "history": []})
     with pytest.raises(ValueError, match="epoch and step must be 0 or more, got epoch 0 and step -1"):
         trainer.load_state_dict({"epoch": 0, "step": -1, "history": []})
-    assert trainer.state_dict() == {"epoch": 0, "step": 0, "history": []}
+    state = trainer.state_dict()
+    assert (state["epoch"], state["step"], state["batch"], state["history"]) == (0, 0, 0, [])
+    with pytest.raises(ValueError, match="within an epoch must hold the random state of its start, got none"):
+        trainer.load_state_dict({"epoch": 0, "step": 1, "batch": 1, "history": []})
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -469,14 +472,16 @@ def test_bad_input():
         trainer.evaluate([])
     with pytest.raises(TypeError, match=r"a batch must be a tensor, a tuple or list .* got tuple of length 3"):
         trainer.fit([(batches[0][0], batches[0][1], 1)], epochs=9, progress=False)
-    with pytest.raises(KeyError, match=r"under 'inputs' \(input_key\), got the keys \['labels', 'x'\]"):
-        trainer.fit([{"x": batches[0][0], "labels": batches[0][1]}], epochs=9, progress=False)
+    with pytest.raises(
+        KeyError, match=r"under names that the model's forward has, got the keys \['labels', 'pixels'\]"
+    ):
+        trainer.fit([{"pixels": batches[0][0], "labels": batches[0][1]}], epochs=9, progress=False)
     with pytest.raises(TypeError, match="loss_fn must return a tensor, got float"):
         make_trainer(student, teacher, lambda s, t, y: 0.5).train_step(*batches[0])
     with pytest.raises(ValueError, match=r"the loss function must return one number, got a tensor of shape \[32, 5\]"):
         make_trainer(student, teacher, lambda s, t, y: s).train_step(*batches[0])
-    with pytest.raises(TypeError, match="teacher must return a tensor, got tuple"):
-        make_trainer(student, lambda x: (x,)).train_step(*batches[0])
+    with pytest.raises(TypeError, match="a model must return logits as a tensor"):
+        make_trainer(student, lambda x: {"scores": x}).train_step(*batches[0])
     for norm in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="max_grad_norm must be positive or None, got"):
             make_trainer(student, teacher, max_grad_norm=norm)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rarefy as rf
+from rarefy import distillation as kd
 from rarefy.quantization import QConfig, convert, prepare_qat
 
 safetensors = pytest.importorskip("safetensors")
@@ -186,3 +187,91 @@ def test_conversion_gives_the_same_integers(training):
         # And a converted file of C++ is one of Python.
         load_model(integer, training.folder / "same.converted")
         torch.testing.assert_close(returned["converted"], integer(*batch), **TOLERANCE)
+
+
+def test_distillation_in_both_languages(parity_program, tmp_path):
+    torch.manual_seed(7)
+    student, teacher = Parity(), Parity()
+    data = {}
+    for i in range(5):
+        data[f"x{i}"], data[f"y{i}"] = torch.randn(8, 2, 6, 6), torch.randint(3, (8,))
+    data["y1"][:5] = -100  # batches weigh differently
+    save_model(student, tmp_path / "student")
+    save_model(teacher, tmp_path / "teacher")
+    save_file(data, tmp_path / "data")
+    files = [tmp_path / name for name in ("student", "teacher", "data", "out")]
+    subprocess.run([parity_program, "--distill", *files], check=True, timeout=120)
+
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.01, weight_decay=0.01)
+    terms = {
+        "logits": rf.distillation.DistillationLoss(3.0, 0.6),
+        "distance": (0.1, lambda s, t, batch: F.mse_loss(s.logits, t.logits)),
+    }
+    losses = []
+    trainer = rf.distillation.DistillationTrainer(
+        student, teacher, optimizer, terms, accumulate=2, max_grad_norm=0.5,
+        scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5),
+        callbacks=rf.distillation.Callbacks(lambda step, loss: losses.append(loss)),
+    )  # fmt: skip
+    batches = [(data[f"x{i}"], data[f"y{i}"]) for i in range(5)]
+    trainer.fit(batches, epochs=4, progress=False)
+    evaluation = trainer.evaluate(batches)
+    results = load_file(tmp_path / "out.results")
+    assert len(losses) == 12
+    torch.testing.assert_close(results["losses"], torch.tensor(losses), **TOLERANCE)
+    torch.testing.assert_close(results["evaluated"], torch.tensor([evaluation.loss, evaluation.accuracy]), **TOLERANCE)
+    for name, value in load_file(tmp_path / "out").items():
+        torch.testing.assert_close(value, student.state_dict()[name], **TOLERANCE)
+
+
+def test_losses_of_distillation(parity_program, tmp_path):
+    """Every loss has the same value, and adapters and memories the same state after a step, in both directions."""
+    torch.manual_seed(4)
+    s, t, u = torch.randn(5, 3, 4), torch.randn(5, 3, 4), torch.randn(5, 3, 6)
+    maps = torch.randn(2, 5, 2, 3, 3)
+    mask = torch.tensor([[True, True, True], [True, True, False]] * 2 + [[True, True, True]])
+    labels, index = torch.randint(4, (5, 3)), torch.tensor([3, 10, 0, 7, 1])
+    data = {"student": s, "teacher": t, "wide_teacher": u, "mask": mask, "labels": labels, "index": index}
+    data |= {"student_maps": maps[0].clone(), "teacher_maps": maps[1].clone()}
+    hint = kd.Hint(4, 6, loss="smooth_l1")
+    contrastive = kd.ContrastiveRepresentation(11, 4, 6, features=3, negatives=7, variant="code", seed=5)
+    save_file(data, tmp_path / "data")
+    save_model(hint, tmp_path / "hint")
+    save_model(contrastive, tmp_path / "contrastive")
+    files = [tmp_path / name for name in ("hint", "contrastive", "data", "out")]
+    subprocess.run([parity_program, "--losses", *files], check=True, timeout=120)
+
+    rows, next_rows = [x[:, 0] for x in (s, t)], [x[:, 1] for x in (s, t)]
+    expected = {
+        "HiddenCosine": kd.HiddenCosine()(s, t, mask),
+        "AttentionTransfer": kd.AttentionTransfer()(s, u, mask),
+        "AttentionTransfer.code": kd.AttentionTransfer("code")(s, u, mask),
+        "SimilarityPreserving": kd.SimilarityPreserving()(s, u, mask),
+        "RelationalDistance": kd.RelationalDistance()(s, u, mask),
+        "RelationalAngle": kd.RelationalAngle()(s, u, mask),
+        "ProbabilisticKnowledgeTransfer": kd.ProbabilisticKnowledgeTransfer()(s, u, mask),
+        "MiniLMRelations": kd.MiniLMRelations(2, weights=(1, 0, 0.5))((s, s, s * 2), (u, u, u * 2), mask),
+        "AttentionMaps": kd.AttentionMaps()(*maps, mask),
+        "AttentionMaps.kl": kd.AttentionMaps("kl", scores=True)(*maps, mask),
+        "ContrastiveKL": kd.ContrastiveKL(2.0)(*rows),
+        "AffinityMimicking": kd.AffinityMimicking(10.0, 20.0)(*zip(rows, next_rows, strict=True)),
+        "EmbeddingMSE": kd.EmbeddingMSE()(*rows),
+        "DKD": kd.DKD()(s, t, labels, mask=mask),
+        "NKD": kd.NKD()(s, t, labels, mask=mask),
+        "DIST": kd.DIST()(s, t, labels, mask=mask),
+        "LogitMSE": kd.LogitMSE()(s, t, labels, mask=mask),
+        "Hint": hint(s, u, mask),
+        "ContrastiveRepresentation": contrastive(s[:, 0], u[:, 0], index),
+    }
+    (expected["Hint"] + expected["ContrastiveRepresentation"]).backward()
+    torch.optim.SGD([*hint.parameters(), *contrastive.parameters()], 0.1).step()
+    found = load_file(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value.detach(), **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert_equal_states(load_file(tmp_path / "out.hint"), hint.state_dict())
+    assert_equal_states(load_file(tmp_path / "out.contrastive"), contrastive.state_dict())
+    assert load_model(kd.Hint(4, 6), tmp_path / "out.hint") == (set(), [])
+    assert load_model(contrastive, tmp_path / "out.contrastive") == (set(), [])

@@ -202,6 +202,7 @@ void DistillationTrainer::apply_gradients(StepResult& result) {
   optimizer_.step();
   if (scheduler_.advance && scheduler_.when == SchedulerInterface::When::step) {
     scheduler_.advance(std::nullopt);
+    ++state_.advances;
   }
   if (student_.after_step) {
     student_.after_step();

@@ -110,6 +110,7 @@ torch::serialize::OutputArchive& operator<<(torch::serialize::OutputArchive& arc
   archive.write("best_value", c10::IValue(state.best_value));
   archive.write("loss_scale", c10::IValue(state.loss_scale));
   archive.write("good_steps", c10::IValue(state.good_steps));
+  archive.write("advances", c10::IValue(state.advances));
   archive.write("random", c10::IValue(state.random));
   archive.write("epoch_random", c10::IValue(state.epoch_random));
   archive.write("log", pack_all(state.log));
@@ -131,6 +132,7 @@ torch::serialize::InputArchive& operator>>(torch::serialize::InputArchive& archi
   loaded.best_value = read(archive, "best_value").toDouble();
   loaded.loss_scale = read(archive, "loss_scale").toDouble();
   loaded.good_steps = read(archive, "good_steps").toInt();
+  loaded.advances = read(archive, "advances").toInt();
   loaded.random = read(archive, "random").toTensorVector();
   loaded.epoch_random = read(archive, "epoch_random").toTensorVector();
   const auto log = read(archive, "log");

@@ -1,6 +1,5 @@
 """Distillation inside of Hugging Face's Trainer."""
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from rarefy.distillation.modes import evaluating
 from rarefy.distillation.outputs import Outputs
 from rarefy.distillation.unwrap import unwrap
 
-_missing = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
-if _missing:
-    raise ImportError(f"[DistillationTrainerMixin] needs {', '.join(_missing)}: pip install rarefy[integrations]")
+try:
+    import accelerate  # noqa: F401  (transformers' Trainer needs it, and imports without it)
+    from transformers import TrainerCallback
+except ModuleNotFoundError as error:
+    raise ImportError(f"[DistillationTrainerMixin] needs {error.name}: pip install rarefy[integrations]") from error
 
 _TERMS_FILE = "distillation_terms.pt"
 
@@ -45,14 +46,15 @@ class DistillationTrainerMixin:
         objective: instead of `loss_fn`, terms by name: a callable (student: Outputs, teacher: Outputs, batch), or (weight,
             callable). The outputs of layers that a term names in its attributes ``student_layers`` and ``teacher_layers``
             are in ``Outputs.features``. Parameters of terms (adapters) are trained with the student and saved in
-            checkpoints, in one process. The mean of each weighted term is in the log, as ``loss/<name>``.
+            checkpoints, in one process; ``max_grad_norm`` measures the student's gradients alone. The mean of each weighted
+            term is in the log, as ``loss/<name>``.
         student_logits, teacher_logits: functions that find the logits in what a model returned; see `to_logits`.
 
     Labels are ``inputs["labels"]``. Smoothing of labels is the loss's (``DistillationLoss(label_smoothing=)``).
 
     Raises:
         ValueError: both or none of `loss_fn` and `objective`; ``args.label_smoothing_factor`` without the same
-            smoothing in `loss_fn`; ``compute_loss_func``; terms with parameters in several processes.
+            smoothing in `loss_fn`; ``compute_loss_func``; a loss that is no mean; terms with parameters in several processes.
         ImportError: on import of the module, without transformers and accelerate.
     """
 
@@ -74,6 +76,11 @@ class DistillationTrainerMixin:
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
                 "[DistillationTrainerMixin] the loss is loss_fn or objective, got a compute_loss_func as well"
+            )
+        if getattr(loss_fn, "reduction", "mean") != "mean":
+            raise ValueError(
+                "[DistillationTrainerMixin] loss_fn must return a mean, got one with the reduction "
+                f"{loss_fn.reduction!r}"
             )
         terms = None if objective is None else objectives.read_terms("DistillationTrainerMixin", objective)
         super().__init__(*args, **kwargs)
@@ -98,6 +105,8 @@ class DistillationTrainerMixin:
                 "[DistillationTrainerMixin] terms with parameters are trained in one process, got "
                 f"{self.args.world_size}: make the adapters modules of the student"
             )
+        if self._term_parameters():
+            self.add_callback(_ZeroGradients(self._term_parameters()))
         # Not called: it tells the Trainer to count the labels of all batches of a step, and not to scale the loss itself.
         self.compute_loss_func = self._no_loss_func
         losses = [loss_fn] if terms is None else [term for _, term in terms.values()]
@@ -202,6 +211,17 @@ class DistillationTrainerMixin:
             state = torch.load(Path(checkpoint, _TERMS_FILE), map_location=self.args.device, weights_only=True)
             for name, module in self._term_modules.items():
                 module.load_state_dict(state[name])
+
+
+class _ZeroGradients(TrainerCallback):
+    """Zero the gradients of terms before each step: the Trainer zeroes those of its model alone."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self._parameters = parameters
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
 
 
 def _is_movable(teacher: nn.Module) -> bool:

@@ -1,7 +1,6 @@
 """Distillation inside of Lightning's Trainer."""
 
 import functools
-import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,10 +12,10 @@ from rarefy.distillation.modes import evaluating
 from rarefy.distillation.objective import accepted
 from rarefy.distillation.outputs import to_logits
 
-if importlib.util.find_spec("lightning") is None:
-    raise ImportError("[DistillationCallback] needs lightning: pip install rarefy[integrations]")
-
-from lightning.pytorch import Callback, LightningModule, Trainer
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError as error:
+    raise ImportError(f"[DistillationCallback] needs {error.name}: pip install rarefy[integrations]") from error
 
 
 class DistillationCallback(Callback):

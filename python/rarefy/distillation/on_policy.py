@@ -20,7 +20,8 @@ class OnPolicy:
     2023, arXiv:2306.13649; MiniLLM, Gu et al., 2023, arXiv:2306.08543). No gradient flows through the sampling.
 
     Args:
-        student: a language model with transformers' ``generate``, also in DistributedDataParallel or from torch.compile.
+        student: a decoder-only language model with transformers' ``generate``, also in DistributedDataParallel or from
+            torch.compile.
         fraction: the probability with which a batch is replaced, in [0, 1]; one draw of torch's random numbers per batch.
         max_new_tokens: the length of a completion at most.
         temperature: of the sampling, positive.
@@ -68,6 +69,8 @@ class OnPolicy:
     ) -> None:
         if not callable(getattr(unwrap(student), "generate", None)):
             raise TypeError(f"[OnPolicy] student must have a method generate, got {type(unwrap(student)).__name__}")
+        if getattr(getattr(unwrap(student), "config", None), "is_encoder_decoder", False):
+            raise ValueError("[OnPolicy] student must continue its prompts, got an encoder-decoder model")
         if not 0.0 <= fraction <= 1.0:
             raise ValueError(f"[OnPolicy] fraction must be in [0, 1], got {fraction}")
         if max_new_tokens < 1:

@@ -71,6 +71,15 @@ def to_logits(raw: Any, extract: Callable[[Any], Tensor] | None = None) -> Tenso
     return logits
 
 
+def has_logits(raw: Any) -> bool:
+    """Return whether `to_logits` finds logits in what a model returned."""
+    try:
+        to_logits(raw)
+    except TypeError:
+        return False
+    return True
+
+
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"Tensor{list(value.shape)}"

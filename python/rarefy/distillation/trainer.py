@@ -1,17 +1,35 @@
 """The distillation trainer: the C++ loop, driven with Python's models, optimizer and batches."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm.auto import tqdm
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from rarefy._core import distillation as _core
 from rarefy._core.distillation import EpochMetrics, Evaluation, StepResult
+from rarefy.distillation import checkpoint as checkpoints
+from rarefy.distillation import random_state
+from rarefy.distillation.batches import Batches, BatchReader
+from rarefy.distillation.capture import LayerCapture
+from rarefy.distillation.display import history_html, plot_history
+from rarefy.distillation.ema import EMATeacher
+from rarefy.distillation.objective import Term, layers_of
+from rarefy.distillation.outputs import Outputs, has_logits, to_logits
+from rarefy.distillation.trainer_terms import Objective
+from rarefy.distillation.unwrap import unwrap
 
 LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+_STATE_FIELDS = ("epoch", "step", "batch", "epoch_loss", "epoch_steps", "best_epoch", "best_value", "loss_scale",
+                 "good_steps", "advances", "random", "epoch_random")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,118 +46,258 @@ class Callbacks:
     on_epoch_end: Callable[[int, EpochMetrics], object] | None = None
 
 
-class DistillationTrainer:
-    """Train a student on the logits of a teacher and, as the loss says, on labels.
+@dataclass(frozen=True)
+class Selection:
+    """Which epoch is the best, and when to stop for want of a better one.
 
-    A step is ``loss = loss_fn(student(inputs), teacher(inputs), labels)``, ``optimizer.zero_grad()``,
-    ``loss.backward()``, clipping, ``optimizer.step()``. The teacher runs in evaluation mode and without recording
-    gradients. `fit` and `evaluate` put the modes of both models back as they were, also when something raises, and what
-    a model, a loader or a callback raises comes out unchanged.
+    Attributes:
+        metric: "loss" or "accuracy" of the evaluation, or a name that `fit`'s `measure` gives.
+        mode: "min" or "max"; None: "min" for "loss", "max" for "accuracy".
+        min_delta: how much better than the best an epoch must be, 0 or more.
+        patience: epochs without a better one after which training ends; None: never.
+    """
+
+    metric: str = "loss"
+    mode: Literal["min", "max"] | None = None
+    min_delta: float = 0.0
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("min", "max", None) or (self.mode is None and self.metric not in ("loss", "accuracy")):
+            raise ValueError(f"[Selection] mode must be 'min' or 'max' for {self.metric!r}, got {self.mode!r}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"[Selection] patience must be 1 or more, or None, got {self.patience}")
+
+    @property
+    def maximize(self) -> bool:
+        """True where more is better."""
+        return self.mode == "max" or (self.mode is None and self.metric == "accuracy")
+
+
+class DistillationTrainer:
+    """Train a student on the outputs of a teacher and, as the loss says, on labels.
+
+    A step is ``optimizer.zero_grad()``; for each of `accumulate` batches the loss of student and teacher and its
+    ``backward()``; clipping; ``optimizer.step()``; ``scheduler.step()``. The teacher runs in evaluation mode and without
+    recording gradients, and an error names what changed should its parameters or buffers change. `fit` and `evaluate` put
+    the modes of both models back as they were, also when something raises, and what a model, a loader or a callback raises
+    comes out unchanged.
 
     Args:
-        student: the module to train.
-        teacher: the module to learn from, or any callable from inputs to logits.
-        optimizer: over the student's parameters.
-        loss_fn: a `DistillationLoss`, or any callable (student_logits, teacher_logits, labels) that returns a scalar.
+        student: the module to train; also in DistributedDataParallel, from torch.compile, or prepared for QAT.
+        teacher: the module to learn from, or any callable of the same inputs. An `EMATeacher` follows the student.
+        optimizer: over the student's parameters, and those of terms that have any (adapters).
+        loss_fn: a `DistillationLoss`, or any callable (student_logits, teacher_logits, labels) that returns a scalar; or terms
+            by name, alone or as (weight, term), each a loss of logits of this package or a callable (student: Outputs,
+            teacher: Outputs, batch). Layers that a term names in ``student_layers`` and ``teacher_layers`` are captured
+            for it.
+        scheduler: a learning-rate scheduler of torch.
+        scheduler_interval: "step" or "epoch": what it counts. A ReduceLROnPlateau counts epochs, by `selection`'s metric.
+        accumulate: batches whose gradients make one step, each weighed by its valid rows: 1 batch of 32, 4 of 8 and 32
+            of 1 give equal gradients.
         max_grad_norm: gradients are scaled down to this 2-norm before each step; None: not at all.
+        precision: "fp32"; "bf16" or "fp16" run both models under autocast, fp16 with a loss scale that adapts.
         callbacks: one `Callbacks` or several, called in order.
-        input_key, label_key: where batches that are dicts hold the inputs and the labels.
+        selection: what the best epoch is, and how many may pass without a better one.
+        stateful: further objects by name that have a ``state_dict`` (schedules, pruners): kept in checkpoints.
+        input_key, label_key: where batches that are dicts hold the inputs and the labels. A dict without `input_key` is
+            passed by name: ``model(**batch)``, without the labels and what the model's forward does not take.
+        mask_key, weight_key: where such batches hold `mask` and `row_weights` for the `DistillationLoss`.
+        student_logits, teacher_logits: functions that find the logits in what a model returned; see `to_logits`.
+        prepare: what a batch becomes before a step, and before its rows are counted: `OnPolicy`, mixed images. Not called
+            in evaluation.
+        count: the number of valid rows of a batch, where labels do not tell: by default the labels other than
+            ``loss_fn.ignore_index``, or the size of the first dimension without labels.
+        log_every: steps between two entries of `log`, with each term's share of the gradient; None: no log.
+        device: where batches are moved; None: where the student is.
 
-    Batches are (inputs, labels), (inputs,), a tensor of inputs, or a dict. Labels are None where there are none.
+    Batches are (inputs, labels), (inputs,), (x1, x2, ..., labels), a tensor of inputs, or a dict. Labels are None where
+    there are none. In a process group of torch.distributed, losses and metrics are those of all processes.
 
     >>> loss_fn = rf.distillation.DistillationLoss(temperature=4.0, alpha=0.7)
     >>> trainer = rf.distillation.DistillationTrainer(student, teacher, optimizer, loss_fn)
-    >>> trainer.fit(loader, epochs=3)
+    >>> trainer.fit(loader, epochs=3, evaluate=held_out, checkpoint="runs/first")
     """
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | Callable[[Tensor], Tensor],
+        teacher: nn.Module | Callable[..., Any],
         optimizer: Optimizer,
-        loss_fn: LossFunction,
+        loss_fn: LossFunction | Term | Mapping[str, Any],
         *,
+        scheduler: Any = None,
+        scheduler_interval: Literal["step", "epoch"] = "step",
+        accumulate: int = 1,
         max_grad_norm: float | None = None,
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
         callbacks: Callbacks | Sequence[Callbacks] = (),
+        selection: Selection = Selection(),
+        stateful: Mapping[str, checkpoints.Stateful] | None = None,
         input_key: str = "inputs",
         label_key: str = "labels",
+        mask_key: str | None = None,
+        weight_key: str | None = None,
+        student_logits: Callable[[Any], Tensor] | None = None,
+        teacher_logits: Callable[[Any], Tensor] | None = None,
+        prepare: Callable[[Any], Any] | None = None,
+        count: Callable[[Any], float] | None = None,
+        log_every: int | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"[DistillationTrainer] max_grad_norm must be positive or None, got {max_grad_norm}")
+        if scheduler_interval not in ("step", "epoch"):
+            raise ValueError(
+                f"[DistillationTrainer] scheduler_interval must be 'step' or 'epoch', got {scheduler_interval!r}"
+            )
         self.student = student
         self.teacher = teacher
         self.optimizer = optimizer
         self.loss_fn = loss_fn
+        self.scheduler = scheduler
+        self.selection = selection
+        self.stateful = dict(stateful or {})
         self.callbacks = (callbacks,) if isinstance(callbacks, Callbacks) else tuple(callbacks)
-        self._keys = (input_key, label_key)
-        # None of these refers to self: a cycle through the C++ object could not be collected.
+        self._objective = Objective(loss_fn, mask_key, weight_key)
+        self._check_parameters()
+
+        place = torch.device(device) if device is not None else _device_of(student)
+        self._reader = BatchReader(input_key, label_key, place)
+        reader = self._reader
+        # None of what the C++ object holds refers to self: a cycle through it could not be collected.
+        generators: list[torch.Generator] = []
+        self._generators = generators
+        losses = [term for _, term in self._objective.terms.values()]
         self._trainer = _core.DistillationTrainer(
-            student=_returning_tensor(student, "student"),
-            student_mode=_mode_switch(student),
-            teacher=_returning_tensor(teacher, "teacher"),
-            teacher_mode=_mode_switch(teacher),
+            student=_to_model(student, reader, self._objective, student_logits, "student"),
+            teacher=_to_model(teacher, reader, self._objective, teacher_logits, "teacher", student),
             zero_grad=optimizer.zero_grad,
             step=lambda: optimizer.step(),  # looked up at each call: learning-rate schedulers replace the method
             parameters=lambda: [p for group in optimizer.param_groups for p in group["params"]],
-            loss=_returning_tensor(loss_fn, "loss_fn"),
+            terms=self._objective.core_terms(lambda batch: reader.labels(batch)),
+            scheduler=None if scheduler is None else _advance(scheduler),
+            schedule_epochs=scheduler_interval == "epoch" or isinstance(scheduler, ReduceLROnPlateau),
             max_grad_norm=max_grad_norm or 0.0,
-            ignore_index=getattr(loss_fn, "ignore_index", -100),
+            ignore_index=next((loss.ignore_index for loss in losses if hasattr(loss, "ignore_index")), -100),
+            accumulate=accumulate,
+            precision=precision,
+            device=str((place or torch.device("cpu")).type),
+            log_every=log_every or 0,
+            shift=any(getattr(loss, "shift", False) for loss in losses),
+            metric=selection.metric,
+            maximize=selection.maximize,
+            min_delta=selection.min_delta,
+            patience=selection.patience or 0,
+            count=count,
+            prepare=None if prepare is None else lambda batch: reader.read(prepare(batch)),
+            all_reduce_sum=_all_reduce_sum if _processes() > 1 else None,
+            processes=_processes(),
+            capture_random=lambda: random_state.capture(generators),
+            restore_random=lambda states: random_state.restore(states, generators),
         )
 
-    def train_step(self, inputs: Tensor, labels: Tensor | None = None) -> StepResult:
-        """Do one step; the student's mode is the caller's.
+    def train_step(self, inputs: Any, labels: Tensor | None = None) -> StepResult:
+        """Do one step on one batch; the student's mode is the caller's.
+
+        Args:
+            inputs: the inputs, or a batch of any form when there are no `labels`.
+            labels: the labels.
 
         Raises:
             ValueError: the loss (or, with clipping, the norm of the gradient) is not finite. The message names the
                 step, and the parameters are as they were before it.
         """
-        return self._trainer.train_step(inputs, labels)
+        batch = inputs if labels is None else (inputs, labels)
+        return self._trainer.train_step(lambda: self._reader.read(batch))
 
     def fit(
-        self, loader: Iterable, epochs: int, *, progress: bool = True, evaluate: Iterable | None = None
+        self,
+        loader: Iterable,
+        epochs: int,
+        *,
+        progress: bool = True,
+        evaluate: Iterable | None = None,
+        measure: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+        resume: bool = True,
     ) -> list[EpochMetrics]:
         """Train until `epochs` epochs are done, those of a loaded state included; return the history.
 
-        A script that was interrupted and loads its state can thus be run again as it is; for three more epochs ask for
-        ``trainer.epoch + 3``.
+        A script that was interrupted can thus be run again as it is; for three more epochs ask for ``trainer.epoch + 3``.
+        An epoch that was interrupted goes on behind the batches that were done, which the loader must give again: the random
+        state of the epoch's start is put back for that.
 
         Args:
             loader: the batches of one epoch; iterated once per epoch.
             epochs: how many epochs are to be done in the end.
             progress: show a bar per epoch.
             evaluate: batches to evaluate the student on after each epoch; the result is in the history.
+            measure: metrics of one's own, by name, from the student, which is in evaluation mode; after each epoch.
+            checkpoint: a folder. ``last.pt`` is written there after each epoch, and ``best.pt`` after each that was the best
+                so far by `selection`; with `resume` training goes on from a ``last.pt`` that is there.
+            checkpoint_every: steps between two writings of ``last.pt`` within an epoch.
+            resume: False: start anew, whatever is in the folder.
 
         Raises:
-            ValueError: a loss is not finite, or a loader is empty.
+            ValueError: a loss is not finite; a loader is empty, or has fewer batches than were done; the teacher changed;
+                a checkpoint is of another run.
+            OSError: a checkpoint could not be written. The one before is still there.
         """
-        batches = _Batches(loader, self._keys, self._trainer.epoch, epochs, progress)
+        if checkpoint_every is not None and (checkpoint is None or checkpoint_every < 1):
+            raise ValueError(
+                "[DistillationTrainer] checkpoint_every must be 1 or more, with a folder as checkpoint, got "
+                f"{checkpoint_every} and {checkpoint}"
+            )
+        if isinstance(self.scheduler, ReduceLROnPlateau) and evaluate is None and measure is None:
+            raise ValueError("[DistillationTrainer] ReduceLROnPlateau needs an evaluation after each epoch, got none")
+        self._generators[:] = random_state.loader_generators(loader)
+        folder = None if checkpoint is None else Path(checkpoint)
+        if folder is not None and resume and self.step == 0 and (folder / "last.pt").exists():
+            self.load_checkpoint(folder / "last.pt")
+        progress = progress and _rank() == 0
+        batches = Batches(loader, self._reader, self._trainer.epoch, epochs, progress)
         steps = [c.on_step for c in self.callbacks if c.on_step is not None]
         ends = [c.on_epoch_end for c in self.callbacks if c.on_epoch_end is not None]
 
         def on_step(step: int, loss: float) -> None:
-            batches.show(loss)
+            if progress:
+                terms = self._trainer.last.terms
+                batches.show({"loss": loss} | (terms if len(terms) > 1 else {}))
             for callback in steps:
                 callback(step, loss)
+            if checkpoint_every is not None and step % checkpoint_every == 0:
+                self.save_checkpoint(folder / "last.pt")
 
         def on_epoch_end(epoch: int, metrics: EpochMetrics) -> None:
             for callback in ends:
                 callback(epoch, metrics)
+            if folder is not None:
+                if self.best_epoch == epoch:
+                    self.save_checkpoint(folder / "best.pt")
+                self.save_checkpoint(folder / "last.pt")
 
         try:
             self._trainer.fit(
                 batches,
                 epochs,
-                on_step if steps or progress else None,
-                on_epoch_end if ends else None,
-                None if evaluate is None else _Batches(evaluate, self._keys),
+                on_step if steps or progress or checkpoint_every is not None else None,
+                on_epoch_end if ends or folder is not None else None,
+                None if measure is None else lambda: dict(measure(self.student)),
+                None if evaluate is None else Batches(evaluate, self._reader),
             )
         finally:
             batches.close()
         return self.history
 
+    def stop(self) -> None:
+        """End `fit` after this step; to be called from a callback. The epoch can be gone on with."""
+        self._trainer.stop()
+
     def evaluate(self, loader: Iterable) -> Evaluation:
         """Return loss and accuracy of the student over the batches of `loader`. Changes nothing."""
-        return self._trainer.evaluate(_Batches(loader, self._keys))
+        return self._trainer.evaluate(Batches(loader, self._reader))
 
     @property
     def epoch(self) -> int:
@@ -156,13 +314,62 @@ class DistillationTrainer:
         """One entry per epoch."""
         return self._trainer.history
 
+    @property
+    def log(self) -> list[StepResult]:
+        """The first step and every `log_every`-th: terms, shares of the gradient, its norm where it is clipped."""
+        return self._trainer.log
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch that was best by `selection`; None before the first evaluation."""
+        return self._trainer.best_epoch or None  # 0 in C++
+
     def state_dict(self) -> dict[str, Any]:
-        """Return where training stands, in plain values. Student and optimizer have their own state_dict."""
-        return {"epoch": self.epoch, "step": self.step, "history": [_to_dict(entry) for entry in self.history]}
+        """Return where training stands, in plain values and tensors, with the random state of now.
+
+        Student, optimizer and scheduler have their own state_dict; `save_checkpoint` keeps them all.
+        """
+        state = self._trainer.state()
+        return {name: getattr(state, name) for name in _STATE_FIELDS} | {
+            "history": [_to_dict(entry) for entry in state.history],
+            "log": [_to_dict(entry) for entry in state.log],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that `state_dict` returned; ValueError when it is not consistent."""
-        self._trainer.load_state(state["epoch"], state["step"], [_from_dict(entry) for entry in state["history"]])
+        loaded = _core.TrainerState()
+        for name in _STATE_FIELDS:
+            if name in state:
+                setattr(loaded, name, state[name])
+        loaded.history = [_to_metrics(entry) for entry in state["history"]]
+        loaded.log = [StepResult(**entry) for entry in state.get("log", ())]
+        self._trainer.load_state(loaded)
+
+    def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Write all that a run goes on from: student, optimizer, scheduler, random state, place in the epoch, terms, masks.
+
+        The teacher is in it as a fingerprint (an `EMATeacher`, which is trained, with its state). In a process group the
+        first process writes. The file is written to a temporary name and renamed; ``torch.load(path, weights_only=True)``
+        reads it, and ``["student"]`` is the student's state_dict.
+
+        Raises:
+            OSError: it could not be written. What was at `path` is still there.
+        """
+        if _rank() == 0:
+            checkpoints.save(path, self._parts(), self._trainer.teacher_fingerprint())
+
+    def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Continue from a file of `save_checkpoint`.
+
+        Raises:
+            FileNotFoundError, ValueError: there is none; it is of another teacher, or does not fit the student, optimizer,
+                scheduler or terms. Everything is as it was then.
+        """
+        checkpoints.load(path, self._parts(), self._trainer.teacher_fingerprint())
+
+    def plot(self) -> Any:
+        """Return a matplotlib figure of the history: losses, evaluation, and the log's terms and gradient shares."""
+        return plot_history(self.history, self.log)
 
     def __repr__(self) -> str:
         trained = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
@@ -177,107 +384,138 @@ class DistillationTrainer:
             lines.append(f"last={self.history[-1]!r}")
         return "DistillationTrainer(\n  " + ",\n  ".join(lines) + "\n)"
 
+    def _repr_html_(self) -> str:
+        title = f"{_describe(self.student)}, from {_describe(self.teacher)}"
+        return history_html(title, self.history, self.best_epoch)
 
-class _Batches:
-    """A callable that yields (inputs, labels) epoch after epoch, and None between two of them."""
+    def _parts(self) -> dict[str, checkpoints.Stateful]:
+        parts: dict[str, Any] = {"student": unwrap(self.student), "optimizer": self.optimizer, "trainer": self}
+        if self.scheduler is not None:
+            parts["scheduler"] = self.scheduler
+        if isinstance(self.teacher, EMATeacher):
+            parts["ema_teacher"] = self.teacher
+        parts |= {f"term {name}": module for name, module in self._objective.modules().items() if module.state_dict()}
+        return parts | {f"stateful {name}": part for name, part in self.stateful.items()}
 
-    def __init__(
-        self, loader: Iterable, keys: tuple[str, str], epoch: int = 0, epochs: int = 0, progress: bool = False
-    ) -> None:
-        self._loader = loader
-        self._keys = keys
-        self._epoch = epoch
-        self._epochs = epochs
-        self._progress = progress
-        self._bar: tqdm | None = None
-        self._iterator: Iterator | None = None
-
-    def __call__(self) -> tuple[Tensor, Tensor | None] | None:
-        if self._iterator is None:
-            self._epoch += 1
-            if self._progress:
-                self._bar = tqdm(self._loader, desc=f"epoch {self._epoch}/{self._epochs}", unit="batch")
-            self._iterator = iter(self._loader if self._bar is None else self._bar)
-        try:
-            batch = next(self._iterator)
-        except StopIteration:
-            self._iterator = None
-            return None
-        return _split(batch, self._keys)
-
-    def show(self, loss: float) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    def _check_parameters(self) -> None:
+        optimized = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in optimized for p in self.student.parameters()):
+            raise ValueError("[DistillationTrainer] optimizer must hold parameters of the student, got none of them")
+        for name, module in self._objective.modules().items():
+            missing = [key for key, p in module.named_parameters() if p.requires_grad and id(p) not in optimized]
+            if missing:
+                raise ValueError(
+                    f"[DistillationTrainer] optimizer must hold the parameters of the term {name!r}, which learns too: "
+                    f"{', '.join(missing)} are missing (optimizer.add_param_group)"
+                )
 
 
-def _split(batch: Any, keys: tuple[str, str]) -> tuple[Tensor, Tensor | None]:
-    if isinstance(batch, Tensor):
-        return batch, None
-    if isinstance(batch, Mapping):
-        input_key, label_key = keys
-        if input_key not in batch:
-            raise KeyError(
-                f"[DistillationTrainer] a batch must hold the inputs under {input_key!r} (input_key), "
-                f"got the keys {sorted(map(str, batch))}"
-            )
-        return batch[input_key], batch.get(label_key)
-    if isinstance(batch, Sequence) and len(batch) in (1, 2) and isinstance(batch[0], Tensor):
-        return batch[0], batch[1] if len(batch) == 2 else None
-    length = f" of length {len(batch)}" if isinstance(batch, Sequence) else ""
-    raise TypeError(
-        "[DistillationTrainer] a batch must be a tensor, a tuple or list (inputs, labels) of tensors, or a dict, "
-        f"got {type(batch).__name__}{length}"
-    )
+def _to_model(
+    model: Any,
+    reader: BatchReader,
+    objective: Objective,
+    extract: Callable[[Any], Tensor] | None,
+    name: Literal["student", "teacher"],
+    student: nn.Module | None = None,
+) -> _core.Model:
+    """The model as the loop sees it; `student` is given for a teacher."""
+    layers = tuple(dict.fromkeys(layers_of(objective.terms, name)))
+    required = objective.needs_logits()
+    if layers and not isinstance(model, nn.Module):
+        raise TypeError(f"[DistillationTrainer] layers are captured of modules, got a {type(model).__name__} as {name}")
+    captures: list[LayerCapture] = []
+    call = reader.caller(model)
 
+    def forward(batch: Any) -> tuple[Outputs, Tensor | None]:
+        raw = call(batch)
+        outputs = raw
+        if not isinstance(raw, Outputs):
+            logits = to_logits(raw, extract) if required or has_logits(raw) else None
+            outputs = Outputs(logits, captures[-1].features if captures else {}, raw)
+        return outputs, outputs.logits if isinstance(outputs.logits, Tensor) else None
 
-def _returning_tensor(function: Callable[..., Any], name: str) -> Callable[..., Tensor]:
-    def call(*arguments: Tensor | None) -> Tensor:
-        result = function(*arguments)
-        if not isinstance(result, Tensor):
-            raise TypeError(f"[DistillationTrainer] {name} must return a tensor, got {type(result).__name__}")
-        return result
-
-    return call
-
-
-def _mode_switch(model: object) -> Callable[[bool], Callable[[], None]] | None:
     if not isinstance(model, nn.Module):
-        return None
+        return _core.Model(forward)
+    capture = LayerCapture(model, layers) if layers else None
 
     def enter(training: bool) -> Callable[[], None]:
-        flags = [(module, module.training) for module in model.modules()]
+        modes = [(module, module.training) for module in model.modules()]
+        stack = ExitStack()
         model.train(training)
+        if capture is not None and not captures:
+            stack.callback(captures.pop)
+            captures.append(stack.enter_context(capture))
 
         def restore() -> None:
-            for module, flag in flags:
-                module.training = flag
+            stack.close()
+            for module, mode in modes:
+                module.training = mode
 
         return restore
 
-    return enter
+    def tensors() -> list[tuple[str, Tensor]]:
+        inner = unwrap(model)
+        return [*inner.named_parameters(), *inner.named_buffers()]
+
+    def pause() -> Callable[[], None]:
+        stack = ExitStack()
+        stack.enter_context(model.no_sync())
+        return stack.close
+
+    follows = student is not None and isinstance(model, EMATeacher)
+    return _core.Model(
+        forward,
+        enter,
+        tensors,
+        pause if student is None and hasattr(model, "no_sync") else None,
+        (lambda: model.update(student)) if follows else None,
+    )
+
+
+def _advance(scheduler: Any) -> Callable[[float | None], None]:
+    if isinstance(scheduler, ReduceLROnPlateau):
+        return scheduler.step
+    return lambda metric: scheduler.step()
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _all_reduce_sum(values: Tensor) -> None:
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else values.device
+    moved = values.to(device)
+    dist.all_reduce(moved)
+    values.copy_(moved)
+
+
+def _device_of(model: nn.Module) -> torch.device | None:
+    return next((p.device for p in model.parameters()), None)
 
 
 def _describe(model: object) -> str:
     if isinstance(model, nn.Module):
-        return f"{type(model).__name__} ({sum(p.numel() for p in model.parameters()):,} parameters)"
+        return f"{type(unwrap(model)).__name__} ({sum(p.numel() for p in model.parameters()):,} parameters)"
     return repr(model)
 
 
-def _to_dict(entry: EpochMetrics) -> dict[str, Any]:
-    evaluation = entry.evaluation
-    return {
-        "epoch": entry.epoch,
-        "step": entry.step,
-        "loss": entry.loss,
-        "evaluation": None if evaluation is None else {"loss": evaluation.loss, "accuracy": evaluation.accuracy},
-    }
+def _to_dict(entry: EpochMetrics | Evaluation | StepResult) -> dict[str, Any]:
+    fields = {
+        EpochMetrics: ("epoch", "step", "loss", "evaluation"),
+        Evaluation: ("loss", "accuracy", "metrics"),
+        StepResult: ("step", "loss", "terms", "shares", "grad_norm", "skipped"),
+    }[type(entry)]
+    values = {name: getattr(entry, name) for name in fields}
+    if values.get("evaluation") is not None:
+        values["evaluation"] = _to_dict(values["evaluation"])
+    return values
 
 
-def _from_dict(entry: Mapping[str, Any]) -> EpochMetrics:
+def _to_metrics(entry: Mapping[str, Any]) -> EpochMetrics:
     evaluation = entry["evaluation"]
     return EpochMetrics(
         entry["epoch"], entry["step"], entry["loss"], None if evaluation is None else Evaluation(**evaluation)

@@ -83,7 +83,7 @@ TEST_CASE("DistillationLoss is the operator as a module", "[distillation]") {
                      rarefy::ops::distillation_loss(student, teacher, std::nullopt, std::nullopt, {2.0, 1.0})));
   std::ostringstream text;
   text << *loss;
-  CHECK(text.str() == "rarefy::distillation::DistillationLoss(temperature=3, alpha=0.25, ignore_index=-100)");
+  CHECK(text.str() == "rarefy::distillation::DistillationLoss(temperature=3, alpha=0.25)");
   CHECK_THROWS_WITH(DistillationLoss(DistillationLossOptions{-1.0}),
                     ContainsSubstring("[DistillationLoss] temperature must be positive and finite, got -1"));
   CHECK_THROWS_WITH(DistillationLoss(DistillationLossOptions{1.0, 2.0}),
@@ -152,11 +152,11 @@ TEST_CASE("the trainer leaves the teacher and all modes as they were", "[distill
   torch::optim::SGD optimizer(student->parameters(), 0.1);
   int calls = 0;
   Model watched(teacher.ptr());  // a shared_ptr is as good as a holder
-  watched.forward = [&, inner = watched.forward](const torch::Tensor& x) {
+  watched.forward = [&, inner = watched.forward](const Batch& batch) {
     ++calls;
     CHECK_FALSE(teacher->is_training());
     CHECK_FALSE(torch::GradMode::is_enabled());
-    return inner(x);
+    return inner(batch);
   };
   DistillationTrainer trainer(student, watched, optimizer, DistillationLoss());
   const auto check_modes = [&] {

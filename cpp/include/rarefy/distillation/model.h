@@ -1,5 +1,6 @@
 #pragma once
 
+#include <rarefy/distillation/capture.h>
 #include <rarefy/export.h>
 #include <torch/nn/module.h>
 #include <torch/types.h>
@@ -7,7 +8,6 @@
 #include <concepts>
 #include <cstdint>
 #include <functional>
-#include <map>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -15,8 +15,6 @@
 #include <vector>
 
 namespace rarefy::distillation {
-
-using TensorMap = std::map<std::string, torch::Tensor>;
 
 /// One batch. `labels` may be undefined where the loss needs none.
 struct Batch {
@@ -77,11 +75,14 @@ struct Model {
           return torch::Tensor(function(batch.inputs));
         }) {}
 
-  /// A torch::nn module, shared with the caller.
+  /// A torch::nn module, shared with the caller. What its forward taps (capture.h) are the features.
   template <ModuleLike M>
   Model(M module)  // NOLINT(google-explicit-constructor)
-      : forward(
-            [module](const Batch& batch) mutable -> Outputs { return torch::Tensor(module->forward(batch.inputs)); }),
+      : forward([module](const Batch& batch) mutable -> Outputs {
+          Capture capture;
+          torch::Tensor logits = module->forward(batch.inputs);
+          return {std::move(logits), capture.take()};
+        }),
         enter_mode([module](bool training) mutable { return switch_mode(module->modules(), training); }),
         tensors([module]() mutable {
           std::vector<std::pair<std::string, torch::Tensor>> all;

@@ -137,6 +137,7 @@ struct RAREFY_API TrainerState {
   double best_value = 0.0;                       // its selection metric
   double loss_scale = 65536;                     // of float16
   int64_t good_steps = 0;                        // steps since the scale last changed
+  int64_t advances = 0;                          // of the schedule
   std::vector<torch::Tensor> random = {};        // now
   std::vector<torch::Tensor> epoch_random = {};  // when the epoch began: what its order of batches follows from
   std::vector<StepResult> log = {};
@@ -164,6 +165,9 @@ struct RAREFY_API DistillationTrainerOptions {
   std::function<void(torch::Tensor&)> all_reduce_sum = {};
   int64_t processes = 1;
   RandomInterface random = {};
+  /// What a batch becomes before a step: completions sampled from the student, mixed images. Not called for batches that a
+  /// resumed run passes over. May be empty.
+  std::function<Batch(Batch)> prepare = {};
 
   /// Throws c10::ValueError for a field out of range.
   void validate() const;
@@ -204,6 +208,7 @@ class RAREFY_API DistillationTrainer {
   TrainerState state() const;
   int64_t epoch() const { return state_.epoch; }
   int64_t step() const { return state_.step; }
+  int64_t best_epoch() const { return state_.best_epoch; }  // 0: none yet
   const std::vector<EpochMetrics>& history() const { return state_.history; }
   const std::vector<StepResult>& log() const { return state_.log; }
   const StepResult& last() const { return last_; }  // of the last step of fit
