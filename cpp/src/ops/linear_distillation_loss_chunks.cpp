@@ -1,5 +1,6 @@
 #include "ops/linear_distillation_loss_chunks.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
@@ -130,6 +131,7 @@ LinearDistillationGradients linear_distillation_in_chunks(const LinearDistillati
                                                           const LinearDistillationWants& wants,
                                                           const LinearDistillationDevice& device,
                                                           const at::Tensor& weights, const at::Tensor& scale) {
+  const at::AutoDispatchBelowADInplaceOrView below;  // the operator's gradient is its own
   const auto& student = arguments.student;
   const auto& teacher = arguments.teacher;
   const auto student_rows = rows_of(student.hidden), teacher_rows = rows_of(teacher.hidden);
