@@ -574,9 +574,9 @@ def test_distill_cnn(digits_csv):
     assert list(rows) == ["teacher", "student alone", "student distilled"]
     teacher, alone, distilled = rows.values()
     assert teacher[0] > 95
-    assert distilled[3] == alone[3] < teacher[3] / 50
+    assert distilled[3] == alone[3] < teacher[3] / 25
     assert teacher[1:3] == [100.0, 0.0]
-    assert distilled[0] > alone[0]
+    assert distilled[0] > alone[0] + 2
     assert distilled[1] > alone[1]
     assert distilled[2] < alone[2]  # nearer to the teacher
 

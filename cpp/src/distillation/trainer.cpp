@@ -144,7 +144,7 @@ void DistillationTrainer::run_epoch(const BatchSource& next_batch, const Callbac
       auto batch = next_batch();
       ended = !batch.has_value();
       if (!ended) {
-        window.push_back(std::move(*batch));
+        window.push_back(options_.prepare ? options_.prepare(std::move(*batch)) : std::move(*batch));
       }
     }
     if (window.empty()) {

@@ -8,9 +8,21 @@ import collections.abc
 import torch
 import typing
 
-__all__: list[str] = ["DistillationLossOptions", "DistillationTrainer", "EpochMetrics", "Evaluation", "StepResult"]
+__all__: list[str] = [
+    "DistillationLossOptions",
+    "DistillationTrainer",
+    "Ema",
+    "EpochMetrics",
+    "Evaluation",
+    "Model",
+    "StepResult",
+    "TrainerState",
+]
 
 class DistillationLossOptions:
+    """
+    What DistillationLoss computes.
+    """
     def __init__(
         self,
         *,
@@ -21,6 +33,11 @@ class DistillationLossOptions:
         label_smoothing: typing.SupportsFloat | typing.SupportsIndex,
         ignore_index: typing.SupportsInt | typing.SupportsIndex,
         reduction: str,
+        vocabulary: str,
+        label_map: torch.Tensor | None,
+        shift: bool,
+        standardize: bool,
+        teacher_weights: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
     ) -> None: ...
     def validate(self) -> None:
         """
@@ -29,15 +46,34 @@ class DistillationLossOptions:
 
 class StepResult:
     """
-    What one training step reports: its loss, before the step.
+    What one step reports: its loss before the step, each term before its weight, and, where they were measured, the terms' shares of the gradient and the gradient's norm.
     """
+    def __init__(
+        self,
+        step: typing.SupportsInt | typing.SupportsIndex,
+        loss: typing.SupportsFloat | typing.SupportsIndex,
+        terms: dict,
+        shares: dict,
+        grad_norm: typing.SupportsFloat | typing.SupportsIndex | None,
+        skipped: bool,
+    ) -> None: ...
     def __repr__(self) -> str: ...
     @property
+    def grad_norm(self) -> float | None: ...
+    @property
     def loss(self) -> float: ...
+    @property
+    def shares(self) -> dict: ...
+    @property
+    def skipped(self) -> bool: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def terms(self) -> dict: ...
 
 class Evaluation:
     """
-    Loss and accuracy of the student; accuracy is None without class labels.
+    Loss and accuracy of the student, and metrics of one's own; accuracy is None without labels.
     """
 
     __hash__: typing.ClassVar[None] = None
@@ -46,12 +82,15 @@ class Evaluation:
         self,
         loss: typing.SupportsFloat | typing.SupportsIndex,
         accuracy: typing.SupportsFloat | typing.SupportsIndex | None = None,
+        metrics: collections.abc.Mapping[str, typing.SupportsFloat | typing.SupportsIndex] = {},
     ) -> None: ...
     def __repr__(self) -> str: ...
     @property
-    def accuracy(self) -> typing.Any: ...
+    def accuracy(self) -> float | None: ...
     @property
     def loss(self) -> float: ...
+    @property
+    def metrics(self) -> dict[str, float]: ...
 
 class EpochMetrics:
     """
@@ -77,46 +116,170 @@ class EpochMetrics:
     @property
     def step(self) -> int: ...
 
+class TrainerState:
+    """
+    Where training stands, between two steps.
+    """
+    def __init__(self) -> None: ...
+    @property
+    def batch(self) -> int: ...
+    @batch.setter
+    def batch(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def best_epoch(self) -> int: ...
+    @best_epoch.setter
+    def best_epoch(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def best_value(self) -> float: ...
+    @best_value.setter
+    def best_value(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    @property
+    def epoch(self) -> int: ...
+    @epoch.setter
+    def epoch(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def epoch_loss(self) -> float: ...
+    @epoch_loss.setter
+    def epoch_loss(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    @property
+    def epoch_random(self) -> list[torch.Tensor]: ...
+    @epoch_random.setter
+    def epoch_random(self, arg0: collections.abc.Sequence[torch.Tensor]) -> None: ...
+    @property
+    def epoch_steps(self) -> int: ...
+    @epoch_steps.setter
+    def epoch_steps(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def good_steps(self) -> int: ...
+    @good_steps.setter
+    def good_steps(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def history(self) -> list[EpochMetrics]: ...
+    @history.setter
+    def history(self, arg0: collections.abc.Sequence[EpochMetrics]) -> None: ...
+    @property
+    def log(self) -> list[StepResult]: ...
+    @log.setter
+    def log(self, arg0: collections.abc.Sequence[StepResult]) -> None: ...
+    @property
+    def loss_scale(self) -> float: ...
+    @loss_scale.setter
+    def loss_scale(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    @property
+    def random(self) -> list[torch.Tensor]: ...
+    @random.setter
+    def random(self, arg0: collections.abc.Sequence[torch.Tensor]) -> None: ...
+    @property
+    def step(self) -> int: ...
+    @step.setter
+    def step(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+
+class Model:
+    """
+    A model as the loop sees it.
+    """
+    def __init__(
+        self,
+        forward: typing.Any,
+        enter_mode: collections.abc.Callable[[bool], collections.abc.Callable[[], None]] = None,
+        tensors: collections.abc.Callable[[], list[tuple[str, torch.Tensor]]] = None,
+        pause_sync: collections.abc.Callable[[], collections.abc.Callable[[], None]] = None,
+        after_step: collections.abc.Callable[[], None] = None,
+    ) -> None: ...
+
 class DistillationTrainer:
     """
     The training loop; rarefy.distillation.DistillationTrainer drives it.
     """
     def __init__(
         self,
-        student: collections.abc.Callable[[torch.Tensor], torch.Tensor],
-        student_mode: collections.abc.Callable[[bool], collections.abc.Callable[[], None]],
-        teacher: collections.abc.Callable[[torch.Tensor], torch.Tensor],
-        teacher_mode: collections.abc.Callable[[bool], collections.abc.Callable[[], None]],
+        *,
+        student: Model,
+        teacher: Model,
         zero_grad: collections.abc.Callable[[], None],
         step: collections.abc.Callable[[], None],
         parameters: collections.abc.Callable[[], list[torch.Tensor]],
-        loss: collections.abc.Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        terms: collections.abc.Sequence[
+            tuple[
+                str,
+                typing.SupportsFloat | typing.SupportsIndex,
+                typing.Any,
+                collections.abc.Sequence[tuple[str, typing.SupportsFloat | typing.SupportsIndex, typing.Any]],
+            ]
+        ],
+        scheduler: collections.abc.Callable[[typing.SupportsFloat | typing.SupportsIndex | None], None],
+        schedule_epochs: bool,
         max_grad_norm: typing.SupportsFloat | typing.SupportsIndex,
         ignore_index: typing.SupportsInt | typing.SupportsIndex,
+        accumulate: typing.SupportsInt | typing.SupportsIndex,
+        precision: str,
+        device: str,
+        log_every: typing.SupportsInt | typing.SupportsIndex,
+        shift: bool,
+        metric: str,
+        maximize: bool,
+        min_delta: typing.SupportsFloat | typing.SupportsIndex,
+        patience: typing.SupportsInt | typing.SupportsIndex,
+        count: typing.Any,
+        all_reduce_sum: collections.abc.Callable[[torch.Tensor], None],
+        processes: typing.SupportsInt | typing.SupportsIndex,
+        capture_random: collections.abc.Callable[[], list[torch.Tensor]],
+        restore_random: collections.abc.Callable[[collections.abc.Sequence[torch.Tensor]], None],
     ) -> None: ...
-    def evaluate(
-        self, next_batch: collections.abc.Callable[[], tuple[torch.Tensor, torch.Tensor | None] | None]
-    ) -> Evaluation: ...
+    def evaluate(self, next_batch: typing.Any) -> Evaluation: ...
     def fit(
         self,
-        next_batch: collections.abc.Callable[[], tuple[torch.Tensor, torch.Tensor | None] | None],
+        next_batch: typing.Any,
         epochs: typing.SupportsInt | typing.SupportsIndex,
         on_step: collections.abc.Callable[
             [typing.SupportsInt | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex], None
         ],
         on_epoch_end: collections.abc.Callable[[typing.SupportsInt | typing.SupportsIndex, EpochMetrics], None],
-        evaluation: collections.abc.Callable[[], tuple[torch.Tensor, torch.Tensor | None] | None],
+        measure: collections.abc.Callable[[], dict[str, float]],
+        evaluation: typing.Any,
     ) -> None: ...
-    def load_state(
-        self,
-        epoch: typing.SupportsInt | typing.SupportsIndex,
-        step: typing.SupportsInt | typing.SupportsIndex,
-        history: collections.abc.Sequence[EpochMetrics],
-    ) -> None: ...
-    def train_step(self, inputs: torch.Tensor, labels: torch.Tensor | None) -> StepResult: ...
+    def load_state(self, state: TrainerState) -> None: ...
+    def out_of_patience(self) -> bool: ...
+    def state(self) -> TrainerState: ...
+    def stop(self) -> None: ...
+    def teacher_fingerprint(self) -> str: ...
+    def train_step(self, source: typing.Any) -> StepResult: ...
     @property
     def epoch(self) -> int: ...
     @property
     def history(self) -> list[EpochMetrics]: ...
     @property
+    def last(self) -> StepResult: ...
+    @property
+    def log(self) -> list[StepResult]: ...
+    @property
     def step(self) -> int: ...
+
+class Ema:
+    """
+    Moving averages of lists of tensors; rarefy.distillation.EMATeacher holds one.
+    """
+    def __getstate__(self) -> tuple[float, float, int]: ...
+    def __init__(
+        self,
+        decay: typing.SupportsFloat | typing.SupportsIndex = 0.999,
+        warmup: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    def update(
+        self, averages: collections.abc.Sequence[torch.Tensor], values: collections.abc.Sequence[torch.Tensor]
+    ) -> None:
+        """
+        Move every average towards its value, in place.
+        """
+    @property
+    def decay(self) -> float: ...
+    @property
+    def next_decay(self) -> float: ...
+    @property
+    def updates(self) -> int: ...
+    @updates.setter
+    def updates(self, arg1: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def warmup(self) -> float: ...

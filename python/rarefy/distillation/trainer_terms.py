@@ -6,9 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rarefy.distillation.logits import DIST, DKD, NKD, LogitMSE
 from rarefy.distillation.loss import DistillationLoss
 from rarefy.distillation.objective import Term, read_terms
 from rarefy.distillation.outputs import Outputs
+
+#: Losses of (student logits, teacher logits, labels), with a mask.
+_OF_LOGITS = (DistillationLoss, DKD, NKD, DIST, LogitMSE)
 
 #: name, weight, function, and what the function is a sum of
 CoreTerm = tuple[str, float, Callable[..., Tensor], list[tuple[str, float, Callable[..., Tensor]]]]
@@ -17,12 +21,12 @@ CoreTerm = tuple[str, float, Callable[..., Tensor], list[tuple[str, float, Calla
 class Objective:
     """One loss of logits, or terms by name, with the layers that they ask for."""
 
-    def __init__(self, loss_fn: Any, label_key: str, mask_key: str | None, weight_key: str | None) -> None:
+    def __init__(self, loss_fn: Any, mask_key: str | None, weight_key: str | None) -> None:
         single = not isinstance(loss_fn, Mapping)
         self.terms = {"loss": (1.0, loss_fn)} if single else read_terms("DistillationTrainer", loss_fn)
         if single and not callable(loss_fn):
             raise TypeError(f"[DistillationTrainer] loss_fn must be callable, got {type(loss_fn).__name__}")
-        self._keys = (label_key, mask_key, weight_key)
+        self._keys = (mask_key, weight_key)
         self._single = single
 
     def core_terms(self, labels_of: Callable[[Any], Tensor | None]) -> list[CoreTerm]:
@@ -41,12 +45,13 @@ class Objective:
         return any(self._is_of_logits(term) for _, term in self.terms.values())
 
     def _is_of_logits(self, term: Any) -> bool:
-        return isinstance(term, DistillationLoss) or (self._single and not hasattr(term, "student_layers"))
+        return isinstance(term, _OF_LOGITS) or (self._single and not hasattr(term, "student_layers"))
 
     def _function(self, name: str, term: Term, labels_of: Callable[[Any], Tensor | None]) -> Callable[..., Tensor]:
         of_logits = self._is_of_logits(term)
         described = "loss_fn" if self._single else f"the term {name!r}"
-        _, mask_key, weight_key = self._keys if isinstance(term, DistillationLoss) else (None, None, None)
+        mask_key = self._keys[0] if isinstance(term, _OF_LOGITS) else None
+        weight_key = self._keys[1] if isinstance(term, DistillationLoss) else None
 
         def function(student: Outputs, teacher: Outputs, batch: Any) -> Tensor:
             if of_logits:

@@ -2,7 +2,10 @@
 #include <torch/torch.h>
 
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <map>
+#include <string>
 
 #include "catch.h"
 
@@ -131,4 +134,44 @@ TEST_CASE("distillation_loss says what is wrong", "[ops][distillation]") {
   CHECK_THROWS_WITH(distillation_loss(student, teacher, torch::full_like(labels, 7), std::nullopt,
                                       {.temperature = 4.0, .alpha = 0.5, .ignore_index = 7}),
                     ContainsSubstring("at least one row must be valid"));
+}
+
+TEST_CASE("distillation_loss with every divergence follows loops in float64", "[ops][distillation]") {
+  const auto [student, teacher, labels] = make(5, 23);
+  const double t = 3.0, skew = 0.3;
+  const auto log_q = torch::log_softmax(student.to(torch::kDouble) / t, -1);
+  const auto log_p = torch::log_softmax(teacher.to(torch::kDouble) / t, -1);
+  const auto kl = [](double a, double b) { return a * std::log(a / b); };
+  const std::map<std::string, std::function<double(double, double)>> terms{
+      {"kl", [&](double p, double q) { return kl(p, q); }},
+      {"reverse_kl", [&](double p, double q) { return kl(q, p); }},
+      {"jensen_shannon",
+       [&](double p, double q) {
+         const double m = skew * p + (1.0 - skew) * q;
+         return skew * kl(p, m) + (1.0 - skew) * kl(q, m);
+       }},
+      {"total_variation", [&](double p, double q) { return 0.5 * std::abs(p - q); }},
+      {"skewed_kl", [&](double p, double q) { return kl(p, skew * p + (1.0 - skew) * q); }},
+      {"skewed_reverse_kl", [&](double p, double q) { return kl(q, skew * q + (1.0 - skew) * p); }}};
+  const auto weights = torch::tensor({1.0, 0.5, 0.0, 2.0, 1.5}, torch::kDouble);
+  for (const auto& [name, term] : terms) {
+    double expected = 0.0;
+    for (int64_t row = 0; row < 5; ++row) {
+      for (int64_t c = 0; c < 23; ++c) {
+        expected += weights[row].item<double>() * t * t *
+                    term(std::exp(log_p[row][c].item<double>()), std::exp(log_q[row][c].item<double>()));
+      }
+    }
+    rarefy::ops::DistillationLossSettings settings{.temperature = t, .alpha = 1.0, .divergence = name, .skew = skew};
+    CHECK(distillation_loss(student, teacher, std::nullopt, weights, settings).item<double>() ==
+          Approx(expected / 5.0).epsilon(1e-5));
+    settings.reduction = "sum";
+    CHECK(distillation_loss(student.to(torch::kDouble), teacher.to(torch::kDouble), labels, weights, settings)
+              .item<double>() == Approx(expected).epsilon(1e-11));
+    settings.reduction = "none";
+    const auto rows = distillation_loss(student, teacher, std::nullopt, weights, settings);
+    CHECK(rows.sizes() == torch::IntArrayRef{5});
+    CHECK(rows[2].item<float>() == 0.0f);
+    CHECK(rows.sum().item<double>() == Approx(expected).epsilon(1e-5));
+  }
 }

@@ -165,6 +165,9 @@ struct RAREFY_API DistillationTrainerOptions {
   std::function<void(torch::Tensor&)> all_reduce_sum = {};
   int64_t processes = 1;
   RandomInterface random = {};
+  /// What a batch becomes before a step: completions sampled from the student, mixed images. Not called for batches that a
+  /// resumed run passes over. May be empty.
+  std::function<Batch(Batch)> prepare = {};
 
   /// Throws c10::ValueError for a field out of range.
   void validate() const;

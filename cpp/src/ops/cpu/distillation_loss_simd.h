@@ -5,19 +5,24 @@
 
 #include "ops/cpu/float_type.h"
 #include "ops/cpu/isa.h"
+#include "ops/divergence.h"
 
 namespace rarefy::cpu {
 
-/// What is the same for every row. `soft` turns the KL term on, `hard` the cross-entropy term.
+/// What is the same for every row. `soft` turns the divergence on, `hard` the cross-entropy term.
 struct DistillationTask {
   FloatType type;
   int64_t classes;
   bool soft;
   bool hard;
+  Divergence divergence;
+  float skew;
+  float label_smoothing;
   /// How e^x follows from e^(x / T): 0 when T is 1, k when T is 2^k (k squarings), -1 when it needs an exponential.
   int squarings;
+  float temperature;
   float soft_factor;  // log2(e) / T: e^(x / T) = 2^(x * soft_factor)
-  /// The gradient is soft_scale * (softmax(s / T) - softmax(t / T)) + hard_scale * (softmax(s) - onehot(label)).
+  /// The gradient is soft_scale * (T times that of the divergence) + hard_scale * (that of the cross-entropy).
   double soft_scale;
   double hard_scale;
 };
@@ -25,20 +30,23 @@ struct DistillationTask {
 struct DistillationRow {
   const void* student;
   const void* teacher;
-  void* grad;      // null when only the sums are wanted
-  float* scratch;  // distillation_scratch(classes) floats; unused when grad is null
+  void* grad;      // null when only the sums are wanted; may be student or teacher
+  float* scratch;  // distillation_scratch(classes) floats
   int64_t label;   // in [0, classes); unused without the hard term
   double weight;   // of the row's gradient
 };
 
-/// Sums over a row with student logits s, teacher logits t, their maxima m_s and m_t, and temperature T.
+/// Sums over a row with student logits s, teacher logits t, temperature T, and numbers r_s and r_t near their maxima.
 struct DistillationSums {
-  float student_max;    // m_s
+  float reference;      // r_s
   float label_logit;    // s[label]
-  double soft_student;  // sum of e^((s - m_s) / T)
-  double soft_teacher;  // sum of e^((t - m_t) / T)
-  double cross;  // sum of e^((t - m_t) / T) * ((t - m_t) - (s - m_s)), without the terms where the first factor is 0
-  double hard_student;  // sum of e^(s - m_s)
+  double soft_student;  // sum of e^((s - r_s) / T)
+  double soft_teacher;  // sum of e^((t - r_t) / T)
+  double hard_student;  // sum of e^(s - r_s)
+  /// kl: sum of e^((t - r_t) / T) * d, and reverse_kl: sum of e^((s - r_s) / T) * -d, both with d = (t - r_t) - (s - r_s) and
+  /// without the terms where the first factor is 0. The other divergences: their value.
+  double divergence;
+  double student_sum;  // sum of s - r_s; 0 without label smoothing
 };
 
 inline int64_t distillation_scratch(int64_t classes) { return 3 * ((classes + 15) / 16 * 16); }

@@ -27,18 +27,33 @@ int squarings_of(double temperature) {
   return temperature == 1.0 ? 0 : temperature == 2.0 ? 1 : temperature == 4.0 ? 2 : temperature == 8.0 ? 3 : -1;
 }
 
+/// The divergence of one row from its sums. Rounding may leave it below 0.
+double divergence_of(const DistillationRule& rule, const cpu::DistillationSums& sums) {
+  // log p - log q = ((t - r_t) - (s - r_s)) / T - log sum_t + log sum_s, weighted by p or by q.
+  const double log_sums = std::log(sums.soft_student) - std::log(sums.soft_teacher);
+  double value = sums.divergence;
+  if (rule.divergence == Divergence::kl) {
+    value = sums.divergence / (rule.temperature * sums.soft_teacher) + log_sums;
+  } else if (rule.divergence == Divergence::reverse_kl) {
+    value = sums.divergence / (rule.temperature * sums.soft_student) - log_sums;
+  }
+  return value < 0.0 ? 0.0 : value;
+}
+
 /// The loss of one row from its sums.
-double row_loss(const DistillationRule& rule, const cpu::DistillationSums& sums) {
+double row_loss(const DistillationRule& rule, int64_t classes, const cpu::DistillationSums& sums) {
   double loss = 0.0;
   if (rule.soft()) {
-    // log p - log q = ((t - m_t) - (s - m_s)) / T - log sum_t + log sum_s, weighted by p. Rounding may leave it below 0.
-    const double kl =
-        sums.cross / (rule.temperature * sums.soft_teacher) - std::log(sums.soft_teacher) + std::log(sums.soft_student);
-    loss += rule.alpha * rule.temperature * rule.temperature * (kl < 0.0 ? 0.0 : kl);
+    loss += rule.alpha * rule.temperature * rule.temperature * divergence_of(rule, sums);
   }
   if (rule.hard()) {
-    const double logsumexp = static_cast<double>(sums.student_max) + std::log(sums.hard_student);
-    loss += (1.0 - rule.alpha) * (logsumexp - static_cast<double>(sums.label_logit));
+    const double log_sum = std::log(sums.hard_student), reference = static_cast<double>(sums.reference);
+    const double label = static_cast<double>(sums.label_logit) - reference;
+    double cross_entropy = (1.0 - rule.label_smoothing) * (log_sum - label);
+    if (rule.label_smoothing > 0.0) {
+      cross_entropy += rule.label_smoothing * (log_sum - sums.student_sum / static_cast<double>(classes));
+    }
+    loss += (1.0 - rule.alpha) * cross_entropy;
   }
   return loss;
 }
@@ -64,13 +79,15 @@ void for_valid_rows(const DistillationRows& rows, const DistillationRule& rule, 
 
 void run_float(const DistillationRows& rows, const DistillationRule& rule, double scale, const at::Tensor& grad,
                double* losses) {
-  TORCH_CHECK_NOT_IMPLEMENTED(rule.divergence == Divergence::kl && rule.label_smoothing == 0.0,
-                              "[distillation_loss] only divergence 'kl' without label smoothing runs in float32");
   const cpu::DistillationTask task{float_type(rows.student),
                                    rows.classes,
                                    rule.soft(),
                                    rule.hard(),
+                                   rule.divergence,
+                                   static_cast<float>(rule.skew),
+                                   static_cast<float>(rule.label_smoothing),
                                    squarings_of(rule.temperature),
+                                   static_cast<float>(rule.temperature),
                                    static_cast<float>(1.4426950408889634 / rule.temperature),
                                    rule.alpha * rule.temperature * scale,
                                    (1.0 - rule.alpha) * scale};
@@ -78,13 +95,13 @@ void run_float(const DistillationRows& rows, const DistillationRule& rule, doubl
   const auto* teacher = static_cast<const char*>(rows.teacher.const_data_ptr());
   const auto row_bytes = rows.classes * static_cast<int64_t>(rows.student.element_size());
   at::parallel_for(0, rows.count, std::max<int64_t>(1, kGrain / rows.classes), [&](int64_t begin, int64_t end) {
-    const auto scratch = std::unique_ptr<float[]>(
-        grad.defined() ? new float[static_cast<size_t>(cpu::distillation_scratch(rows.classes))] : nullptr);
+    const auto scratch =
+        std::unique_ptr<float[]>(new float[static_cast<size_t>(cpu::distillation_scratch(rows.classes))]);
     for_valid_rows(rows, rule, grad, losses, begin, end, [&](int64_t row, char* row_grad) {
       const cpu::DistillationRow arguments{
           student + row * row_bytes,         teacher + row * row_bytes, row_grad, scratch.get(),
           rule.hard() ? rows.label(row) : 0, rows.weight(row)};
-      return row_loss(rule, RAREFY_ISA_CALL(distill_row, task, arguments));
+      return row_loss(rule, rows.classes, RAREFY_ISA_CALL(distill_row, task, arguments));
     });
   });
 }

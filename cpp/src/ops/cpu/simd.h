@@ -82,6 +82,9 @@ inline float round_even_scalar(float value) {
 alignas(32) constexpr int32_t kExp2Eighths[8] = {0,        -0x46a3e, -0x7c810, -0xa0129,
                                                  -0xafb0d, -0xa98d6, -0x8bb03, -0x53f39};
 
+// The bits of sqrt(1/2), where split_exponent starts its range.
+constexpr int32_t kSqrtHalfBits = 0x3f3504f3;
+
 #if defined(RAREFY_ISA_avx512)
 
 struct Vec {
@@ -173,6 +176,13 @@ struct Vec {
     const __m512i table = _mm512_broadcast_i32x8(_mm256_load_si256(reinterpret_cast<const __m256i*>(kExp2Eighths)));
     const __m512i bits = _mm512_castps_si512(a.v);
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(bits, 20), _mm512_permutexvar_epi32(bits, table)));
+  }
+  /// m in [sqrt(1/2), sqrt(2)) and the whole number *exponent with a = m * 2^exponent, for normal positive a.
+  friend Vec split_exponent(Vec a, Vec* exponent) {
+    const __m512i bits = _mm512_castps_si512(a.v);
+    const __m512i e = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(kSqrtHalfBits)), 23);
+    *exponent = _mm512_cvtepi32_ps(e);
+    return _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(e, 23)));
   }
 };
 
@@ -268,6 +278,12 @@ struct Vec {
     const __m256i bits = _mm256_castps_si256(a.v);
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(bits, 20), _mm256_permutevar8x32_epi32(table, bits)));
   }
+  friend Vec split_exponent(Vec a, Vec* exponent) {
+    const __m256i bits = _mm256_castps_si256(a.v);
+    const __m256i e = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(kSqrtHalfBits)), 23);
+    *exponent = _mm256_cvtepi32_ps(e);
+    return _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(e, 23)));
+  }
 };
 
 #else
@@ -342,6 +358,16 @@ struct Vec {
         bits_to_float((float_to_bits(a.v[i]) << 20) + static_cast<uint32_t>(kExp2Eighths[float_to_bits(a.v[i]) & 7u])))
   }
 #undef RAREFY_LANES
+  friend Vec split_exponent(Vec a, Vec* exponent) {
+    Vec out;
+    for (int i = 0; i < size; ++i) {
+      const uint32_t bits = float_to_bits(a.v[i]);
+      const int32_t e = static_cast<int32_t>(bits - static_cast<uint32_t>(kSqrtHalfBits)) >> 23;
+      exponent->v[i] = static_cast<float>(e);
+      out.v[i] = bits_to_float(bits - (static_cast<uint32_t>(e) << 23));
+    }
+    return out;
+  }
 };
 
 #endif

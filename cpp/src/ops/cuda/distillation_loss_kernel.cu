@@ -25,6 +25,8 @@ using Compute = decltype(load(static_cast<const T*>(nullptr)));
 
 __device__ float exponential(float x) { return expf(x); }
 __device__ double exponential(double x) { return exp(x); }
+__device__ float logarithm_1p(float x) { return log1pf(x); }
+__device__ double logarithm_1p(double x) { return log1p(x); }
 
 struct Add {
   template <typename V>
@@ -58,31 +60,83 @@ __device__ V block_reduce(V value, Op op) {
   return result;
 }
 
-__global__ void count_valid_kernel(const int64_t* labels, int64_t rows, int64_t ignore_index, int64_t* valid_rows) {
-  long long count = 0;
-  for (int64_t row = threadIdx.x; row < rows; row += kThreads) {
-    count += labels == nullptr || labels[row] != ignore_index ? 1 : 0;
+/// NaN for what a weight must not be; 0 where the row is not valid.
+__device__ double weight_of(const DistillationTask& task, int64_t row) {
+  const double weight = task.row_weights == nullptr ? 1.0 : task.row_weights[row];
+  if (weight == 0.0 || (task.labels != nullptr && task.labels[row] == task.ignore_index)) {
+    return 0.0;
   }
-  count = block_reduce(count, Add());
+  return weight > 0.0 && weight <= 1.7976931348623157e308 ? weight : static_cast<double>(NAN);
+}
+
+__global__ void total_weight_kernel(DistillationTask task) {
+  double total = 0.0;
+  for (int64_t row = threadIdx.x; row < task.rows; row += kThreads) {
+    total += weight_of(task, row);
+  }
+  total = block_reduce(total, Add());
   if (threadIdx.x == 0) {
-    *valid_rows = count;
+    *task.total_weight = total;
   }
 }
 
-/// One block per row; the row is read three times, from cache after the first.
+/// What one class adds to a divergence, and its derivative in q up to a constant that is the same for all classes.
+template <typename C>
+struct Term {
+  C value;
+  C slope;
+};
+
+/// x * log(1 + excess), where x = 0 counts as 0 whatever the logarithm is.
+template <typename C>
+__device__ C weighted_log(C x, C excess) {
+  return x == static_cast<C>(0) ? static_cast<C>(0) : x * logarithm_1p(excess);
+}
+
+/// The divergences but kl, whose gradient has a simpler form. p == q gives exactly 0 for both members.
+template <typename C>
+__device__ Term<C> term(Divergence divergence, C skew, C log_p, C log_q) {
+  const C p = exponential(log_p), q = exponential(log_q), zero = 0, rest = static_cast<C>(1) - skew;
+  if (divergence == Divergence::reverse_kl) {
+    return q == zero ? Term<C>{zero, zero} : Term<C>{q * (log_q - log_p), log_q - log_p};
+  }
+  if (divergence == Divergence::total_variation) {
+    const C half = static_cast<C>(0.5), d = p - q;
+    return {half * (d < zero ? -d : d), q > p ? half : q < p ? -half : d};  // d: 0 or NaN
+  }
+  if (p == zero && q == zero) {
+    return {zero, zero};
+  }
+  if (divergence == Divergence::skewed_kl) {
+    const C excess = rest * (p - q) / (q + skew * (p - q));
+    return {weighted_log(p, excess), -rest * excess};
+  }
+  if (divergence == Divergence::skewed_reverse_kl) {
+    const C excess = rest * (q - p) / (p + skew * (q - p));
+    return {weighted_log(q, excess), q == zero ? zero : logarithm_1p(excess) - skew * excess};
+  }
+  const C m = q + skew * (p - q), excess_q = skew * (q - p) / m;
+  return {skew * weighted_log(p, rest * (p - q) / m) + rest * weighted_log(q, excess_q),
+          q == zero ? zero : rest * logarithm_1p(excess_q)};
+}
+
+/// One block per row; the row is read three or four times, from cache after the first.
 template <typename T>
 __global__ void distill_rows_kernel(DistillationTask task) {
   using C = Compute<T>;
   const int64_t n = task.classes;
   const bool soft = task.alpha > 0.0, hard = task.alpha < 1.0;
   const C temperature = static_cast<C>(task.temperature);
-  const double mean = task.deferred_mean ? 1.0 : 1.0 / static_cast<double>(*task.valid_rows);
+  const bool kl = task.divergence == Divergence::kl;
+  const C skew = static_cast<C>(task.skew);
+  const double mean = task.reduction == Reduction::mean && !task.deferred_mean ? 1.0 / *task.total_weight : 1.0;
   for (int64_t row = blockIdx.x; row < task.rows; row += gridDim.x) {
     const T* student = static_cast<const T*>(task.student) + row * n;
     const T* teacher = static_cast<const T*>(task.teacher) + row * n;
     T* grad = task.grad == nullptr ? nullptr : static_cast<T*>(task.grad) + row * n;
     const int64_t label = task.labels == nullptr ? 0 : task.labels[row];
-    if (task.labels != nullptr && label == task.ignore_index) {
+    const double weight = weight_of(task, row);
+    if (weight == 0.0) {
       for (int64_t i = threadIdx.x; grad != nullptr && i < n; i += kThreads) {
         put(grad + i, static_cast<C>(0));
       }
@@ -101,7 +155,7 @@ __global__ void distill_rows_kernel(DistillationTask task) {
     max_s = block_reduce(max_s, Max());
     max_t = block_reduce(max_t, Max());
 
-    C sum_s = 0, sum_t = 0, cross = 0, sum_hard = 0;
+    C sum_s = 0, sum_t = 0, cross = 0, sum_hard = 0, sum_logits = 0;
     for (int64_t i = threadIdx.x; i < n; i += kThreads) {
       const C s = load(student + i) - max_s;
       if (soft) {
@@ -114,40 +168,66 @@ __global__ void distill_rows_kernel(DistillationTask task) {
       }
       if (hard) {
         sum_hard += exponential(s);
+        sum_logits += s;
       }
     }
     const double total_s = block_reduce(static_cast<double>(sum_s), Add());
     const double total_t = block_reduce(static_cast<double>(sum_t), Add());
     const double total_cross = block_reduce(static_cast<double>(cross), Add());
     const double total_hard = block_reduce(static_cast<double>(sum_hard), Add());
+    const double total_logits = block_reduce(static_cast<double>(sum_logits), Add());
+    const C log_s = static_cast<C>(log(total_s)), log_t = static_cast<C>(log(total_t));
+    double divergence = total_cross / (task.temperature * total_t) - log(total_t) + log(total_s), mean_slope = 0.0;
+    if (soft && !kl) {
+      double value = 0.0, slope = 0.0;
+      for (int64_t i = threadIdx.x; i < n; i += kThreads) {
+        const C log_q = (load(student + i) - max_s) / temperature - log_s;
+        const C log_p = (load(teacher + i) - max_t) / temperature - log_t;
+        const Term<C> at = term(task.divergence, skew, log_p, log_q);
+        const C q = exponential(log_q);
+        value += static_cast<double>(at.value);
+        slope += q == static_cast<C>(0) ? 0.0 : static_cast<double>(q * at.slope);
+      }
+      divergence = block_reduce(value, Add());
+      mean_slope = block_reduce(slope, Add());
+    }
     const bool label_exists = label >= 0 && label < n;
     if (threadIdx.x == 0) {
       double loss = label_exists ? 0.0 : static_cast<double>(NAN);
       if (soft) {
-        const double kl = total_cross / (task.temperature * total_t) - log(total_t) + log(total_s);
-        loss += task.alpha * task.temperature * task.temperature * (kl < 0.0 ? 0.0 : kl);
+        loss += task.alpha * task.temperature * task.temperature * (divergence < 0.0 ? 0.0 : divergence);
       }
       if (hard && label_exists) {
-        loss += (1.0 - task.alpha) *
-                (static_cast<double>(max_s) + log(total_hard) - static_cast<double>(load(student + label)));
+        const double log_hard = log(total_hard), at_label = static_cast<double>(load(student + label) - max_s);
+        double cross_entropy = (1.0 - task.label_smoothing) * (log_hard - at_label);
+        if (task.label_smoothing > 0.0) {
+          cross_entropy += task.label_smoothing * (log_hard - total_logits / static_cast<double>(n));
+        }
+        loss += (1.0 - task.alpha) * cross_entropy;
       }
-      task.row_losses[row] = loss;
+      task.row_losses[row] = weight * loss;
     }
     if (grad == nullptr) {
       continue;
     }
-    const double soft_scale = task.alpha * task.temperature * mean;
+    const double soft_scale = weight * task.alpha * task.temperature * mean;
+    const double hard_scale = weight * (1.0 - task.alpha) * mean;
     const C scale_s = static_cast<C>(soft_scale / total_s), scale_t = static_cast<C>(soft_scale / total_t);
-    const C scale_hard = static_cast<C>((1.0 - task.alpha) * mean / total_hard);
-    const C at_label = static_cast<C>((1.0 - task.alpha) * mean);
+    const C scale_hard = static_cast<C>(hard_scale / total_hard), centre = static_cast<C>(mean_slope);
+    const C at_label = static_cast<C>(hard_scale * (1.0 - task.label_smoothing));
+    const C spread = static_cast<C>(hard_scale * task.label_smoothing / static_cast<double>(n));
     for (int64_t i = threadIdx.x; i < n; i += kThreads) {
       const C s = load(student + i) - max_s;
       C g = 0;
-      if (soft) {
+      if (soft && kl) {
         g = exponential(s / temperature) * scale_s - exponential((load(teacher + i) - max_t) / temperature) * scale_t;
+      } else if (soft) {
+        const C log_q = s / temperature - log_s, log_p = (load(teacher + i) - max_t) / temperature - log_t;
+        const C e = exponential(s / temperature);
+        g = e == static_cast<C>(0) ? e : e * scale_s * (term(task.divergence, skew, log_p, log_q).slope - centre);
       }
       if (hard) {
-        g += exponential(s) * scale_hard - (i == label ? at_label : static_cast<C>(0));
+        g += exponential(s) * scale_hard - spread - (i == label ? at_label : static_cast<C>(0));
       }
       put(grad + i, g);
     }
@@ -155,28 +235,30 @@ __global__ void distill_rows_kernel(DistillationTask task) {
 }
 
 template <typename Real>
-__global__ void mean_kernel(DistillationTask task) {
+__global__ void reduce_kernel(DistillationTask task) {
   double sum = 0.0;
   for (int64_t row = threadIdx.x; row < task.rows; row += kThreads) {
     sum += task.row_losses[row];
   }
   sum = block_reduce(sum, Add());
   if (threadIdx.x == 0) {
-    const auto valid = static_cast<double>(*task.valid_rows);
-    *static_cast<Real*>(task.loss) = static_cast<Real>(sum / valid);
+    const double total = *task.total_weight;
+    if (task.loss != nullptr) {
+      *static_cast<Real*>(task.loss) = static_cast<Real>(task.reduction == Reduction::mean ? sum / total : sum);
+    }
     if (task.scale != nullptr) {
-      *static_cast<Real*>(task.scale) = static_cast<Real>(task.deferred_mean ? 1.0 / valid : 1.0);
+      *static_cast<Real*>(task.scale) = static_cast<Real>(task.deferred_mean ? 1.0 / total : 1.0);
     }
   }
 }
 
 template <typename T>
-__global__ void scale_gradient_kernel(const T* grad, const Compute<T>* scale, const Compute<T>* upstream, T* out,
-                                      int64_t elements) {
-  const Compute<T> factor = static_cast<Compute<T>>(static_cast<double>(*scale) * static_cast<double>(*upstream));
+__global__ void scale_gradient_kernel(const T* grad, const Compute<T>* scale, const Compute<T>* upstream,
+                                      int64_t elements_per_factor, T* out, int64_t elements) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < elements; i += stride) {
-    put(out + i, load(grad + i) * factor);
+    const double factor = static_cast<double>(*scale) * static_cast<double>(upstream[i / elements_per_factor]);
+    put(out + i, load(grad + i) * static_cast<Compute<T>>(factor));
   }
 }
 
@@ -203,21 +285,21 @@ int for_type(FloatType type, Body body) {
 
 int distillation_loss(const DistillationTask& task, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  count_valid_kernel<<<1, kThreads, 0, s>>>(task.labels, task.rows, task.ignore_index, task.valid_rows);
+  total_weight_kernel<<<1, kThreads, 0, s>>>(task);
   return for_type(task.type, [&](auto tag) {
     using T = decltype(tag);
     const int blocks = static_cast<int>(task.rows < kMaxBlocks ? task.rows : kMaxBlocks);
     distill_rows_kernel<T><<<blocks, kThreads, 0, s>>>(task);
     if (task.type == FloatType::f64) {
-      mean_kernel<double><<<1, kThreads, 0, s>>>(task);
+      reduce_kernel<double><<<1, kThreads, 0, s>>>(task);
     } else {
-      mean_kernel<float><<<1, kThreads, 0, s>>>(task);
+      reduce_kernel<float><<<1, kThreads, 0, s>>>(task);
     }
   });
 }
 
-int scale_gradient(FloatType type, const void* grad, const void* scale, const void* upstream, void* out,
-                   int64_t elements, void* stream) {
+int scale_gradient(FloatType type, const void* grad, const void* scale, const void* upstream,
+                   int64_t elements_per_factor, void* out, int64_t elements, void* stream) {
   if (elements == 0) {
     return 0;
   }
@@ -227,7 +309,7 @@ int scale_gradient(FloatType type, const void* grad, const void* scale, const vo
     scale_gradient_kernel<T>
         <<<static_cast<int>(blocks < 132 * 16 ? blocks : 132 * 16), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
             static_cast<const T*>(grad), static_cast<const Compute<T>*>(scale),
-            static_cast<const Compute<T>*>(upstream), static_cast<T*>(out), elements);
+            static_cast<const Compute<T>*>(upstream), elements_per_factor, static_cast<T*>(out), elements);
   });
 }
 

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "ops/cuda/fake_quantize_kernel.h"
+#include "ops/divergence.h"
 
 namespace rarefy::cuda {
 
@@ -15,22 +16,28 @@ struct DistillationTask {
   int64_t classes;
   double temperature;
   double alpha;
+  Divergence divergence;
+  double skew;
+  double label_smoothing;
   int64_t ignore_index;
-  bool deferred_mean;     // the gradient is of the sum over rows, and scale is 1 / (valid rows)
-  const void* student;    // rows x classes of the type
-  const void* teacher;    // the same
-  const int64_t* labels;  // one per row, or null
-  void* grad;             // as student, or null when only the loss is wanted
-  double* row_losses;     // room for one per row
-  int64_t* valid_rows;    // room for one
-  void* loss;             // one Real
-  void* scale;            // one Real, or null
+  Reduction reduction;
+  bool deferred_mean;         // the gradient is of the sum over rows, and scale is 1 / (sum of weights)
+  const void* student;        // rows x classes of the type
+  const void* teacher;        // the same
+  const int64_t* labels;      // one per row, or null
+  const double* row_weights;  // one per row, or null
+  void* grad;                 // as student, or null when only the loss is wanted
+  double* row_losses;         // one per row: weight * loss
+  double* total_weight;       // room for one
+  void* loss;                 // one Real, or null for Reduction::none
+  void* scale;                // one Real, or null
 };
 
+/// With a weight that is negative or not finite, or a label out of range, results are NaN.
 int distillation_loss(const DistillationTask& task, void* stream);
 
-/// out = (*scale * *upstream) * grad, with scale and upstream one Real each.
-int scale_gradient(FloatType type, const void* grad, const void* scale, const void* upstream, void* out,
-                   int64_t elements, void* stream);
+/// out[i] = (*scale * upstream[i / elements_per_factor]) * grad[i], with scale and upstream of Real.
+int scale_gradient(FloatType type, const void* grad, const void* scale, const void* upstream,
+                   int64_t elements_per_factor, void* out, int64_t elements, void* stream);
 
 }  // namespace rarefy::cuda
