@@ -1,4 +1,5 @@
-"""Accuracy that quantization to int8 keeps, after training (PTQ) and with training (QAT), or that pruning keeps.
+"""Accuracy that quantization to int8 keeps, after training (PTQ) and with training (QAT); that pruning keeps; or that
+distillation gains.
 
 Images: ResNet-20 on the CIFAR-10 subset, or on scikit-learn's digits. Sentences: a small Transformer on SST-2, or on
 docstrings of Python's standard library. PTQ and QAT begin at the same FP32 model and are evaluated after `convert`, that
@@ -9,8 +10,12 @@ With --structured: half of the multiply-accumulates of ResNet-20 removed as chan
 the same share of every layer ("uniform L1"), and at random, each fine-tuned with the same schedule and the same batches;
 and a model that is pruned to a time in milliseconds, asked for beside measured.
 
-    python benchmarks/accuracy.py [--data DIR] [--task images|sentences|all] [--structured] [--seeds 0 1 2] [--cache DIR]
-                                  [--threads 2] [--continued] [--quick] [--json]
+With --distillation: a small student trained on the labels, and the same student (the same first weights, batches and
+schedule) distilled from a ResNet-20, or from the Transformer of the sentences, which is more than twice as large. The teacher
+looks at each image and at its mirror image once; its logits are kept.
+
+    python benchmarks/accuracy.py [--data DIR] [--task images|sentences|all] [--structured | --distillation]
+                                  [--seeds 0 1 2] [--cache DIR] [--threads 2] [--continued] [--quick] [--json]
 
 Three seeds of both tasks with --data take about 25 minutes of processor time (images 400 s and sentences 80 s a seed).
 """
@@ -23,7 +28,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -43,6 +48,11 @@ RANDOM = "half the MACs, random"
 PRUNED_GOAL = 1.5  # points that it may lose
 LATENCY_SHARE = 0.6  # of the time before, asked for in milliseconds
 LATENCY_BATCH = 32
+ALONE = "student alone"
+DISTILLED = "student distilled"
+GAINED_GOAL, KEPT_GOAL = 1.0, 97.0  # points above the student alone (images), per cent of the teacher's (sentences)
+STUDENT_WIDTH = 8
+TEACHER_SEED = 100  # one teacher for all seeds
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,17 @@ class Task:
     goals: dict[str, float]  # points that each kind may lose
     prune_rate: float = 0.0  # highest learning rate after pruning
     prune_epochs: int = 0
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """How a student is distilled, and trained alone."""
+
+    build: Callable[[], nn.Module]
+    teacher_epochs: int
+    epochs: int  # over the images and their mirror images, or over the sentences
+    temperature: float
+    alpha: float
 
 
 @dataclass(frozen=True)
@@ -112,13 +133,37 @@ def make_task(name: str, data: Path | None, quick: bool) -> Task:
     )  # fmt: skip
 
 
+def make_teaching(task: Task, quick: bool) -> Teaching:
+    """The student that learns a task: a ResNet-8, or a Transformer of half the width."""
+    split = task.split
+    if split.train_x.is_floating_point():
+        channels = split.train_x.shape[1]
+        return Teaching(
+            lambda: models.ResNet20(split.classes, channels, STUDENT_WIDTH, blocks=1).to(memory_format=torch.channels_last),
+            1 if quick else 12, 1 if quick else 4, 4.0, 0.9,
+        )  # fmt: skip
+    words = task.build().words.num_embeddings
+    return Teaching(
+        lambda: models.SentenceClassifier(words, datasets.LENGTH, split.classes, width=64),
+        1 if quick else 5, 1 if quick else 5, 2.0, 0.7,
+    )  # fmt: skip
+
+
 def batches(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
     order = torch.randperm(len(task.split.train_y))
     for chosen in order[: len(order) // BATCH * BATCH].split(BATCH):
         yield task.augment(task.split.train_x[chosen]), task.split.train_y[chosen]
 
 
-def train(model: nn.Module, task: Task, rate: float, epochs: int, warmup: float, autocast: bool) -> None:
+def train(
+    model: nn.Module,
+    task: Task,
+    rate: float,
+    epochs: int,
+    warmup: float,
+    autocast: bool,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> None:
     """Epochs over the data; the rate rises over the share ``warmup`` of the steps, and falls to zero by a cosine."""
     steps = epochs * (len(task.split.train_y) // BATCH)
     optimizer = task.optimizer(model, rate)
@@ -135,7 +180,7 @@ def train(model: nn.Module, task: Task, rate: float, epochs: int, warmup: float,
         for x, y in batches(task):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 y_hat = model(x)
-            F.cross_entropy(y_hat.float(), y).backward()
+            loss(y_hat.float(), y).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
@@ -262,11 +307,66 @@ def structured(task: Task, seed: int, cache: Path | None, with_continued: bool) 
     yield Result("latency, not fine-tuned", accuracy(pruned, task.split), time.perf_counter() - start, more)
 
 
+@torch.no_grad()
+def logits(model: nn.Module, x: Tensor) -> Tensor:
+    """What a teacher answers."""
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        return torch.cat([model(part) for part in x.split(250)]).float()
+
+
+def distillation(task: Task, seed: int, cache: Path | None, quick: bool) -> Iterator[Result]:
+    """The teacher, and the student without and with it."""
+    teaching, split = make_teaching(task, quick), task.split
+    start = time.perf_counter()
+    teacher = float_model(replace(task, epochs=teaching.teacher_epochs), TEACHER_SEED, cache)
+    yield Result("teacher", accuracy(teacher, split), time.perf_counter() - start, {"parameters": count(teacher)})
+
+    x, labels = split.train_x, split.train_y
+    if task.augment is shift_and_flip:
+        x, labels = torch.cat([x, x.flip(3)]).contiguous(memory_format=torch.channels_last), labels.repeat(2)
+    answers = logits(teacher, x)
+    both = replace(split, train_x=x, train_y=torch.arange(len(x)))  # a label is the number of its sample
+    task = replace(task, split=both, augment=lambda x: x)
+    criterion = rf.distillation.DistillationLoss(temperature=teaching.temperature, alpha=teaching.alpha)
+    kinds: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        ALONE: lambda y_hat, index: F.cross_entropy(y_hat, labels[index]),
+        DISTILLED: lambda y_hat, index: criterion(y_hat, answers[index], labels[index]),
+    }
+    for kind, loss in kinds.items():
+        start = time.perf_counter()
+        torch.manual_seed(seed)
+        student = teaching.build()
+        train(student, task, task.rate, teaching.epochs, warmup=0.2, autocast=True, loss=loss)
+        yield Result(kind, accuracy(student, split), time.perf_counter() - start, {"parameters": count(student)})
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def distillation_summary(name: str, results: dict[str, list[float]], quick: bool) -> dict[str, object]:
+    """What distillation gains over the student alone and keeps of the teacher; with goals where they are asked for."""
+    gained = [a - b for a, b in zip(results[DISTILLED], results[ALONE], strict=True)]
+    kept = [100 * a / b for a, b in zip(results[DISTILLED], results["teacher"], strict=True)]
+    record: dict[str, object] = {"benchmark": "accuracy", "data": name, "seeds": len(gained)}
+    record |= {"points_gained": round(statistics.fmean(gained), 3), "points_gained_each": [round(x, 3) for x in gained]}
+    record |= {"percent_kept": round(statistics.fmean(kept), 3), "percent_kept_each": [round(x, 3) for x in kept]}
+    if name == "CIFAR-10 subset":
+        record |= {"points_gained_goal": GAINED_GOAL, "reached": record["points_gained"] >= GAINED_GOAL}
+    elif name == "sentences":
+        record |= {"percent_kept_goal": KEPT_GOAL, "reached": record["percent_kept"] >= KEPT_GOAL}
+    if quick:
+        record.pop("reached", None)
+    return record
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with cifar10_subset.npz and sst2/*.tsv")
     parser.add_argument("--task", choices=["images", "sentences", "all"], default="all")
     parser.add_argument("--structured", action="store_true", help="structured pruning instead of quantization; images")
+    parser.add_argument("--distillation", action="store_true", help="distillation instead of quantization")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cache", type=Path, help="folder that keeps the FP32 models, so that a rerun only quantizes")
     parser.add_argument("--continued", action="store_true", help="also continue FP32 as long as QAT does")
@@ -276,8 +376,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
-    run = structured if arguments.structured else quantized
-
+    if arguments.structured and arguments.distillation:
+        parser.error("--structured and --distillation are two benchmarks")
+    run, option = (structured if arguments.structured else quantized), arguments.continued
+    if arguments.distillation:
+        run, option = distillation, arguments.quick
     if arguments.structured and arguments.task == "sentences":
         parser.error("--structured prunes the network of the images")
     names = ["images", "sentences"] if arguments.task == "all" else [arguments.task]
@@ -285,7 +388,7 @@ def main() -> None:
         task = make_task(name, arguments.data, arguments.quick)
         results: dict[str, list[float]] = {}
         for seed in seeds:
-            for result in run(task, seed, arguments.cache, arguments.continued):
+            for result in run(task, seed, arguments.cache, option):
                 results.setdefault(result.kind, []).append(result.percent)
                 record = {"benchmark": "accuracy", "data": task.split.name, "seed": seed, "kind": result.kind}
                 record |= {"accuracy": round(result.percent, 3), "seconds": round(result.seconds, 1)} | result.more
@@ -298,6 +401,12 @@ def main() -> None:
                         f"{result.seconds:7.1f} s{more}",
                         flush=True,
                     )
+        if arguments.distillation:
+            record = distillation_summary(task.split.name, results, arguments.quick)
+            print(
+                json.dumps(record) if arguments.json else "  ".join(f"{key} {value}" for key, value in record.items())
+            )
+            continue
         mean = {kind: statistics.fmean(values) for kind, values in results.items()}
         for kind in results:
             lost, goal = mean["FP32"] - mean[kind], task.goals.get(kind)

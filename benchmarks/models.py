@@ -63,16 +63,19 @@ class ResNet18(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """ResNet-20 for 32x32 images (He et al., 2015, section 4.2), with projections as shortcuts: 0.27 M parameters."""
+    """ResNet-20 for 32x32 images (He et al., 2015, section 4.2), with projections as shortcuts: 0.27 M parameters.
 
-    def __init__(self, classes: int = 10, inputs: int = 3, width: int = 16) -> None:
+    With ``blocks`` other than 3 in each of the three stages it is their ResNet of 2 + 6 * blocks layers.
+    """
+
+    def __init__(self, classes: int = 10, inputs: int = 3, width: int = 16, blocks: int = 3) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = _stage(width, width, 3, 1)
-        self.layer2 = _stage(width, 2 * width, 3, 2)
-        self.layer3 = _stage(2 * width, 4 * width, 3, 2)
+        self.layer1 = _stage(width, width, blocks, 1)
+        self.layer2 = _stage(width, 2 * width, blocks, 2)
+        self.layer3 = _stage(2 * width, 4 * width, blocks, 2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(4 * width, classes)
         _initialize(self)

@@ -35,7 +35,13 @@ LossTerm::Function to_function(py::object function) {
   };
 }
 
-/// A Python source yields (batch, its first tensor or None, its labels or None), and None at the end of an epoch.
+/// What Python makes of a batch: (batch, its first tensor or None, its labels or None).
+Batch to_batch(const py::object& batch) {
+  auto [object, inputs, labels] = batch.cast<std::tuple<py::object, std::optional<Tensor>, std::optional<Tensor>>>();
+  return {inputs.value_or(Tensor()), labels.value_or(Tensor()), {}, hold(std::move(object))};
+}
+
+/// A Python source yields batches, and None at the end of an epoch.
 BatchSource to_source(const py::object& next) {
   if (next.is_none()) {
     return {};
@@ -43,11 +49,7 @@ BatchSource to_source(const py::object& next) {
   return [next = hold(next)]() -> std::optional<Batch> {
     const py::gil_scoped_acquire gil;
     const py::object batch = held(next)();
-    if (batch.is_none()) {
-      return std::nullopt;
-    }
-    auto [object, inputs, labels] = batch.cast<std::tuple<py::object, std::optional<Tensor>, std::optional<Tensor>>>();
-    return Batch{inputs.value_or(Tensor()), labels.value_or(Tensor()), {}, hold(std::move(object))};
+    return batch.is_none() ? std::nullopt : std::optional<Batch>(to_batch(batch));
   };
 }
 
@@ -255,8 +257,8 @@ void init_distillation_trainer(py::module_& sub) {
                        bool schedule_epochs, double max_grad_norm, int64_t ignore_index, int64_t accumulate,
                        const std::string& precision, const std::string& device, int64_t log_every, bool shift,
                        const std::string& metric, bool maximize, double min_delta, int64_t patience,
-                       const py::object& count, std::function<void(Tensor)> all_reduce_sum, int64_t processes,
-                       std::function<std::vector<Tensor>()> capture_random,
+                       const py::object& count, const py::object& prepare, std::function<void(Tensor)> all_reduce_sum,
+                       int64_t processes, std::function<std::vector<Tensor>()> capture_random,
                        std::function<void(std::vector<Tensor>)> restore_random) {
              DistillationTrainerOptions options{max_grad_norm,
                                                 ignore_index,
@@ -270,6 +272,12 @@ void init_distillation_trainer(py::module_& sub) {
                options.count = [count = hold(count)](const Batch& batch) {
                  const py::gil_scoped_acquire gil;
                  return held(count)(held(batch.object)).cast<double>();
+               };
+             }
+             if (!prepare.is_none()) {
+               options.prepare = [prepare = hold(prepare)](const Batch& batch) {
+                 const py::gil_scoped_acquire gil;
+                 return to_batch(held(prepare)(held(batch.object)));
                };
              }
              if (all_reduce_sum) {
@@ -288,8 +296,8 @@ void init_distillation_trainer(py::module_& sub) {
            py::arg("parameters"), py::arg("terms"), py::arg("scheduler"), py::arg("schedule_epochs"),
            py::arg("max_grad_norm"), py::arg("ignore_index"), py::arg("accumulate"), py::arg("precision"),
            py::arg("device"), py::arg("log_every"), py::arg("shift"), py::arg("metric"), py::arg("maximize"),
-           py::arg("min_delta"), py::arg("patience"), py::arg("count"), py::arg("all_reduce_sum"), py::arg("processes"),
-           py::arg("capture_random"), py::arg("restore_random"))
+           py::arg("min_delta"), py::arg("patience"), py::arg("count"), py::arg("prepare"), py::arg("all_reduce_sum"),
+           py::arg("processes"), py::arg("capture_random"), py::arg("restore_random"))
       .def(
           "train_step",
           [](DistillationTrainer& trainer, const py::object& source) {

@@ -217,13 +217,18 @@ def count_values(model: torch.nn.Module) -> tuple[int, int]:
     return sum(v.numel() for v in values), sum(int(v.count_nonzero()) for v in values)
 
 
-def open_onnx(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
-    """A function from images to logits that ONNX Runtime computes from a file; 0 threads: one per core."""
+def open_onnx(path: Path, threads: int = 0) -> Callable[..., Tensor]:
+    """A function from inputs to logits that ONNX Runtime computes from a file; 0 threads: one per core."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.contiguous().numpy()})[0])
+    names = [value.name for value in session.get_inputs()]
+
+    def run(*inputs: Tensor) -> Tensor:
+        arrays = {name: x.contiguous().numpy() for name, x in zip(names, inputs, strict=True)}
+        return torch.from_numpy(session.run(None, arrays)[0])
+
+    return run
 
 
 @torch.no_grad()

@@ -480,8 +480,8 @@ def test_bad_input():
         make_trainer(student, teacher, lambda s, t, y: 0.5).train_step(*batches[0])
     with pytest.raises(ValueError, match=r"the loss function must return one number, got a tensor of shape \[32, 5\]"):
         make_trainer(student, teacher, lambda s, t, y: s).train_step(*batches[0])
-    with pytest.raises(TypeError, match="teacher must return a tensor, got tuple"):
-        make_trainer(student, lambda x: (x,)).train_step(*batches[0])
+    with pytest.raises(TypeError, match="a model must return logits as a tensor"):
+        make_trainer(student, lambda x: {"scores": x}).train_step(*batches[0])
     for norm in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="max_grad_norm must be positive or None, got"):
             make_trainer(student, teacher, max_grad_norm=norm)

@@ -562,3 +562,101 @@ def test_random_state_covers_torch_python_numpy_and_the_loader():
     assert draw() == first
     with pytest.raises(ValueError, match="must cover the loader's 1 generators, got 0 saved"):
         random_state.restore(random_state.capture(), generators)
+
+
+# ---- batches that are made ------------------------------------------------------------------------------------------
+
+
+def test_prepare_changes_batches_before_they_are_counted():
+    _, teacher, batches = problem()
+    student, twin = plain(), plain()
+    calls = []
+
+    def halve(batch):
+        calls.append(len(batch[1]))
+        return batch[0][:16] * 2, batch[1][:16]
+
+    trainer = DistillationTrainer(
+        student, teacher, torch.optim.SGD(student.parameters(), lr=0.1), DistillationLoss(), accumulate=2, prepare=halve
+    )
+    trainer.fit(batches, epochs=1, progress=False, evaluate=batches)
+    assert calls == [32] * 6  # not in evaluation
+    other = DistillationTrainer(
+        twin, teacher, torch.optim.SGD(twin.parameters(), lr=0.1), DistillationLoss(), accumulate=2
+    )
+    other.fit([(x[:16] * 2, y[:16]) for x, y in batches], epochs=1, progress=False)
+    assert_same_state(student, twin)
+
+
+def test_prepare_is_not_called_for_batches_that_are_passed_over():
+    student, teacher, batches = problem()
+    calls = []
+
+    def note(batch):
+        calls.append(len(calls))
+        return batch
+
+    trainer = make_trainer(student, teacher, prepare=note)
+    trainer.callbacks = (Callbacks(lambda step, loss: trainer.stop() if step == 4 else None),)
+    trainer.fit(batches, epochs=1, progress=False)
+    trainer.fit(batches, epochs=1, progress=False)
+    assert len(calls) == 6
+
+
+def test_on_policy_in_the_trainer():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=23, n_positions=24, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    student, teacher = (transformers.GPT2LMHeadModel(config) for _ in range(2))
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(20.0)  # a teacher with an opinion
+    loss_fn = DistillationLoss(1.0, 1.0, divergence="reverse_kl", shift=True)
+    prompts = torch.randint(2, 23, (8, 4))
+    labels = torch.cat([torch.full((8, 4), -100), torch.randint(2, 23, (8, 6))], 1)
+    ids = torch.cat([prompts, labels[:, 4:]], 1)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    trainer = DistillationTrainer(
+        student, teacher, torch.optim.AdamW(student.parameters(), lr=0.01), loss_fn,
+        prepare=rf.distillation.OnPolicy(student, fraction=1.0, max_new_tokens=6), accumulate=2,
+    )  # fmt: skip
+    history = trainer.fit([batch, batch], epochs=25, progress=False)
+    assert history[-1].loss < 0.7 * history[0].loss
+
+
+def test_accumulated_weights_count():
+    _, teacher, batches = problem()
+    inputs, labels = batches[0]
+    weights, mask = torch.rand(32), torch.rand(32) > 0.3
+    loss_fn = DistillationLoss(2.0, 0.5)
+    student, reference = plain(), plain()
+    with torch.no_grad():
+        target = teacher.eval()(inputs)
+    loss_fn(reference(inputs), target, labels, row_weights=weights, mask=mask).backward()
+    trainer = DistillationTrainer(
+        student, teacher, torch.optim.SGD(student.parameters(), lr=0.0), loss_fn, accumulate=4,
+        mask_key="mask", weight_key="weights",
+    )  # fmt: skip
+    whole = {"inputs": inputs, "labels": labels, "mask": mask, "weights": weights}
+    parts = [{name: value[i : i + 8] for name, value in whole.items()} for i in range(0, 32, 8)]
+    trainer.fit(parts, epochs=1, progress=False)
+    torch.testing.assert_close(flat_gradient(student), flat_gradient(reference), rtol=1e-5, atol=1e-8)
+
+
+def test_a_cached_teacher(tmp_path):
+    student, teacher, batches = problem()
+    twin = copy.deepcopy(student)
+    named = [{"inputs": x, "labels": y, "sample_id": torch.arange(32) + 32 * i} for i, (x, y) in enumerate(batches)]
+    rf.distillation.cache_teacher(
+        teacher, named, tmp_path / "teacher.cache", k=CLASSES, temperature=4.0, input_key="inputs", progress=False
+    )
+    results = []
+    for model, source in ((student, rf.distillation.CachedTeacher(tmp_path / "teacher.cache")), (twin, teacher)):
+        torch.manual_seed(0)
+        trainer = make_trainer(model, source, DistillationLoss(4.0, 0.7))
+        results.append(trainer.fit(named, epochs=3, progress=False, evaluate=named))
+    for cached, live in zip(*results, strict=True):
+        assert cached.loss == pytest.approx(live.loss, rel=2e-2)  # float16 logits
+    assert results[0][-1].loss < results[0][0].loss

@@ -40,6 +40,18 @@ class Join(nn.Module):
         return self.out(self.cat(self.a(x), 10 * x, self.b(x)))
 
 
+class ReadsWeight(nn.Module):
+    """What Hugging Face's models do: the input takes the weight's type; and its size, [out, in], is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[..., : self.a.weight.shape[1]].to(self.a.weight.dtype)
+        return self.b(self.a(x).to(self.b.weight.dtype))
+
+
 def convolutions(dim: int, batch_norm: bool) -> nn.Module:
     conv, norm = getattr(nn, f"Conv{dim}d"), getattr(nn, f"BatchNorm{dim}d")
     middle = [norm(6)] if batch_norm else []
@@ -61,6 +73,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     },
     "embedding": (lambda: nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 4)), lambda: torch.randint(9, (4, 5))),
     "mul": (Gate, lambda: torch.randn(5, 6)),
+    "weight read": (ReadsWeight, lambda: torch.randn(5, 7)),
     "cat": (Join, lambda: torch.randn(4, 2, 5, 5)),
 }
 # ONNX Runtime has no integer convolution with a float result, so that one at the end of a model stays in float.

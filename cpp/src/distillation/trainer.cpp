@@ -94,6 +94,11 @@ void DistillationTrainerOptions::validate() const {
 }
 
 DistillationTrainer::DistillationTrainer(Model student, Teacher teacher, OptimizerInterface optimizer,
+                                         Objective objective)
+    : DistillationTrainer(std::move(student), std::move(teacher), std::move(optimizer), std::move(objective),
+                          DistillationTrainerOptions()) {}
+
+DistillationTrainer::DistillationTrainer(Model student, Teacher teacher, OptimizerInterface optimizer,
                                          Objective objective, DistillationTrainerOptions options,
                                          SchedulerInterface scheduler)
     : student_(std::move(student)),
@@ -144,7 +149,7 @@ void DistillationTrainer::run_epoch(const BatchSource& next_batch, const Callbac
       auto batch = next_batch();
       ended = !batch.has_value();
       if (!ended) {
-        window.push_back(std::move(*batch));
+        window.push_back(options_.prepare ? options_.prepare(std::move(*batch)) : std::move(*batch));
       }
     }
     if (window.empty()) {

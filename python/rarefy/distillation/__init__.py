@@ -2,12 +2,22 @@
 
 from typing import TYPE_CHECKING, Any
 
-from rarefy._core.distillation import EpochMetrics, Evaluation, StepResult
+from rarefy._core.distillation import (
+    EpochMetrics,
+    Evaluation,
+    StepResult,
+    TeacherCache,
+    TeacherCacheBound,
+    TeacherCacheOptions,
+    TeacherCacheWriter,
+)
+from rarefy.distillation.cache import CachedTeacher, cache_teacher, fingerprint
 from rarefy.distillation.capture import LayerCapture
 from rarefy.distillation.clip import AffinityMimicking, ContrastiveKL, EmbeddingMSE
 from rarefy.distillation.contrastive import ContrastiveRepresentation
 from rarefy.distillation.ema import EMATeacher
 from rarefy.distillation.features import AttentionTransfer, FeatureAdapter, HiddenCosine, Hint
+from rarefy.distillation.linear_loss import LinearDistillationLoss
 from rarefy.distillation.logits import DIST, DKD, NKD, LogitMSE
 from rarefy.distillation.loss import DistillationLoss
 from rarefy.distillation.on_policy import OnPolicy
@@ -21,6 +31,7 @@ from rarefy.distillation.relations import (
     SimilarityPreserving,
 )
 from rarefy.distillation.terms import FeatureLoss, layer_map
+from rarefy.distillation.top_k import TopKLogits, top_k_distillation_loss, topk_logits
 from rarefy.distillation.trainer import Callbacks, DistillationTrainer, Selection
 
 if TYPE_CHECKING:
@@ -34,6 +45,7 @@ __all__ = [
     "AffinityMimicking",
     "AttentionMaps",
     "AttentionTransfer",
+    "CachedTeacher",
     "Callbacks",
     "ContrastiveKL",
     "ContrastiveRepresentation",
@@ -50,6 +62,7 @@ __all__ = [
     "HiddenCosine",
     "Hint",
     "LayerCapture",
+    "LinearDistillationLoss",
     "LogitMSE",
     "MiniLMRelations",
     "OnPolicy",
@@ -60,8 +73,17 @@ __all__ = [
     "Selection",
     "SimilarityPreserving",
     "StepResult",
+    "TeacherCache",
+    "TeacherCacheBound",
+    "TeacherCacheOptions",
+    "TeacherCacheWriter",
+    "TopKLogits",
+    "cache_teacher",
+    "fingerprint",
     "layer_map",
     "to_logits",
+    "top_k_distillation_loss",
+    "topk_logits",
 ]
 
 

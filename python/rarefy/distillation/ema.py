@@ -34,9 +34,7 @@ class EMATeacher(nn.Module):
         ValueError: an option is out of range.
 
     >>> teacher = EMATeacher(student, decay=0.999)
-    >>> trainer = DistillationTrainer(
-    ...     student, teacher, optimizer, loss_fn, callbacks=Callbacks(on_step=lambda step, loss: teacher.update(student))
-    ... )
+    >>> trainer = DistillationTrainer(student, teacher, optimizer, loss_fn)  # updates it after each step
     """
 
     def __init__(self, student: nn.Module, decay: float = 0.999, warmup: float = 1.0) -> None:

@@ -87,9 +87,10 @@ class DistillationTrainer:
         student: the module to train; also in DistributedDataParallel, from torch.compile, or prepared for QAT.
         teacher: the module to learn from, or any callable of the same inputs. An `EMATeacher` follows the student.
         optimizer: over the student's parameters, and those of terms that have any (adapters).
-        loss_fn: a `DistillationLoss`, or any callable (student_logits, teacher_logits, labels) that returns a scalar; or
-            terms by name, each a `DistillationLoss` or a callable (student: Outputs, teacher: Outputs, batch), alone or as
-            (weight, term). Layers that a term names in ``student_layers`` and ``teacher_layers`` are captured for it.
+        loss_fn: a `DistillationLoss`, or any callable (student_logits, teacher_logits, labels) that returns a scalar; or terms
+            by name, alone or as (weight, term), each a loss of logits of this package or a callable (student: Outputs,
+            teacher: Outputs, batch). Layers that a term names in ``student_layers`` and ``teacher_layers`` are captured
+            for it.
         scheduler: a learning-rate scheduler of torch.
         scheduler_interval: "step" or "epoch": what it counts. A ReduceLROnPlateau counts epochs, by `selection`'s metric.
         accumulate: batches whose gradients make one step, each weighed by its valid rows: 1 batch of 32, 4 of 8 and 32
@@ -103,8 +104,11 @@ class DistillationTrainer:
             passed by name: ``model(**batch)``, without the labels and what the model's forward does not take.
         mask_key, weight_key: where such batches hold `mask` and `row_weights` for the `DistillationLoss`.
         student_logits, teacher_logits: functions that find the logits in what a model returned; see `to_logits`.
+        prepare: what a batch becomes before a step, and before its rows are counted: `OnPolicy`, mixed images. Not called
+            in evaluation.
         count: the number of valid rows of a batch, where labels do not tell: by default the labels other than
-            ``loss_fn.ignore_index``, or the size of the first dimension without labels.
+            ``loss_fn.ignore_index``, with the mask and the weights of `mask_key` and `weight_key`; the size of the first
+            dimension without any of them.
         log_every: steps between two entries of `log`, with each term's share of the gradient; None: no log.
         device: where batches are moved; None: where the student is.
 
@@ -137,6 +141,7 @@ class DistillationTrainer:
         weight_key: str | None = None,
         student_logits: Callable[[Any], Tensor] | None = None,
         teacher_logits: Callable[[Any], Tensor] | None = None,
+        prepare: Callable[[Any], Any] | None = None,
         count: Callable[[Any], float] | None = None,
         log_every: int | None = None,
         device: torch.device | str | None = None,
@@ -155,7 +160,7 @@ class DistillationTrainer:
         self.selection = selection
         self.stateful = dict(stateful or {})
         self.callbacks = (callbacks,) if isinstance(callbacks, Callbacks) else tuple(callbacks)
-        self._objective = Objective(loss_fn, label_key, mask_key, weight_key)
+        self._objective = Objective(loss_fn, mask_key, weight_key)
         self._check_parameters()
 
         place = torch.device(device) if device is not None else _device_of(student)
@@ -164,7 +169,6 @@ class DistillationTrainer:
         # None of what the C++ object holds refers to self: a cycle through it could not be collected.
         generators: list[torch.Generator] = []
         self._generators = generators
-        losses = [term for _, term in self._objective.terms.values()]
         self._trainer = _core.DistillationTrainer(
             student=_to_model(student, reader, self._objective, student_logits, "student"),
             teacher=_to_model(teacher, reader, self._objective, teacher_logits, "teacher", student),
@@ -175,17 +179,18 @@ class DistillationTrainer:
             scheduler=None if scheduler is None else _advance(scheduler),
             schedule_epochs=scheduler_interval == "epoch" or isinstance(scheduler, ReduceLROnPlateau),
             max_grad_norm=max_grad_norm or 0.0,
-            ignore_index=next((loss.ignore_index for loss in losses if hasattr(loss, "ignore_index")), -100),
+            ignore_index=self._objective.ignore_index,
             accumulate=accumulate,
             precision=precision,
             device=str((place or torch.device("cpu")).type),
             log_every=log_every or 0,
-            shift=any(getattr(loss, "shift", False) for loss in losses),
+            shift=self._objective.shift,
             metric=selection.metric,
             maximize=selection.maximize,
             min_delta=selection.min_delta,
             patience=selection.patience or 0,
-            count=count,
+            count=count or self._objective.counter(self._reader),
+            prepare=None if prepare is None else lambda batch: reader.read(prepare(batch)),
             all_reduce_sum=_all_reduce_sum if _processes() > 1 else None,
             processes=_processes(),
             capture_random=lambda: random_state.capture(generators),

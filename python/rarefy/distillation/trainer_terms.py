@@ -1,14 +1,21 @@
 """The terms of an objective, as the C++ loop calls them."""
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from rarefy.distillation.batches import BatchReader
+from rarefy.distillation.logits import DIST, DKD, NKD, LogitMSE
 from rarefy.distillation.loss import DistillationLoss
 from rarefy.distillation.objective import Term, read_terms
 from rarefy.distillation.outputs import Outputs
+
+#: Losses of (student logits, teacher logits, labels), with a mask.
+_OF_LOGITS = (DistillationLoss, DKD, NKD, DIST, LogitMSE)
 
 #: name, weight, function, and what the function is a sum of
 CoreTerm = tuple[str, float, Callable[..., Tensor], list[tuple[str, float, Callable[..., Tensor]]]]
@@ -17,12 +24,15 @@ CoreTerm = tuple[str, float, Callable[..., Tensor], list[tuple[str, float, Calla
 class Objective:
     """One loss of logits, or terms by name, with the layers that they ask for."""
 
-    def __init__(self, loss_fn: Any, label_key: str, mask_key: str | None, weight_key: str | None) -> None:
+    def __init__(self, loss_fn: Any, mask_key: str | None, weight_key: str | None) -> None:
         single = not isinstance(loss_fn, Mapping)
         self.terms = {"loss": (1.0, loss_fn)} if single else read_terms("DistillationTrainer", loss_fn)
         if single and not callable(loss_fn):
             raise TypeError(f"[DistillationTrainer] loss_fn must be callable, got {type(loss_fn).__name__}")
-        self._keys = (label_key, mask_key, weight_key)
+        losses = [term for _, term in self.terms.values()]
+        self.ignore_index = next((loss.ignore_index for loss in losses if hasattr(loss, "ignore_index")), -100)
+        self.shift = any(getattr(loss, "shift", False) for loss in losses)
+        self._keys = (mask_key, weight_key)
         self._single = single
 
     def core_terms(self, labels_of: Callable[[Any], Tensor | None]) -> list[CoreTerm]:
@@ -31,6 +41,23 @@ class Objective:
             (name, weight, self._function(name, term, labels_of), self._parts(name, term, labels_of))
             for name, (weight, term) in self.terms.items()
         ]
+
+    def counter(self, reader: BatchReader) -> Callable[[Any], float] | None:
+        """Return what adds up the weights of the rows that count; None where labels alone tell."""
+        mask_key, weight_key = self._keys
+        if mask_key is None and weight_key is None:
+            return None
+        ignore_index, shift = self.ignore_index, self.shift
+
+        def count(batch: Any) -> float:
+            factors = [batch[key].to(torch.float64) for key in (mask_key, weight_key) if key is not None]
+            labels = reader.labels(batch)
+            if labels is not None:
+                factors.append((labels != ignore_index).to(torch.float64))
+            weights = functools.reduce(torch.mul, factors)
+            return float((weights[..., 1:] if shift else weights).sum())
+
+        return count
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the terms that are modules, by name: what has parameters or buffers to be kept."""
@@ -41,12 +68,13 @@ class Objective:
         return any(self._is_of_logits(term) for _, term in self.terms.values())
 
     def _is_of_logits(self, term: Any) -> bool:
-        return isinstance(term, DistillationLoss) or (self._single and not hasattr(term, "student_layers"))
+        return isinstance(term, _OF_LOGITS) or (self._single and not hasattr(term, "student_layers"))
 
     def _function(self, name: str, term: Term, labels_of: Callable[[Any], Tensor | None]) -> Callable[..., Tensor]:
         of_logits = self._is_of_logits(term)
         described = "loss_fn" if self._single else f"the term {name!r}"
-        _, mask_key, weight_key = self._keys if isinstance(term, DistillationLoss) else (None, None, None)
+        mask_key = self._keys[0] if isinstance(term, _OF_LOGITS) else None
+        weight_key = self._keys[1] if isinstance(term, DistillationLoss) else None
 
         def function(student: Outputs, teacher: Outputs, batch: Any) -> Tensor:
             if of_logits:

@@ -97,10 +97,11 @@ class _LoweredWeighted(_Lowered):
             state = (quantizer.scale, quantizer.zero_point, quantizer.axis, module.bias)
             integers = rnn.IntegerWeight(module.integer_weight, *state)
         values, self.axis = integers.values.detach(), integers.axis
+        self.transposed = transposed
         if transposed:
             values = values.t()
             self.axis = None if self.axis is None else 1 - self.axis
-        self.register_buffer("weight", values.contiguous().clone())
+        self._buffers["weight"] = values.contiguous().clone()  # register_buffer refuses a name that is a property
         self.limits = (int(quantizer.qmin), int(quantizer.qmax), values.dtype)
         if self.axis is None:
             self.scale, self.zero_point = float(integers.scale), int(integers.zero_point)
@@ -109,11 +110,16 @@ class _LoweredWeighted(_Lowered):
             self.register_buffer("zero_point", integers.zero_point.detach().to(torch.int64))
         self.register_buffer("bias", None if integers.bias is None else integers.bias.detach().clone())
 
+    @property
+    def weight(self) -> Tensor:
+        """What the integers stand for, for models that cast to its dtype or compute with it in their forward."""
+        return self.float_weight().t() if self.transposed else self.float_weight()
+
     def float_weight(self) -> Tensor:
-        ops = torch.ops.quantized_decomposed
+        ops, integers = torch.ops.quantized_decomposed, self._buffers["weight"]
         if self.axis is None:
-            return ops.dequantize_per_tensor(self.weight, self.scale, self.zero_point, *self.limits)
-        return ops.dequantize_per_channel(self.weight, self.scale, self.zero_point, self.axis, *self.limits)
+            return ops.dequantize_per_tensor(integers, self.scale, self.zero_point, *self.limits)
+        return ops.dequantize_per_channel(integers, self.scale, self.zero_point, self.axis, *self.limits)
 
 
 class _LoweredLinear(_LoweredWeighted):

@@ -165,6 +165,9 @@ struct RAREFY_API DistillationTrainerOptions {
   std::function<void(torch::Tensor&)> all_reduce_sum = {};
   int64_t processes = 1;
   RandomInterface random = {};
+  /// What a batch becomes before a step: completions sampled from the student, mixed images. Not called for batches that a
+  /// resumed run passes over. May be empty.
+  std::function<Batch(Batch)> prepare = {};
 
   /// Throws c10::ValueError for a field out of range.
   void validate() const;
@@ -180,8 +183,10 @@ struct RAREFY_API DistillationTrainerOptions {
 /// unchanged. Runs are repeated bit for bit from any saved state, given deterministic models and sources.
 class RAREFY_API DistillationTrainer {
  public:
+  DistillationTrainer(Model student, Teacher teacher, OptimizerInterface optimizer, Objective objective);
+  /// Throws c10::ValueError for options out of range.
   DistillationTrainer(Model student, Teacher teacher, OptimizerInterface optimizer, Objective objective,
-                      DistillationTrainerOptions options = {}, SchedulerInterface scheduler = {});
+                      DistillationTrainerOptions options, SchedulerInterface scheduler = {});
 
   /// One step on one batch; the student's mode is the caller's. Throws c10::ValueError when the loss (or, with clipping, the
   /// norm of the gradient) is not finite; the message names the step, and the parameters are as they were before it.

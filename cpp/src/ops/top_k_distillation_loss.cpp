@@ -1,0 +1,88 @@
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/ones.h>
+#include <rarefy/ops/compact_logits.h>
+#include <rarefy/ops/top_k_distillation_loss.h>
+#include <torch/library.h>
+
+#include <string>
+#include <string_view>
+
+#include "ops/distillation_rule.h"
+
+TORCH_LIBRARY_FRAGMENT(rarefy, m) {
+  m.def(
+      "top_k_distillation_loss(Tensor student_logits, Tensor values, Tensor indices, Tensor tail, Tensor? labels=None, "
+      "Tensor? row_weights=None, *, float temperature, float alpha, str divergence='kl', float skew=0.5, "
+      "float label_smoothing=0.0, int ignore_index=-100, str reduction='mean') -> Tensor");
+}
+
+namespace rarefy::ops {
+namespace {
+
+using MaybeTensor = std::optional<at::Tensor>;
+
+at::Tensor composite(const at::Tensor& student, const at::Tensor& values, const at::Tensor& indices,
+                     const at::Tensor& tail, const MaybeTensor& labels, const MaybeTensor& row_weights,
+                     double temperature, double alpha, std::string_view divergence, double skew, double label_smoothing,
+                     int64_t ignore_index, std::string_view reduction) {
+  DistillationLossSettings settings{temperature,     alpha,        std::string(divergence), skew,
+                                    label_smoothing, ignore_index, std::string(reduction)};
+  const auto rule = resolve("top_k_distillation_loss", settings);
+  TORCH_CHECK_VALUE(values.dim() >= 1 && values.sym_sizes() == indices.sym_sizes(),
+                    "[top_k_distillation_loss] values must have the shape [..., k] of indices, ", indices.sym_sizes(),
+                    ", got ", values.sym_sizes());
+  TORCH_CHECK_VALUE(tail.sym_sizes() == values.sym_sizes().slice(0, static_cast<size_t>(values.dim()) - 1),
+                    "[top_k_distillation_loss] tail must have the shape of values without k, ", values.sym_sizes(),
+                    ", got ", tail.sym_sizes());
+  TORCH_CHECK_TYPE(values.is_floating_point() && tail.is_floating_point(),
+                   "[top_k_distillation_loss] values and tail must be floating point, got ", values.scalar_type(),
+                   " and ", tail.scalar_type());
+  TORCH_CHECK_VALUE(labels.has_value() || !rule.hard(),
+                    "[top_k_distillation_loss] labels must be given when alpha is below 1, got none with alpha ",
+                    alpha);
+  at::Tensor loss;
+  if (rule.soft()) {
+    auto outcomes = compact_logits(student, indices, temperature);
+    auto teacher = values.to(outcomes.scalar_type());
+    if (indices.sym_size(-1) == student.sym_size(-1)) {  // there are no others
+      outcomes = outcomes.narrow_symint(-1, 0, indices.sym_size(-1));
+    } else {
+      teacher = at::cat({teacher, tail.to(outcomes.scalar_type()).unsqueeze(-1)}, -1);
+    }
+    // A label is a class and not an outcome: here it only says which rows count.
+    auto weights = row_weights;
+    if (labels.has_value()) {
+      weights = (weights.has_value() ? *weights : at::ones_symint(labels->sym_sizes(), outcomes.options()))
+                    .masked_fill(*labels == ignore_index, 0.0);
+    }
+    auto soft = settings;
+    soft.alpha = 1.0;
+    soft.label_smoothing = 0.0;
+    loss = distillation_loss(outcomes, teacher, std::nullopt, weights, soft) * alpha;
+  }
+  if (rule.hard()) {
+    auto hard = settings;
+    hard.alpha = 0.0;
+    const auto entropy = distillation_loss(student, student.detach(), labels, row_weights, hard);
+    loss = loss.defined() ? loss + entropy * (1.0 - alpha) : entropy;
+  }
+  return loss;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rarefy, CompositeImplicitAutograd, m) { m.impl("top_k_distillation_loss", &composite); }
+
+at::Tensor top_k_distillation_loss(const at::Tensor& student_logits, const at::Tensor& values,
+                                   const at::Tensor& indices, const at::Tensor& tail, const MaybeTensor& labels,
+                                   const MaybeTensor& row_weights, const DistillationLossSettings& settings) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("rarefy::top_k_distillation_loss", "")
+                             .typed<decltype(composite)>();
+  return op.call(student_logits, values, indices, tail, labels, row_weights, settings.temperature, settings.alpha,
+                 settings.divergence, settings.skew, settings.label_smoothing, settings.ignore_index,
+                 settings.reduction);
+}
+
+}  // namespace rarefy::ops
