@@ -11,7 +11,7 @@ the same share of every layer ("uniform L1"), and at random, each fine-tuned wit
 and a model that is pruned to a time in milliseconds, asked for beside measured.
 
 With --distillation: a small student trained on the labels, and the same student (the same first weights, batches and
-schedule) distilled from a ResNet-20, or from the Transformer of the sentences, of which it has half the size. The teacher
+schedule) distilled from a ResNet-20, or from the Transformer of the sentences, which is more than twice as large. The teacher
 looks at each image and at its mirror image once; its logits are kept.
 
     python benchmarks/accuracy.py [--data DIR] [--task images|sentences|all] [--structured | --distillation]

@@ -624,3 +624,39 @@ def test_on_policy_in_the_trainer():
     )  # fmt: skip
     history = trainer.fit([batch, batch], epochs=25, progress=False)
     assert history[-1].loss < 0.7 * history[0].loss
+
+
+def test_accumulated_weights_count():
+    _, teacher, batches = problem()
+    inputs, labels = batches[0]
+    weights, mask = torch.rand(32), torch.rand(32) > 0.3
+    loss_fn = DistillationLoss(2.0, 0.5)
+    student, reference = plain(), plain()
+    with torch.no_grad():
+        target = teacher.eval()(inputs)
+    loss_fn(reference(inputs), target, labels, row_weights=weights, mask=mask).backward()
+    trainer = DistillationTrainer(
+        student, teacher, torch.optim.SGD(student.parameters(), lr=0.0), loss_fn, accumulate=4,
+        mask_key="mask", weight_key="weights",
+    )  # fmt: skip
+    whole = {"inputs": inputs, "labels": labels, "mask": mask, "weights": weights}
+    parts = [{name: value[i : i + 8] for name, value in whole.items()} for i in range(0, 32, 8)]
+    trainer.fit(parts, epochs=1, progress=False)
+    torch.testing.assert_close(flat_gradient(student), flat_gradient(reference), rtol=1e-5, atol=1e-8)
+
+
+def test_a_cached_teacher(tmp_path):
+    student, teacher, batches = problem()
+    twin = copy.deepcopy(student)
+    named = [{"inputs": x, "labels": y, "sample_id": torch.arange(32) + 32 * i} for i, (x, y) in enumerate(batches)]
+    rf.distillation.cache_teacher(
+        teacher, named, tmp_path / "teacher.cache", k=CLASSES, temperature=4.0, input_key="inputs", progress=False
+    )
+    results = []
+    for model, source in ((student, rf.distillation.CachedTeacher(tmp_path / "teacher.cache")), (twin, teacher)):
+        torch.manual_seed(0)
+        trainer = make_trainer(model, source, DistillationLoss(4.0, 0.7))
+        results.append(trainer.fit(named, epochs=3, progress=False, evaluate=named))
+    for cached, live in zip(*results, strict=True):
+        assert cached.loss == pytest.approx(live.loss, rel=2e-2)  # float16 logits
+    assert results[0][-1].loss < results[0][0].loss

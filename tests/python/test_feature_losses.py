@@ -25,6 +25,10 @@ from rarefy.distillation import (
     SimilarityPreserving,
 )
 
+CLASSES = (
+    AffinityMimicking, AttentionMaps, AttentionTransfer, ContrastiveKL, EmbeddingMSE, FeatureAdapter, HiddenCosine, Hint,
+    MiniLMRelations, ProbabilisticKnowledgeTransfer, RelationalAngle, RelationalDistance, SimilarityPreserving,
+)  # fmt: skip
 ops = torch.ops.rarefy
 #: Of loss and gradient, relative to their largest value; inputs in 16 bits are exact, the gradient is rounded to them.
 GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -804,8 +808,9 @@ def test_wrong_options(make, message):
 
 
 def test_every_name_is_exported():
-    for name in rf.distillation.__all__:
-        assert getattr(rf.distillation, name).__name__ == name
+    names = [module.__name__ for module in (*CLASSES, rf.distillation.FeatureLoss, rf.distillation.layer_map)]
+    assert set(names) <= set(rf.distillation.__all__)
+    assert all(getattr(rf.distillation, name).__name__ == name for name in names)
 
 
 def test_no_valid_position_in_a_graph_is_nan():
@@ -814,3 +819,40 @@ def test_no_valid_position_in_a_graph_is_nan():
     loss = compiled(rand(2, 3, 4), rand(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool))
     assert isinstance(loss, Tensor)
     assert loss.isnan()
+
+
+def test_opcheck():
+    x, y = rand(4, 3, 6), rand(4, 3, 6, seed=1)
+    rows = x[:, 0].clone(), y[:, 0].clone()
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    maps, labels, index = rand(2, 2, 3, 3), torch.tensor([0, 5, 2, 1]), torch.tensor([3, 0, 7, 1])
+    memory, step, scale = rand(9, 6), torch.tensor(2), torch.tensor(3.0)
+    negatives = ops.contrastive_negatives(index, step, 5, 9, 0)
+    for op, arguments, options in (
+        (ops.hint_loss, (x, y, mask), {"loss": "cosine"}),
+        (ops.clear_masked, (x, mask), {}),
+        (ops.attention_transfer_loss, (x, y, mask), {"variant": "code"}),
+        (ops.adapt_features, (x, rand(2, 6), rand(2)), {}),
+        (ops.similarity_preserving_loss, (x, y, mask), {}),
+        (ops.relational_distance_loss, (x, y, mask), {}),
+        (ops.relational_angle_loss, (x, y, mask), {}),
+        (ops.probabilistic_transfer_loss, (x, y, mask), {}),
+        (ops.attention_relation_loss, (x, y, mask, 2), {}),
+        (ops.attention_map_loss, (maps, maps + 1, mask[:2]), {"loss": "kl", "scores": True}),
+        (ops.contrastive_kl_loss, rows, {"temperature": 2.0}),
+        (ops.affinity_mimicking_loss, (*rows, *rows, scale, scale), {}),
+        (ops.embedding_mse_loss, rows, {}),
+        (ops.contrastive_loss, (rows[0], memory, index, negatives), {"temperature": 0.5, "log_normalizer": scale}),
+        (ops.contrastive_negatives, (index, step, 5, 9, 0), {}),
+        (ops.embed_features, (x, rand(2, 18), rand(2)), {}),
+        (ops.update_memory_, (memory, index, rows[0], 0.5), {}),
+        (ops.initial_memory, (5, 4, 0, 1), {}),
+        (ops.dkd_loss, (*rows, labels, mask[:, 0]), {}),
+        (ops.nkd_loss, (*rows, labels, mask[:, 0]), {}),
+        (ops.dist_loss, (*rows, labels), {}),
+        (ops.logit_mse_loss, (*rows, labels), {}),
+    ):
+        arguments = tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments)
+        if isinstance(arguments[0], Tensor) and arguments[0].is_floating_point() and op is not ops.update_memory_:
+            arguments[0].requires_grad_()
+        torch.library.opcheck(op.default, arguments, options)

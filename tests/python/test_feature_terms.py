@@ -1,18 +1,27 @@
 """FeatureLoss and layer_map: losses as terms of an objective over captured layers."""
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from rarefy.distillation import AffinityMimicking, FeatureLoss, HiddenCosine, Hint, MiniLMRelations, layer_map
+from rarefy.distillation import (
+    AffinityMimicking,
+    FeatureLoss,
+    HiddenCosine,
+    Hint,
+    LayerCapture,
+    MiniLMRelations,
+    layer_map,
+)
+from rarefy.distillation import Outputs as AllOutputs
 from rarefy.distillation.terms import expand_paths
 
 
-@dataclass
-class Outputs:
-    features: dict = field(default_factory=dict)
+def Outputs(features):
+    """What a model returned, of which only layers are asked for."""
+    return AllOutputs(features=features)
 
 
 def rand(*shape, seed=0):
@@ -75,6 +84,8 @@ def test_masks_from_the_batch():
     assert torch.equal(positional(student, teacher, ("ids", attention_mask)), expected)
     with pytest.raises(KeyError, match=r"mask_key 'attention_mask' must be in the batch, got \['ids'\]"):
         term(student, teacher, {"ids": s})
+    with pytest.raises(TypeError, match=r"mask_key 'attention_mask' must name a tensor of the batch, got list"):
+        term(student, teacher, {"attention_mask": [1, 1]})
     for batch in ((s, t), None, s):
         with pytest.raises(
             TypeError, match=r"\[FeatureLoss\] mask_key 'attention_mask' needs a batch that has it, got a"
@@ -175,20 +186,17 @@ def test_adapters_of_a_map_are_trained():
     student = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 3))
     teacher = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Linear(8, 6))
     terms = layer_map("{0..1}", "{0..1}", Hint)
-    captured = {}
-    for name, model in (("student", student), ("teacher", teacher)):
-        captured[name] = Outputs()
-        for path in ("0", "1"):
-            model.get_submodule(path).register_forward_hook(
-                lambda _module, _inputs, output, name=name, path=path: captured[name].features.update({path: output})
-            )
     x = rand(32, 5)
 
     def objective():
-        student(x)
-        with torch.no_grad():
-            teacher(x)
-        return sum(term(captured["student"], captured["teacher"], x) for term in terms.values())
+        ours = [path for term in terms.values() for path in term.student_layers]
+        theirs = [path for term in terms.values() for path in term.teacher_layers]
+        with LayerCapture(student, ours) as s, LayerCapture(teacher, theirs) as t:
+            student(x)
+            with torch.no_grad():
+                teacher(x)
+            outputs = Outputs(dict(s.features)), Outputs(dict(t.features))
+        return sum(term(*outputs, x) for term in terms.values())
 
     first = objective().item()  # the lazy adapters take their sizes
     parameters = [*student.parameters(), *(p for term in terms.values() for p in term.parameters())]

@@ -94,6 +94,11 @@ void DistillationTrainerOptions::validate() const {
 }
 
 DistillationTrainer::DistillationTrainer(Model student, Teacher teacher, OptimizerInterface optimizer,
+                                         Objective objective)
+    : DistillationTrainer(std::move(student), std::move(teacher), std::move(optimizer), std::move(objective),
+                          DistillationTrainerOptions()) {}
+
+DistillationTrainer::DistillationTrainer(Model student, Teacher teacher, OptimizerInterface optimizer,
                                          Objective objective, DistillationTrainerOptions options,
                                          SchedulerInterface scheduler)
     : student_(std::move(student)),

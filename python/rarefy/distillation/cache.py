@@ -135,6 +135,9 @@ class CachedTeacher:
         KeyError: a batch lacks an entry (when called).
     """
 
+    #: A `DistillationTrainer` hands over the batch as it is.
+    takes_batch = True
+
     def __init__(
         self,
         path: str | PathLike[str],

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from rarefy.distillation.top_k import TopKLogits
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -26,7 +28,7 @@ class Outputs:
         return f"Outputs(logits={_describe(self.logits)}, features={{{features}}}, raw={_describe(self.raw)})"
 
 
-def to_logits(raw: Any, extract: Callable[[Any], Tensor] | None = None) -> Tensor:
+def to_logits(raw: Any, extract: Callable[[Any], Tensor] | None = None) -> Tensor | TopKLogits:
     """Return the logits in what a model returned.
 
     Args:
@@ -36,7 +38,7 @@ def to_logits(raw: Any, extract: Callable[[Any], Tensor] | None = None) -> Tenso
     ======================================  ==========================================================
     `raw`                                   logits
     ======================================  ==========================================================
-    a tensor                                itself
+    a tensor, a `TopKLogits`                itself
     a dict, an output of transformers       the entry or attribute ``logits``
     a tuple or list                         its first element; its second where the first is a scalar
                                             (models that were given labels put their loss first)
@@ -53,6 +55,8 @@ def to_logits(raw: Any, extract: Callable[[Any], Tensor] | None = None) -> Tenso
         if not isinstance(logits, Tensor):
             raise TypeError(f"[to_logits] extract must return a tensor, got {type(logits).__name__}")
         return logits
+    if isinstance(raw, TopKLogits):
+        return raw
     logits = raw
     if isinstance(raw, Mapping):
         logits = raw.get("logits")

@@ -189,10 +189,12 @@ def _selected(output: Any, select: Select | None, name: str) -> Tensor:
 
 
 def _entry(batch: Any, name: str, key: str | int) -> Tensor:
-    if isinstance(key, int) and isinstance(batch, tuple | list) and -len(batch) <= key < len(batch):
-        return batch[key]
     if isinstance(batch, Mapping):
-        if key in batch:
-            return batch[key]
-        raise KeyError(f"[FeatureLoss] {name} {key!r} must be in the batch, got {sorted(map(str, batch))}")
-    raise TypeError(f"[FeatureLoss] {name} {key!r} needs a batch that has it, got a {type(batch).__name__}")
+        if key not in batch:
+            raise KeyError(f"[FeatureLoss] {name} {key!r} must be in the batch, got {sorted(map(str, batch))}")
+    elif not (isinstance(key, int) and isinstance(batch, tuple | list) and -len(batch) <= key < len(batch)):
+        raise TypeError(f"[FeatureLoss] {name} {key!r} needs a batch that has it, got a {type(batch).__name__}")
+    entry = batch[key]
+    if not isinstance(entry, Tensor):
+        raise TypeError(f"[FeatureLoss] {name} {key!r} must name a tensor of the batch, got {type(entry).__name__}")
+    return entry

@@ -107,7 +107,8 @@ class DistillationTrainer:
         prepare: what a batch becomes before a step, and before its rows are counted: `OnPolicy`, mixed images. Not called
             in evaluation.
         count: the number of valid rows of a batch, where labels do not tell: by default the labels other than
-            ``loss_fn.ignore_index``, or the size of the first dimension without labels.
+            ``loss_fn.ignore_index``, with the mask and the weights of `mask_key` and `weight_key`; the size of the first
+            dimension without any of them.
         log_every: steps between two entries of `log`, with each term's share of the gradient; None: no log.
         device: where batches are moved; None: where the student is.
 
@@ -168,7 +169,6 @@ class DistillationTrainer:
         # None of what the C++ object holds refers to self: a cycle through it could not be collected.
         generators: list[torch.Generator] = []
         self._generators = generators
-        losses = [term for _, term in self._objective.terms.values()]
         self._trainer = _core.DistillationTrainer(
             student=_to_model(student, reader, self._objective, student_logits, "student"),
             teacher=_to_model(teacher, reader, self._objective, teacher_logits, "teacher", student),
@@ -179,17 +179,17 @@ class DistillationTrainer:
             scheduler=None if scheduler is None else _advance(scheduler),
             schedule_epochs=scheduler_interval == "epoch" or isinstance(scheduler, ReduceLROnPlateau),
             max_grad_norm=max_grad_norm or 0.0,
-            ignore_index=next((loss.ignore_index for loss in losses if hasattr(loss, "ignore_index")), -100),
+            ignore_index=self._objective.ignore_index,
             accumulate=accumulate,
             precision=precision,
             device=str((place or torch.device("cpu")).type),
             log_every=log_every or 0,
-            shift=any(getattr(loss, "shift", False) for loss in losses),
+            shift=self._objective.shift,
             metric=selection.metric,
             maximize=selection.maximize,
             min_delta=selection.min_delta,
             patience=selection.patience or 0,
-            count=count,
+            count=count or self._objective.counter(self._reader),
             prepare=None if prepare is None else lambda batch: reader.read(prepare(batch)),
             all_reduce_sum=_all_reduce_sum if _processes() > 1 else None,
             processes=_processes(),

@@ -1,11 +1,14 @@
 """The terms of an objective, as the C++ loop calls them."""
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from rarefy.distillation.batches import BatchReader
 from rarefy.distillation.logits import DIST, DKD, NKD, LogitMSE
 from rarefy.distillation.loss import DistillationLoss
 from rarefy.distillation.objective import Term, read_terms
@@ -26,6 +29,9 @@ class Objective:
         self.terms = {"loss": (1.0, loss_fn)} if single else read_terms("DistillationTrainer", loss_fn)
         if single and not callable(loss_fn):
             raise TypeError(f"[DistillationTrainer] loss_fn must be callable, got {type(loss_fn).__name__}")
+        losses = [term for _, term in self.terms.values()]
+        self.ignore_index = next((loss.ignore_index for loss in losses if hasattr(loss, "ignore_index")), -100)
+        self.shift = any(getattr(loss, "shift", False) for loss in losses)
         self._keys = (mask_key, weight_key)
         self._single = single
 
@@ -35,6 +41,23 @@ class Objective:
             (name, weight, self._function(name, term, labels_of), self._parts(name, term, labels_of))
             for name, (weight, term) in self.terms.items()
         ]
+
+    def counter(self, reader: BatchReader) -> Callable[[Any], float] | None:
+        """Return what adds up the weights of the rows that count; None where labels alone tell."""
+        mask_key, weight_key = self._keys
+        if mask_key is None and weight_key is None:
+            return None
+        ignore_index, shift = self.ignore_index, self.shift
+
+        def count(batch: Any) -> float:
+            factors = [batch[key].to(torch.float64) for key in (mask_key, weight_key) if key is not None]
+            labels = reader.labels(batch)
+            if labels is not None:
+                factors.append((labels != ignore_index).to(torch.float64))
+            weights = functools.reduce(torch.mul, factors)
+            return float((weights[..., 1:] if shift else weights).sum())
+
+        return count
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the terms that are modules, by name: what has parameters or buffers to be kept."""

@@ -183,8 +183,10 @@ struct RAREFY_API DistillationTrainerOptions {
 /// unchanged. Runs are repeated bit for bit from any saved state, given deterministic models and sources.
 class RAREFY_API DistillationTrainer {
  public:
+  DistillationTrainer(Model student, Teacher teacher, OptimizerInterface optimizer, Objective objective);
+  /// Throws c10::ValueError for options out of range.
   DistillationTrainer(Model student, Teacher teacher, OptimizerInterface optimizer, Objective objective,
-                      DistillationTrainerOptions options = {}, SchedulerInterface scheduler = {});
+                      DistillationTrainerOptions options, SchedulerInterface scheduler = {});
 
   /// One step on one batch; the student's mode is the caller's. Throws c10::ValueError when the loss (or, with clipping, the
   /// norm of the gradient) is not finite; the message names the step, and the parameters are as they were before it.
