@@ -43,7 +43,9 @@ class LinearDistillationLoss(nn.Module):
         self.label_smoothing = float(label_smoothing)
         self.ignore_index = int(ignore_index)
         self.reduction = reduction
-        _core.distillation.DistillationLossOptions(**self._settings()).validate()
+        # The options that change logits have no place here: there are none.
+        whole = {"vocabulary": "error", "shift": False, "standardize": False, "teacher_weights": [], "label_map": None}
+        _core.distillation.DistillationLossOptions(**self._settings(), **whole).validate()
 
     def _settings(self) -> dict:
         names = ("temperature", "alpha", "divergence", "skew", "label_smoothing", "ignore_index", "reduction")
