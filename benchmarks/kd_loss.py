@@ -1,22 +1,27 @@
 """Time the distillation loss, forward and backward, beside torch's own operators and the time to move its bytes.
 
 The limit reads both logits and writes the gradient once, into memory that is already mapped, with as many threads:
-torch.add with an output. Prints one JSON line per shape on stdout and a table on stderr.
+torch.add with an output. Prints one JSON line per shape on stdout and a table on stderr, and then a line for the loss with
+both linear heads (linear_kd_loss.py, which says how it measures memory).
 
-    python benchmarks/kd_loss.py [--shape ROWSxCLASSES ...] [--temperature T] [--quick]
+    python benchmarks/kd_loss.py [--shape ROWSxCLASSES ...] [--temperature T] [--quick] [--peers] [--linear ROWSxCLASSESxSIZE]
+
+--peers adds torch.compile, and Liger's chunked loss to the linear heads (package liger_kernel on PYTHONPATH).
 """
 
 import argparse
 import json
 import sys
 
+import linear_kd_loss
 import torch
 import torch.nn.functional as F
 from timing import interleaved
 
 import rarefy as rf
 
-SHAPES = ["8192x1000", "512x32000"]
+SHAPES = ["8192x1000", "512x32000", "2048x50257"]
+GOAL_OVER_LIMIT = 2.0
 
 
 def eager_loss(
@@ -29,7 +34,9 @@ def eager_loss(
     return alpha * soft + (1 - alpha) * F.cross_entropy(student, labels)
 
 
-def measure(rows: int, classes: int, dtype: torch.dtype, temperature: float, alpha: float, repeats: int) -> dict:
+def measure(
+    rows: int, classes: int, dtype: torch.dtype, temperature: float, alpha: float, repeats: int, peers: bool
+) -> dict:
     """Return one row of the table for logits of shape [rows, classes]."""
     torch.manual_seed(0)
     student = (torch.randn(rows, classes) * 3).to(dtype).requires_grad_()
@@ -56,7 +63,13 @@ def measure(rows: int, classes: int, dtype: torch.dtype, temperature: float, alp
     difference = abs(ours().item() - eager().item())
     if difference > 1e-2 * abs(eager().item()):
         raise AssertionError(f"the two losses differ by {difference}")
-    seconds = interleaved({"rarefy": ours, "eager": eager, "limit": limit}, repeats=repeats)
+    functions = {"rarefy": ours, "eager": eager, "limit": limit}
+    if peers:
+        compiled_loss = torch.compile(eager_loss, fullgraph=True)
+        functions["compiled"] = lambda: forward_backward(
+            lambda: compiled_loss(student, teacher, labels, temperature, alpha)
+        )
+    seconds = interleaved(functions, repeats=repeats)
     return {
         "benchmark": "kd_loss",
         "shape": [rows, classes],
@@ -67,8 +80,10 @@ def measure(rows: int, classes: int, dtype: torch.dtype, temperature: float, alp
         "instruction_set": rf._core.instruction_set(),
         "milliseconds": {name: round(value * 1e3, 3) for name, value in seconds.items()},
         "rarefy_over_limit": round(seconds["rarefy"] / seconds["limit"], 2),
+        "goal_over_limit": GOAL_OVER_LIMIT,
         "eager_over_limit": round(seconds["eager"] / seconds["limit"], 2),
         "eager_over_rarefy": round(seconds["eager"] / seconds["rarefy"], 2),
+        **({"compiled_over_limit": round(seconds["compiled"] / seconds["limit"], 2)} if peers else {}),
     }
 
 
@@ -81,6 +96,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--quick", action="store_true", help="five rounds")
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--linear", default="4096x32000x768", metavar="RxCxH", help="heads and loss; '' leaves it out")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"{'shape':>12} {'rarefy ms':>10} {'eager ms':>10} {'limit ms':>10} {'rarefy/limit':>13} {'eager/limit':>12}",
@@ -94,10 +111,17 @@ def main() -> None:
             arguments.temperature,
             arguments.alpha,
             5 if arguments.quick else arguments.repeats,
+            arguments.peers,
         )
         times = row["milliseconds"]
         print(f"{shape:>12} {times['rarefy']:>10} {times['eager']:>10} {times['limit']:>10} "
               f"{row['rarefy_over_limit']:>13} {row['eager_over_limit']:>12}", file=sys.stderr)  # fmt: skip
+        print(json.dumps(row), flush=True)
+    if arguments.linear:
+        sizes = [int(size) for size in arguments.linear.split("x")]
+        row = linear_kd_loss.measure(
+            *sizes, arguments.dtype, arguments.threads, 2 if arguments.quick else 5, arguments.peers
+        )
         print(json.dumps(row), flush=True)
 
 

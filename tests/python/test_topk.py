@@ -166,3 +166,25 @@ def test_a_teacher_that_does_not_fit():
         loss(student[:, :19], top, labels, temperature=2.0, alpha=0.5)
     with pytest.raises(ValueError, match="labels must be given when alpha is below 1"):
         loss(student, top, temperature=2.0, alpha=0.5)
+
+
+def test_distillation_loss_takes_top_k_logits():
+    student, teacher, labels = make(2, 6, 20)
+    weights, mask = torch.rand(2, 6, dtype=torch.float64), torch.rand(2, 6) > 0.3
+    for shift in (False, True):
+        loss_fn = rf.distillation.DistillationLoss(3.0, 0.7, divergence="reverse_kl", shift=shift)
+        whole = rf.distillation.topk_logits(teacher, 20, 3.0)
+        ours = loss_fn(student, whole, labels, row_weights=weights, mask=mask)
+        torch.testing.assert_close(ours, loss_fn(student, teacher, labels, row_weights=weights, mask=mask))
+    top = rf.distillation.topk_logits(teacher, 5, 3.0)
+    expected = rf.distillation.top_k_distillation_loss(student, top, labels, temperature=3.0, alpha=0.7)
+    torch.testing.assert_close(rf.distillation.DistillationLoss(3.0, 0.7)(student, top, labels), expected)
+    for options, name in [
+        ({"standardize": True}, "standardize"),
+        ({"vocabulary": "pad"}, "vocabulary"),
+        ({"teacher_weights": [1.0]}, "teacher_weights"),
+    ]:
+        with pytest.raises(ValueError, match=f"{name} must be .* for top-k logits of a teacher"):
+            rf.distillation.DistillationLoss(3.0, **options)(student, top, labels)
+    with pytest.raises(TypeError, match="mask must be bool"):
+        rf.distillation.DistillationLoss(3.0)(student, top, labels, mask=weights)

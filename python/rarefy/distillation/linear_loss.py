@@ -10,9 +10,9 @@ class LinearDistillationLoss(nn.Module):
     """Compute the distillation loss from the hidden states below two linear heads, in chunks of rows.
 
     The value is that of `DistillationLoss` on `student_hidden @ student_weight.T + student_bias` and the same of the
-    teacher. Of these logits only a chunk exists at a time: its gradient is written over it and multiplied out at once, so that memory
-    does not grow with rows times classes. The loss is differentiable, once, in the student's three tensors; the teacher is a
-    constant. The module holds no parameters: the heads stay where they are.
+    teacher. Of these logits only a chunk exists at a time: its gradient is written over it and multiplied out at once, so
+    that memory does not grow with rows times classes. The loss is differentiable, once, in the student's three tensors; the
+    teacher is a constant. The module holds no parameters: the heads stay where they are.
 
     Args:
         temperature, alpha, divergence, skew, label_smoothing, ignore_index: as in `DistillationLoss`.
@@ -43,7 +43,9 @@ class LinearDistillationLoss(nn.Module):
         self.label_smoothing = float(label_smoothing)
         self.ignore_index = int(ignore_index)
         self.reduction = reduction
-        _core.distillation.DistillationLossOptions(**self._settings()).validate()
+        # The options that change logits have no place here: there are none.
+        whole = {"vocabulary": "error", "shift": False, "standardize": False, "teacher_weights": [], "label_map": None}
+        _core.distillation.DistillationLossOptions(**self._settings(), **whole).validate()
 
     def _settings(self) -> dict:
         names = ("temperature", "alpha", "divergence", "skew", "label_smoothing", "ignore_index", "reduction")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy import _core
+from rarefy.distillation.top_k import TopKLogits, shifted_top_k_loss
 
 
 class DistillationLoss(nn.Module):
@@ -48,7 +49,8 @@ class DistillationLoss(nn.Module):
     Shapes:
         student_logits: [..., classes], float32, float64, bfloat16 or float16. The loss is differentiable in them, once.
         teacher_logits: the same rows; cast to the student's dtype; a constant. A sequence of tensors is several teachers:
-            one with the probabilities sum_k w_k softmax(teacher_k / T).
+            one with the probabilities sum_k w_k softmax(teacher_k / T). TopKLogits are compared as k + 1 outcomes, with
+            `top_k_distillation_loss`; `vocabulary`, `standardize` and `teacher_weights` need whole logits.
         labels: [...], int64.
         row_weights: [...], floating point, finite and >= 0; a row of weight 0 is not valid.
         mask: [...], bool, True where a row counts.
@@ -97,13 +99,22 @@ class DistillationLoss(nn.Module):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor | Sequence[Tensor],
+        teacher_logits: Tensor | TopKLogits | Sequence[Tensor],
         labels: Tensor | None = None,
         *,
         row_weights: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """Return the loss, in float32 (float64 for float64 logits)."""
+        if isinstance(teacher_logits, TopKLogits):
+            options = self._options()
+            for name in _WHOLE:
+                if options.pop(name) != _USUAL[name]:
+                    raise ValueError(
+                        f"[DistillationLoss] {name} must be {_USUAL[name]!r} for top-k logits of a teacher, "
+                        f"got {getattr(self, name)!r}"
+                    )
+            return shifted_top_k_loss(student_logits, teacher_logits, labels, row_weights, mask, **options)
         teachers = [teacher_logits] if isinstance(teacher_logits, Tensor) else list(teacher_logits)
         return torch.ops.rarefy.distillation_logit_loss(
             student_logits, teachers, labels, row_weights, mask, self.label_map, **self._options()
@@ -132,3 +143,6 @@ _USUAL = {
     "standardize": False,
     "teacher_weights": [],
 }
+
+#: The options that need all of a teacher's logits.
+_WHOLE = ("vocabulary", "standardize", "teacher_weights")

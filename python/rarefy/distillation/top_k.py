@@ -1,6 +1,7 @@
 """The k largest logits of a teacher, with what is left in one number."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,3 +111,37 @@ def top_k_distillation_loss(
         ignore_index=ignore_index,
         reduction=reduction,
     )
+
+
+def shifted_top_k_loss(
+    student_logits: Tensor,
+    teacher: TopKLogits,
+    labels: Tensor | None,
+    row_weights: Tensor | None,
+    mask: Tensor | None,
+    *,
+    shift: bool,
+    **settings: Any,
+) -> Tensor:
+    """Return `top_k_distillation_loss` with a mask, and with `shift` of position i and the label, weight and mask of i + 1."""
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"[DistillationLoss] mask must be bool, got {mask.dtype}")
+        weights = torch.ones(mask.shape, device=mask.device) if row_weights is None else row_weights
+        row_weights = weights.masked_fill(~mask, 0.0)
+    if shift:
+        if student_logits.dim() < 2:
+            raise ValueError(
+                "[DistillationLoss] logits must have shape [..., length, classes] for shift, "
+                f"got {list(student_logits.shape)}"
+            )
+        student_logits = student_logits[..., :-1, :]
+        teacher = replace(
+            teacher,
+            values=teacher.values[..., :-1, :],
+            indices=teacher.indices[..., :-1, :],
+            tail=teacher.tail[..., :-1],
+        )
+        labels = None if labels is None else labels[..., 1:]
+        row_weights = None if row_weights is None else row_weights[..., 1:]
+    return top_k_distillation_loss(student_logits, teacher, labels, row_weights=row_weights, **settings)
