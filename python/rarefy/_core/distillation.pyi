@@ -5,6 +5,7 @@ Distillation loss options and the trainer's loop.
 
 from __future__ import annotations
 import collections.abc
+import os
 import torch
 import typing
 
@@ -16,7 +17,12 @@ __all__: list[str] = [
     "Evaluation",
     "Model",
     "StepResult",
+    "TeacherCache",
+    "TeacherCacheBound",
+    "TeacherCacheOptions",
+    "TeacherCacheWriter",
     "TrainerState",
+    "topk_logits",
 ]
 
 class DistillationLossOptions:
@@ -33,11 +39,11 @@ class DistillationLossOptions:
         label_smoothing: typing.SupportsFloat | typing.SupportsIndex,
         ignore_index: typing.SupportsInt | typing.SupportsIndex,
         reduction: str,
-        vocabulary: str,
-        label_map: torch.Tensor | None,
-        shift: bool,
-        standardize: bool,
-        teacher_weights: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+        vocabulary: str = "error",
+        label_map: torch.Tensor | None = None,
+        shift: bool = False,
+        standardize: bool = False,
+        teacher_weights: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] = [],
     ) -> None: ...
     def validate(self) -> None:
         """
@@ -121,6 +127,10 @@ class TrainerState:
     Where training stands, between two steps.
     """
     def __init__(self) -> None: ...
+    @property
+    def advances(self) -> int: ...
+    @advances.setter
+    def advances(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
     @property
     def batch(self) -> int: ...
     @batch.setter
@@ -221,6 +231,7 @@ class DistillationTrainer:
         min_delta: typing.SupportsFloat | typing.SupportsIndex,
         patience: typing.SupportsInt | typing.SupportsIndex,
         count: typing.Any,
+        prepare: typing.Any,
         all_reduce_sum: collections.abc.Callable[[torch.Tensor], None],
         processes: typing.SupportsInt | typing.SupportsIndex,
         capture_random: collections.abc.Callable[[], list[torch.Tensor]],
@@ -244,6 +255,8 @@ class DistillationTrainer:
     def stop(self) -> None: ...
     def teacher_fingerprint(self) -> str: ...
     def train_step(self, source: typing.Any) -> StepResult: ...
+    @property
+    def best_epoch(self) -> int: ...
     @property
     def epoch(self) -> int: ...
     @property
@@ -283,3 +296,131 @@ class Ema:
     def updates(self, arg1: typing.SupportsInt | typing.SupportsIndex) -> None: ...
     @property
     def warmup(self) -> float: ...
+
+class TeacherCacheOptions:
+    """
+    What a cache of teacher outputs holds.
+    """
+
+    __hash__: typing.ClassVar[None] = None
+    def __eq__(self, arg0: TeacherCacheOptions) -> bool: ...
+    def __init__(
+        self,
+        classes: typing.SupportsInt | typing.SupportsIndex,
+        k: typing.SupportsInt | typing.SupportsIndex = 64,
+        temperature: typing.SupportsFloat | typing.SupportsIndex = 4.0,
+        dtype: str = "float16",
+        key: str = "int64",
+        fingerprint: str = "",
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    @property
+    def classes(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def k(self) -> int: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def temperature(self) -> float: ...
+
+class TeacherCacheBound:
+    """
+    How far a loss with the cached teacher may be from the loss with the full one, over all rows of a cache.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def gradient_error_max(self) -> float: ...
+    @property
+    def gradient_error_mean(self) -> float: ...
+    @property
+    def log_probability_error_max(self) -> float: ...
+    @property
+    def logit_error_max(self) -> float: ...
+    @property
+    def logit_error_mean(self) -> float: ...
+    @property
+    def loss_error_max(self) -> float | None: ...
+    @property
+    def loss_error_mean(self) -> float | None: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def student_range(self) -> float | None: ...
+    @property
+    def tail_mass_max(self) -> float: ...
+    @property
+    def tail_mass_mean(self) -> float: ...
+    @property
+    def teacher_range(self) -> float: ...
+    @property
+    def temperature(self) -> float: ...
+
+class TeacherCacheWriter:
+    """
+    Writes a cache of teacher outputs batch by batch; opening the same path again resumes.
+    """
+    @typing.overload
+    def __contains__(self, key: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
+    @typing.overload
+    def __contains__(self, key: str) -> bool: ...
+    def __init__(self, path: os.PathLike | str | bytes, options: TeacherCacheOptions) -> None: ...
+    def __len__(self) -> int: ...
+    @typing.overload
+    def append(self, keys: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        """
+        Write a batch; on return it is on the disk, and when something is raised nothing of it is.
+        """
+    @typing.overload
+    def append(
+        self, keys: collections.abc.Sequence[str], logits: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> None: ...
+    def finish(self) -> None:
+        """
+        Write the end and give the file its name.
+        """
+    @property
+    def options(self) -> TeacherCacheOptions: ...
+
+class TeacherCache:
+    """
+    A finished cache of teacher outputs, memory-mapped.
+    """
+    @typing.overload
+    def __contains__(self, key: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
+    @typing.overload
+    def __contains__(self, key: str) -> bool: ...
+    def __init__(self, path: os.PathLike | str | bytes) -> None: ...
+    def __len__(self) -> int: ...
+    def __repr__(self) -> str: ...
+    def bound(self, student_range: typing.SupportsFloat | typing.SupportsIndex | None = None) -> TeacherCacheBound:
+        """
+        The bound over all rows.
+        """
+    @typing.overload
+    def get(self, keys: torch.Tensor, mask: torch.Tensor | None = None) -> tuple:
+        """
+        The logits of samples as (values, indices, tail, temperature, classes).
+        """
+    @typing.overload
+    def get(self, keys: collections.abc.Sequence[str], mask: torch.Tensor | None = None) -> tuple: ...
+    def verify(self) -> None:
+        """
+        Compare the checksums of all rows.
+        """
+    @property
+    def options(self) -> TeacherCacheOptions: ...
+
+def topk_logits(
+    logits: torch.Tensor,
+    k: typing.SupportsInt | typing.SupportsIndex,
+    temperature: typing.SupportsFloat | typing.SupportsIndex,
+) -> tuple:
+    """
+    The k largest logits as (values, indices, tail, temperature, classes).
+    """
