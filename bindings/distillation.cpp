@@ -36,8 +36,9 @@ void init_distillation(py::module_& m) {
                                             std::move(teacher_weights)};
            }),
            py::kw_only(), py::arg("temperature"), py::arg("alpha"), py::arg("divergence"), py::arg("skew"),
-           py::arg("label_smoothing"), py::arg("ignore_index"), py::arg("reduction"), py::arg("vocabulary"),
-           py::arg("label_map"), py::arg("shift"), py::arg("standardize"), py::arg("teacher_weights"))
+           py::arg("label_smoothing"), py::arg("ignore_index"), py::arg("reduction"), py::arg("vocabulary") = "error",
+           py::arg("label_map") = py::none(), py::arg("shift") = false, py::arg("standardize") = false,
+           py::arg("teacher_weights") = std::vector<double>{})
       .def("validate", &DistillationLossOptions::validate, "Raise ValueError for a field out of range.");
 
   init_distillation_trainer(sub);

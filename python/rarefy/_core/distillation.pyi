@@ -39,11 +39,11 @@ class DistillationLossOptions:
         label_smoothing: typing.SupportsFloat | typing.SupportsIndex,
         ignore_index: typing.SupportsInt | typing.SupportsIndex,
         reduction: str,
-        vocabulary: str,
-        label_map: torch.Tensor | None,
-        shift: bool,
-        standardize: bool,
-        teacher_weights: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+        vocabulary: str = "error",
+        label_map: torch.Tensor | None = None,
+        shift: bool = False,
+        standardize: bool = False,
+        teacher_weights: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] = [],
     ) -> None: ...
     def validate(self) -> None:
         """
