@@ -246,6 +246,7 @@ void init_distillation_trainer(py::module_& sub) {
   // The loop runs without the GIL: the functions below take it for as long as they are in Python, and the autograd engine
   // is entered without it.
   using release = py::call_guard<py::gil_scoped_release>;
+  sub.def("fingerprint", &fingerprint, py::arg("tensors"), release());
   py::class_<Model>(sub, "Model", "A model as the loop sees it.")
       .def(py::init(&to_model), py::arg("forward"), py::arg("enter_mode") = py::none(), py::arg("tensors") = py::none(),
            py::arg("pause_sync") = py::none(), py::arg("after_step") = py::none());

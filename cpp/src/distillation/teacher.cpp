@@ -44,7 +44,32 @@ uint64_t hash_tensor(const std::string& name, const torch::Tensor& tensor) {
   return hash_bytes(hash, static_cast<const char*>(dense.const_data_ptr()), dense.nbytes());
 }
 
+using Hashes = std::vector<std::pair<std::string, uint64_t>>;
+
+Hashes hashes_of(const std::vector<std::pair<std::string, torch::Tensor>>& tensors) {
+  Hashes all;
+  for (const auto& [name, tensor] : tensors) {
+    all.emplace_back(name, hash_tensor(name, tensor));
+  }
+  return all;
+}
+
+std::string combined(const Hashes& hashes) {
+  if (hashes.empty()) {
+    return {};
+  }
+  uint64_t hash = 0;
+  for (const auto& item : hashes) {
+    hash = mix(hash, item.second);
+  }
+  return fmt::format("{:016x}", hash);
+}
+
 }  // namespace
+
+std::string fingerprint(const std::vector<std::pair<std::string, torch::Tensor>>& tensors) {
+  return combined(hashes_of(tensors));
+}
 
 Outputs Teacher::operator()(const Batch& batch) const {
   const torch::NoGradGuard no_grad;
@@ -61,27 +86,9 @@ void Teacher::after_step() const {
   }
 }
 
-std::vector<std::pair<std::string, uint64_t>> Teacher::hashes() const {
-  std::vector<std::pair<std::string, uint64_t>> all;
-  if (model_.tensors && !model_.after_step) {
-    for (const auto& [name, tensor] : model_.tensors()) {
-      all.emplace_back(name, hash_tensor(name, tensor));
-    }
-  }
-  return all;
-}
+Hashes Teacher::hashes() const { return model_.tensors && !model_.after_step ? hashes_of(model_.tensors()) : Hashes(); }
 
-std::string Teacher::fingerprint() const {
-  const auto all = hashes();
-  if (all.empty()) {
-    return {};
-  }
-  uint64_t hash = 0;
-  for (const auto& item : all) {
-    hash = mix(hash, item.second);
-  }
-  return fmt::format("{:016x}", hash);
-}
+std::string Teacher::fingerprint() const { return combined(hashes()); }
 
 void Teacher::check_unchanged(const std::vector<std::pair<std::string, uint64_t>>& expected) const {
   const auto now = hashes();

@@ -1,6 +1,5 @@
 """Teacher outputs on disk: written once, read in every epoch."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
@@ -13,16 +12,17 @@ from tqdm.auto import tqdm
 from rarefy._core import distillation as _core
 from rarefy.distillation.outputs import to_logits
 from rarefy.distillation.top_k import TopKLogits
+from rarefy.distillation.unwrap import unwrap
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's parameters and buffers: their names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    """Return a hash of a model's parameters and buffers: their names, types, shapes and values.
+
+    The same that checkpoints of a `DistillationTrainer` hold of its teacher. It tells one model from another, and is no
+    protection against forgery.
+    """
+    inner = unwrap(model)
+    return _core.fingerprint([*inner.named_parameters(), *inner.named_buffers()])
 
 
 def cache_teacher(
@@ -59,7 +59,7 @@ def cache_teacher(
         mask_key: the entry with the positions [batch, length] of a sequence that count, bool or 0 and 1.
         input_key: the entry with the teacher's input.
         label_key: an entry that the teacher does not get.
-        fingerprint: says which teacher; the SHA-256 of a module's state when it is not given.
+        fingerprint: says which teacher; `fingerprint(teacher)` of a module when it is not given.
         progress: show a bar, and print the bound.
 
     Raises:

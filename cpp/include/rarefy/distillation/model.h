@@ -111,6 +111,10 @@ struct Model {
   }
 };
 
+/// A hash of tensors with their names, shapes and dtypes, in 16 hexadecimal digits; an empty string without tensors. It tells
+/// one model from another, and is no protection against forgery.
+RAREFY_API std::string fingerprint(const std::vector<std::pair<std::string, torch::Tensor>>& tensors);
+
 /// A model that is only ever run in evaluation mode and without recording gradients, and that does not change: by type, so
 /// that no loop can forget it.
 class RAREFY_API Teacher {
@@ -130,7 +134,7 @@ class RAREFY_API Teacher {
   /// A 64-bit hash of the bytes of each parameter and buffer, with its name, shape and dtype. Empty for a model without
   /// tensors, and for one that follows the student.
   std::vector<std::pair<std::string, uint64_t>> hashes() const;
-  /// All hashes as one, in 16 hexadecimal digits; an empty string where there are none.
+  /// Of the same tensors; an empty string where there are none.
   std::string fingerprint() const;
   /// Throws c10::ValueError that names the tensors whose hash is not `expected` (of hashes()).
   void check_unchanged(const std::vector<std::pair<std::string, uint64_t>>& expected) const;
