@@ -185,7 +185,7 @@ def test_last_and_best(tmp_path):
     same_state(last["student"], trainer.student.state_dict())
     best = torch.load(tmp_path / "best.pt", weights_only=True)
     losses = [entry.evaluation.loss for entry in trainer.history]
-    assert best["trainer"]["epoch"] == trainer.best_epoch == losses.index(min(losses)) + 1
+    assert best["trainer"][0]["epoch"] == trainer.best_epoch == losses.index(min(losses)) + 1
     fresh, loader = build([])
     fresh.load_checkpoint(tmp_path / "best.pt")
     same_state(fresh.student.state_dict(), best["student"])

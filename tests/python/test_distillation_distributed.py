@@ -1,5 +1,6 @@
 """Two gloo processes train as one: equal gradients, metrics of both, one writer of checkpoints."""
 
+import itertools
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from rarefy.distillation import Callbacks, DistillationLoss, DistillationTrainer, Selection
 
@@ -57,23 +59,78 @@ def train(rank: int, processes: int, folder: Path) -> dict:
     }
 
 
-def process(rank: int, folder: str) -> None:
+def noisy(rank: int, folder: Path, stop: int | None) -> dict:
+    """With dropout: every process has random numbers of its own."""
+    torch.manual_seed(rank)
+    student, teacher = models()
+    student.insert(2, nn.Dropout(0.3))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.05)
+    x, y = data()
+    sampler = DistributedSampler(TensorDataset(x, y), seed=3)
+    loader = DataLoader(sampler.dataset, batch_size=6, sampler=sampler)
+    steps = []
+
+    def on_step(step: int, loss: float) -> None:
+        steps.append((step, loss))
+
+    trainer = DistillationTrainer(
+        DistributedDataParallel(student), teacher, optimizer, DistillationLoss(), callbacks=Callbacks(on_step)
+    )
+    if stop is not None:
+        calls = itertools.count()
+
+        def killed(module: nn.Module, arguments: object) -> None:
+            if module.training and next(calls) == stop:
+                raise KeyboardInterrupt
+
+        student.register_forward_pre_hook(killed)
+    try:
+        trainer.fit(loader, 3, progress=False, checkpoint=folder, checkpoint_every=1)
+    except KeyboardInterrupt:
+        dist.barrier()  # the first process has written
+    return {"steps": steps, "history": [e.loss for e in trainer.history], "student": student.state_dict()}
+
+
+def resumed(rank: int, folder: Path) -> dict:
+    whole = noisy(rank, folder / "whole", None)
+    parts = [noisy(rank, folder / "parts", 6), noisy(rank, folder / "parts", None)]
+    return {"whole": whole, "parts": parts}
+
+
+def process(rank: int, work: str, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=100)
     )
     try:
-        result = train(rank, 2, Path(folder) / "run")
+        result = resumed(rank, Path(folder)) if work == "resumed" else train(rank, 2, Path(folder) / "run")
     except Exception:
         result = {"error": traceback.format_exc()}
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_train_as_one(tmp_path):
-    mp.spawn(process, (str(tmp_path),), nprocs=2)
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+def run(work: str, folder: Path) -> list[dict]:
+    mp.spawn(process, (work, str(folder)), nprocs=2)
+    results = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for result in results:
         assert "error" not in result, result["error"]
+    return results
+
+
+def test_two_processes_go_on_to_the_same_bits(tmp_path):
+    results = run("resumed", tmp_path)
+    assert results[0]["whole"]["steps"] != results[1]["whole"]["steps"]
+    for result in results:
+        whole, (first, second) = result["whole"], result["parts"]
+        assert len(first["steps"]) == 6
+        assert first["steps"] + second["steps"] == whole["steps"]
+        assert second["history"] == whole["history"]
+        for name, value in whole["student"].items():
+            assert torch.equal(second["student"][name], value), name
+
+
+def test_two_processes_train_as_one(tmp_path):
+    results = run("train", tmp_path)
     one = train(0, 1, tmp_path / "alone")
     for name, value in one["student"].items():
         assert torch.equal(results[0]["student"][name], results[1]["student"][name])

@@ -80,6 +80,11 @@ RandomInterface::RandomInterface()
         }
       }) {}
 
+Selection::Selection() : Selection("loss", false) {}
+
+Selection::Selection(std::string name, bool more_is_better, double delta, int64_t epochs)
+    : metric(std::move(name)), maximize(more_is_better), min_delta(delta), patience(epochs) {}
+
 void DistillationTrainerOptions::validate() const {
   TORCH_CHECK_VALUE(max_grad_norm >= 0.0 && std::isfinite(max_grad_norm),
                     "[DistillationTrainer] max_grad_norm must be 0 (no clipping) or positive and finite, got ",

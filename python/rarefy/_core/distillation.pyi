@@ -22,6 +22,7 @@ __all__: list[str] = [
     "TeacherCacheOptions",
     "TeacherCacheWriter",
     "TrainerState",
+    "fingerprint",
     "topk_logits",
 ]
 
@@ -416,6 +417,7 @@ class TeacherCache:
     @property
     def options(self) -> TeacherCacheOptions: ...
 
+def fingerprint(tensors: collections.abc.Sequence[tuple[str, torch.Tensor]]) -> str: ...
 def topk_logits(
     logits: torch.Tensor,
     k: typing.SupportsInt | typing.SupportsIndex,

@@ -18,19 +18,23 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Any) -> Any: ...  # noqa: D102
 
 
-def save(path: str | os.PathLike[str], parts: Mapping[str, Stateful], teacher: str) -> None:
-    """Write the states of `parts` and the teacher's fingerprint: to a temporary name, renamed when it is complete.
+def collect(parts: Mapping[str, Stateful], teacher: str) -> dict[str, Any]:
+    """Return what `save` writes: the states of `parts` and the teacher's fingerprint."""
+    return {"format": FORMAT, "teacher": teacher} | {name: part.state_dict() for name, part in parts.items()}
+
+
+def save(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write what `collect` returned: to a temporary name, renamed when it is complete.
 
     Raises:
         OSError: the file could not be written (the disk is full, say). What was at `path` is still there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"format": FORMAT, "teacher": teacher} | {name: part.state_dict() for name, part in parts.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            torch.save(dict(content), file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

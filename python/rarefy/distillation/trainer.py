@@ -348,15 +348,16 @@ class DistillationTrainer:
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Write all that a run goes on from: student, optimizer, scheduler, random state, place in the epoch, terms, masks.
 
-        The teacher is in it as a fingerprint (an `EMATeacher`, which is trained, with its state). In a process group the
-        first process writes. The file is written to a temporary name and renamed; ``torch.load(path, weights_only=True)``
-        reads it, and ``["student"]`` is the student's state_dict.
+        The teacher is in it as a fingerprint (an `EMATeacher`, which is trained, with its state). In a process group every
+        process calls this, and the first one writes. The file is written to a temporary name and renamed;
+        ``torch.load(path, weights_only=True)`` reads it, and ``["student"]`` is the student's state_dict.
 
         Raises:
             OSError: it could not be written. What was at `path` is still there.
         """
+        content = checkpoints.collect(self._parts(), self._trainer.teacher_fingerprint())
         if _rank() == 0:
-            checkpoints.save(path, self._parts(), self._trainer.teacher_fingerprint())
+            checkpoints.save(path, content)
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Continue from a file of `save_checkpoint`.
@@ -389,7 +390,11 @@ class DistillationTrainer:
         return history_html(title, self.history, self.best_epoch)
 
     def _parts(self) -> dict[str, checkpoints.Stateful]:
-        parts: dict[str, Any] = {"student": unwrap(self.student), "optimizer": self.optimizer, "trainer": self}
+        parts: dict[str, Any] = {
+            "student": unwrap(self.student),
+            "optimizer": self.optimizer,
+            "trainer": _Position(self),
+        }
         if self.scheduler is not None:
             parts["scheduler"] = self.scheduler
         if isinstance(self.teacher, EMATeacher):
@@ -408,6 +413,27 @@ class DistillationTrainer:
                     f"[DistillationTrainer] optimizer must hold the parameters of the term {name!r}, which learns too: "
                     f"{', '.join(missing)} are missing (optimizer.add_param_group)"
                 )
+
+
+class _Position:
+    """Where a trainer stands, as a part of a checkpoint: of every process, since each has a random state of its own."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self._trainer = trainer
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        states: list[Any] = [self._trainer.state_dict()]
+        if _processes() > 1:
+            states *= _processes()
+            dist.all_gather_object(states, states[0])
+        return states
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        if len(states) != _processes() and any(state["batch"] > 0 for state in states):
+            raise ValueError(
+                f"a run within an epoch goes on with as many processes, got {_processes()} where it had {len(states)}"
+            )
+        self._trainer.load_state_dict(states[_rank() % len(states)])
 
 
 def _to_model(

@@ -82,10 +82,13 @@ enum class Precision { float32, bfloat16, float16 };
 
 /// Which epoch is the best, by a metric of its evaluation, and when to stop for want of a better one.
 struct RAREFY_API Selection {
-  std::string metric = "loss";  // "loss", "accuracy", or a name that Callbacks::evaluate gives
-  bool maximize = false;
-  double min_delta = 0.0;  // how much better than the best an epoch must be
-  int64_t patience = 0;    // epochs without a better one after which training ends; 0: never
+  std::string metric;  // "loss", "accuracy", or a name that Callbacks::evaluate gives
+  bool maximize;
+  double min_delta;  // how much better than the best an epoch must be
+  int64_t patience;  // epochs without a better one after which training ends; 0: never
+
+  Selection();  // the least loss
+  Selection(std::string metric, bool maximize, double min_delta = 0.0, int64_t patience = 0);
 };
 
 /// What one step reports.
