@@ -660,3 +660,20 @@ def test_a_cached_teacher(tmp_path):
     for cached, live in zip(*results, strict=True):
         assert cached.loss == pytest.approx(live.loss, rel=2e-2)  # float16 logits
     assert results[0][-1].loss < results[0][0].loss
+
+
+def test_an_encoder_decoder_makes_its_decoder_s_inputs_of_the_labels():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=19, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0, dropout_rate=0.0
+    )
+    student, teacher = (transformers.T5ForConditionalGeneration(config) for _ in range(2))
+    labels = torch.randint(2, 19, (3, 5))
+    labels[0, 3:] = -100
+    batch = {"input_ids": torch.randint(2, 19, (3, 4)), "attention_mask": torch.ones(3, 4), "labels": labels}
+    loss_fn = DistillationLoss(2.0, 0.5)
+    with torch.no_grad():
+        expected = loss_fn(student(**batch).logits, teacher(**batch).logits, labels).item()
+    trainer = DistillationTrainer(student, teacher, torch.optim.SGD(student.parameters(), lr=0.1), loss_fn)
+    assert trainer.train_step(batch).loss == pytest.approx(expected, rel=1e-6)

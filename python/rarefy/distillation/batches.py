@@ -1,14 +1,13 @@
 """Batches as loaders give them, and how a model is called with one."""
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from rarefy.distillation.unwrap import unwrap
+from rarefy.distillation.inputs import accepted_names, named_inputs
 
 
 class BatchReader:
@@ -58,7 +57,7 @@ class BatchReader:
         """Return a function that calls `model` with a batch; a model with ``takes_batch`` gets the batch as it is."""
         if getattr(model, "takes_batch", False):
             return model
-        accepted = _accepted_names(model)
+        accepted = accepted_names(model)
 
         def call(batch: Any) -> Any:
             if isinstance(batch, Tensor):
@@ -66,7 +65,9 @@ class BatchReader:
             if isinstance(batch, Mapping):
                 if self.input_key in batch:
                     return model(batch[self.input_key])
-                inputs = {k: v for k, v in batch.items() if k != self.label_key and (accepted is None or k in accepted)}
+                inputs = named_inputs(model, batch, self.label_key)
+                if accepted is not None:
+                    inputs = {name: value for name, value in inputs.items() if name in accepted}
                 if not inputs:
                     raise KeyError(
                         f"[DistillationTrainer] a batch must hold the inputs under {self.input_key!r} (input_key) or "
@@ -154,15 +155,3 @@ def _first_tensor(values: Iterable[Any]) -> Tensor | None:
             if found is not None:
                 return found
     return None
-
-
-def _accepted_names(model: Callable[..., Any]) -> set[str] | None:
-    """Return the names of the parameters of a model's forward; None where it takes any keyword."""
-    function = unwrap(model).forward if isinstance(model, nn.Module) else model
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # a callable without a signature: a builtin, say
-        return None
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        return None
-    return {p.name for p in parameters}

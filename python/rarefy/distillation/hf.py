@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.distillation import objective as objectives
+from rarefy.distillation.inputs import named_inputs
 from rarefy.distillation.modes import evaluating
 from rarefy.distillation.outputs import Outputs
-from rarefy.distillation.unwrap import unwrap
 
 try:
     import accelerate  # noqa: F401  (transformers' Trainer needs it, and imports without it)
@@ -125,7 +125,7 @@ class DistillationTrainerMixin:
     ) -> Tensor | tuple[Tensor, Any]:
         """Return the loss of student and teacher, scaled for gradient accumulation, and the student's outputs if asked."""
         labels = inputs.get("labels")
-        batch = _model_inputs(model, inputs)
+        batch = named_inputs(model, inputs, "labels")
         terms = self.terms or {}
         student = objectives.run(
             model,
@@ -227,15 +227,6 @@ class _ZeroGradients(TrainerCallback):
 def _is_movable(teacher: nn.Module) -> bool:
     """Whether `to` may be called: not for models that accelerate or a quantizer has placed."""
     return not getattr(teacher, "hf_device_map", None) and not getattr(teacher, "is_quantized", False)
-
-
-def _model_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    batch = {name: value for name, value in inputs.items() if name != "labels"}
-    inner = unwrap(model)
-    makes = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
-    if makes is not None and inputs.get("labels") is not None and batch.get("decoder_input_ids") is None:
-        batch["decoder_input_ids"] = makes(labels=inputs["labels"])
-    return batch
 
 
 def _as_trainer_expects(student: Outputs) -> Any:

@@ -1,6 +1,5 @@
 """Weighted terms of an objective, outside of rarefy's trainer: for the trainers of other libraries."""
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -9,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.distillation.capture import LayerCapture
+from rarefy.distillation.inputs import accepted_names
 from rarefy.distillation.outputs import Outputs, to_logits
-from rarefy.distillation.unwrap import unwrap
 
 Term = Callable[[Outputs, Outputs, Any], Tensor]
 
@@ -59,8 +58,5 @@ def layers_of(terms: Mapping[str, tuple[float, Term]], side: str) -> list[str]:
 
 def accepted(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the inputs that the model's forward has a parameter for; all of them where it takes any keyword."""
-    parameters = inspect.signature(unwrap(model).forward).parameters.values()
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        return dict(inputs)
-    names = {p.name for p in parameters}
-    return {name: value for name, value in inputs.items() if name in names}
+    names = accepted_names(model)
+    return {name: value for name, value in inputs.items() if names is None or name in names}
