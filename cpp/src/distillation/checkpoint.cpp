@@ -113,17 +113,21 @@ void save_checkpoint(const std::string& path, const DistillationTrainer& trainer
   }
   archive.write("parts", c10::IValue(names));
 
+  // Through memory: torch's writer ends the process when a stream of its own fails.
+  std::ostringstream content;
+  archive.save_to(content);
   const std::string temporary = path + "." + std::to_string(getpid()) + ".tmp";
-  try {
-    std::ofstream file(temporary, std::ios::binary);
-    archive.save_to(file);
-    file.close();
-    TORCH_CHECK(file.good(), "[save_checkpoint] ", path, " could not be written");
-    std::filesystem::rename(temporary, path);
-  } catch (const std::exception& error) {
+  std::ofstream file(temporary, std::ios::binary);
+  file << content.view();
+  file.close();
+  std::error_code error;
+  if (file.good()) {
+    std::filesystem::rename(temporary, path, error);
+  }
+  if (!file.good() || error) {
     std::error_code ignored;  // there may be nothing to remove
     std::filesystem::remove(temporary, ignored);
-    TORCH_CHECK(false, "[save_checkpoint] ", path, " could not be written: ", error.what());
+    TORCH_CHECK(false, "[save_checkpoint] ", path, " could not be written", error ? ": " + error.message() : "");
   }
 }
 
