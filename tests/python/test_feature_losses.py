@@ -557,6 +557,38 @@ def test_causal_maps():
     assert loss.item() == pytest.approx(probabilities.item(), rel=1e-9)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_square_of_causal_scores(padded):
+    """-inf on both sides is no difference; on one side it is infinitely large."""
+    lower = torch.ones(5, 5, dtype=torch.bool).tril()
+    s, t = (rand(2, 3, 5, 5, seed=i) for i in range(2))
+    mask = torch.tensor([[True] * 5, [True] * 4 + [False]]) if padded else None
+    expected = ops.attention_map_loss(s * lower, t * lower, mask, scores=True).item()
+    s, t = (x.masked_fill(~lower, -math.inf) for x in (s, t))
+    s.requires_grad_()
+    loss = ops.attention_map_loss(s, t, mask, scores=True)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert s.grad.isfinite().all()
+    assert torch.count_nonzero(s.grad[:, :, ~lower]) == 0
+    assert ops.attention_map_loss(s, rand(2, 3, 5, 5), mask, scores=True).item() == math.inf
+
+
+@pytest.mark.parametrize("name", ["attention_paper", "attention_code", "similarity", "distance", "angle", "pkt"])
+@pytest.mark.parametrize("factor", [1e-4, 1e-9, 1e-14, 1e12])
+def test_does_not_change_with_scale_in_float32(name, factor):
+    case = CASES[name]
+    s, t = case.make(torch.float32)
+    values = []
+    for a in (1.0, factor):
+        x = (s * a).requires_grad_()
+        loss = case.loss(x, t)
+        loss.backward()
+        values.append((loss.detach(), x.grad * a))
+    torch.testing.assert_close(values[1][0], values[0][0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(values[1][1], values[0][1], rtol=1e-3, atol=1e-6)
+
+
 def test_affinity_mimicking_differs_from_its_papers_cross_entropy_by_a_constant():
     torch.manual_seed(0)
     image, text = rand(6, 4).requires_grad_(), rand(6, 4, seed=1)

@@ -279,3 +279,54 @@ def test_repr():
     assert repr(NKD()) == "NKD(temperature=1, gamma=1.5)"
     assert repr(DIST(2)) == "DIST(temperature=2, beta=1, gamma=1)"
     assert repr(LogitMSE()) == "LogitMSE()"
+
+
+def test_dist_sees_classes_of_small_probability():
+    """A confident teacher of a large vocabulary: most columns hold probabilities of 1e-18."""
+    generator = torch.Generator().manual_seed(0)
+    t = torch.randn(16, 2000, generator=generator)
+    t.scatter_add_(1, torch.randint(0, 2000, (16, 5), generator=generator), torch.full((16, 5), 40.0))
+    assert DIST()(t, t).item() == pytest.approx(0, abs=1e-5)
+    mask = torch.arange(16) < 12
+    assert DIST()(t, t, mask=mask).item() == pytest.approx(0, abs=1e-5)
+    s = (t + torch.randn(16, 2000, generator=generator)).requires_grad_()
+    loss = DIST()(s, t)
+    loss.backward()
+    exact = s.detach().double().requires_grad_()
+    wanted = DIST()(exact, t.double())
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
+    assert 0.05 < loss.item() < 0.95
+    torch.testing.assert_close(s.grad.double(), exact.grad, rtol=1e-3, atol=1e-7)
+
+
+def test_dist_takes_equal_probabilities_for_constant():
+    """1/3 is rounded and its mean once more: no direction, in a row or in a column."""
+    for dtype in (torch.float32, torch.float64):
+        for rows, classes in ((7, 3), (11, 37), (3, 1000)):
+            s = torch.full((rows, classes), 0.3, dtype=dtype, requires_grad=True)
+            loss = DIST()(s, torch.randn(rows, classes, dtype=dtype))
+            loss.backward()
+            assert loss.item() == 2.0
+            assert torch.count_nonzero(s.grad) == 0
+
+
+def test_nkd_where_the_teacher_rules_the_label_out():
+    """0 log 0 = 0: what is left of the loss is that of the other classes."""
+    s, t, labels = make(4, 6)
+    t[1, labels[1]] = -math.inf
+    for student_too in (False, True):
+        if student_too:
+            s[1, labels[1]] = -math.inf
+        x = s.clone().requires_grad_()
+        loss = NKD()(x, t, labels)
+        loss.backward()
+        expected = 0.0
+        for row in range(4):
+            y = labels[row].item()
+            p = t[row].softmax(-1)[y].item()
+            rest_s, rest_t = (np.delete(v[row].numpy(), y) for v in (s, t))
+            expected -= p * s[row].log_softmax(-1)[y].item() if p > 0 else 0.0
+            expected -= 1.5 * sum(a * math.log(b) for a, b in zip(softmax(rest_t), softmax(rest_s), strict=True))
+        assert loss.item() == pytest.approx(expected / 4, rel=1e-10)
+        assert x.grad.isfinite().all()

@@ -62,7 +62,7 @@ at::Tensor attention_transfer_loss(const at::Tensor& student, const at::Tensor& 
       teacher.sym_sizes());
   const auto valid = positions_mask(function, mask, student, features);
   const auto map = [&](const at::Tensor& x) {
-    const auto positions = cleared(as_positions(x, features), valid);
+    const auto positions = divide_by_peak(cleared(as_positions(x, features), valid), {1, 2});
     return normalize((power == 2.0 ? positions.square() : positions.abs().pow(power)).sum(-1), -1);
   };
   const auto difference = map(s) - map(t);

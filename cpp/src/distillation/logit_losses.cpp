@@ -72,14 +72,20 @@ at::Tensor at_label(const Rows& rows) {
       .scatter(1, rows.labels.unsqueeze(1), true);
 }
 
-/// x - mean along `axis` over what counts, and 0 elsewhere.
+/// x - mean along `axis` over what counts, and 0 elsewhere. Of equal numbers it is 0.
 at::Tensor centred(const at::Tensor& x, int64_t axis, const std::optional<at::Tensor>& keep) {
-  if (!keep.has_value()) {
-    return x - x.mean(axis, /*keepdim=*/true);
+  const auto peak = [&](const at::Tensor& y) { return y.detach().abs().amax(axis, /*keepdim=*/true); };
+  auto counted = x;
+  at::Tensor rest;
+  if (keep.has_value()) {
+    const auto out = keep->logical_not();
+    counted = x.masked_fill(out, 0.0);
+    rest = (x - counted.sum(axis, /*keepdim=*/true) / keep->sum(axis, /*keepdim=*/true)).masked_fill(out, 0.0);
+  } else {
+    rest = x - x.mean(axis, /*keepdim=*/true);
   }
-  const auto out = keep->logical_not();
-  const auto mean = x.masked_fill(out, 0.0).sum(axis, /*keepdim=*/true) / keep->sum(axis, /*keepdim=*/true);
-  return (x - mean).masked_fill(out, 0.0);
+  // The mean of equal numbers is rounded: what it leaves of them has no direction.
+  return rest.masked_fill(peak(rest) <= peak(counted) * (8.0 * epsilon(x)), 0.0);
 }
 
 /// 1 - Pearson's correlation along `axis`.
@@ -129,8 +135,9 @@ at::Tensor nkd_loss(const at::Tensor& student_logits, const at::Tensor& teacher_
   };
   const auto p = others(rows.teacher).exp();
   const auto cross = (p * others(rows.student)).masked_fill(p == 0.0, 0.0).sum(-1);
-  const auto loss =
-      log_label(rows.teacher).exp() * log_label(rows.student) + cross * (gamma * temperature * temperature);
+  const auto p_label = log_label(rows.teacher).exp();
+  const auto label = (p_label * log_label(rows.student)).masked_fill(p_label == 0.0, 0.0);  // 0 log 0 = 0
+  const auto loss = label + cross * (gamma * temperature * temperature);
   return -masked_mean(loss, rows.valid);
 }
 

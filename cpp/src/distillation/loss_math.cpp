@@ -5,7 +5,6 @@
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/smooth_l1_loss.h>
 #include <ATen/ops/where.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/Exception.h>
 
 #include <cmath>
@@ -78,12 +77,6 @@ void check_not_negative(const char* function, const char* name, double value) {
                     " must be finite and not negative, got ", value);
 }
 
-bool is_readable(const at::Tensor& tensor) {
-  constexpr c10::DispatchKeySet wrapped{c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
-                                        c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper};
-  return tensor.device().is_cpu() && !tensor.key_set().has_any(wrapped) && !c10::impl::dispatch_mode_enabled();
-}
-
 void check_mask(const char* function, const at::Tensor& mask, c10::SymIntArrayRef positions) {
   TORCH_CHECK_TYPE(mask.scalar_type() == at::kBool, "[", function, "] mask must be bool (true counts), got ",
                    mask.scalar_type());
@@ -113,9 +106,23 @@ at::Tensor masked_mean(const at::Tensor& values, const std::optional<at::Tensor>
   return values.masked_fill(mask->logical_not(), 0.0).sum() / mask->sum();
 }
 
+double epsilon(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                        : std::numeric_limits<float>::epsilon();
+}
+
+at::Tensor divide_by_peak(const at::Tensor& x, at::IntArrayRef axes) {
+  const double least =
+      (x.scalar_type() == at::kDouble ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min()) /
+      epsilon(x);
+  const auto peak = x.detach().abs().amax(axes, /*keepdim=*/true);
+  return x / peak.masked_fill(peak < least, std::numeric_limits<double>::infinity());
+}
+
 at::Tensor normalize(const at::Tensor& x, int64_t axis) {
-  const auto norm = at::linalg_vector_norm(x, 2, axis, /*keepdim=*/true);
-  return x / norm.masked_fill(norm <= 1e-12, std::numeric_limits<double>::infinity());
+  const auto scaled = divide_by_peak(x, axis);  // or the squares of small numbers were 0
+  const auto norm = at::linalg_vector_norm(scaled, 2, axis, /*keepdim=*/true);
+  return scaled / norm.masked_fill(norm == 0.0, std::numeric_limits<double>::infinity());
 }
 
 at::Tensor kl_divergence(const at::Tensor& log_p, const at::Tensor& log_q) {

@@ -11,6 +11,8 @@
 #include <string_view>
 #include <utility>
 
+#include "ops/readable.h"
+
 namespace rarefy::distillation {
 
 /// Keeps autocast out of a loss: sums over features lose too much in 16 bits.
@@ -41,9 +43,7 @@ void check_temperature(const char* function, double temperature);
 /// Throws c10::ValueError unless `value` is finite and not negative.
 void check_not_negative(const char* function, const char* name, double value);
 
-/// True where the values of a tensor can be looked at without waiting for a device or leaving a graph: real CPU tensors,
-/// outside of tracing.
-bool is_readable(const at::Tensor& tensor);
+using ops::is_readable;
 
 /// Throws c10::TypeError unless `mask` is bool, c10::ValueError unless it has the shape `positions` and (where that can be
 /// seen at no cost) a true element.
@@ -63,7 +63,14 @@ inline std::optional<at::Tensor> given(const at::Tensor& tensor) {
 /// Mean of `values` over the true elements of `mask` (of the same shape), or over all. What is masked may be NaN.
 at::Tensor masked_mean(const at::Tensor& values, const std::optional<at::Tensor>& mask);
 
-/// x / ||x||_2 along `axis`. A vector of norm 1e-12 or less gives 0 and has gradient 0.
+/// The distance from 1 to the next number of x's type, float or double.
+double epsilon(const at::Tensor& x);
+
+/// x / max |x| along `axes`, with the maximum a constant in the gradient. It is for what does not depend on the scale of x, so
+/// that squares and powers stay in range. Where all |x| are below 1e-31 (1e-292 in float64) the result and its gradient are 0.
+at::Tensor divide_by_peak(const at::Tensor& x, at::IntArrayRef axes);
+
+/// x / ||x||_2 along `axis`, however small x is. A vector of zeros gives 0 and has gradient 0.
 at::Tensor normalize(const at::Tensor& x, int64_t axis);
 
 /// sum p (log p - log q) over the last axis, where p = exp(log_p). A class with p = 0 adds nothing.

@@ -36,9 +36,10 @@ at::Tensor same_sample(const at::Tensor& x) { return at::eye_symint(x.sym_size(0
 /// Distances between samples over their mean; 0 if all samples are one point.
 at::Tensor relative_distances(const at::Tensor& x, const at::Tensor& others) {
   // Through a matrix product, nearly equal samples would lose their distance to cancellation.
-  const auto distances = at::cdist(x, x, 2.0, /*compute_mode=*/2);
+  const auto scaled = divide_by_peak(x, {0, 1});
+  const auto distances = at::cdist(scaled, scaled, 2.0, /*compute_mode=*/2);
   const auto mean = distances.sum() / others.sum();
-  return distances / mean.masked_fill(mean <= 1e-12, std::numeric_limits<double>::infinity());
+  return distances / mean.masked_fill(mean == 0.0, std::numeric_limits<double>::infinity());
 }
 
 /// [j, i, k]: the cosine of the angle at x_j.
@@ -61,7 +62,10 @@ at::Tensor similarity_preserving_loss(const at::Tensor& student, const at::Tenso
                                       const std::optional<at::Tensor>& mask) {
   const FullPrecision full_precision;
   const auto [s, t] = check_batch("similarity_preserving_loss", student, teacher, mask, 2);
-  const auto gram = [](const at::Tensor& x) { return normalize(at::matmul(x, x.t()), -1); };
+  const auto gram = [](const at::Tensor& x) {
+    const auto scaled = divide_by_peak(x, {0, 1});
+    return normalize(at::matmul(scaled, scaled.t()), -1);
+  };
   return (gram(s) - gram(t)).square().mean();
 }
 

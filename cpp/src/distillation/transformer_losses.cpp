@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <limits>
 
 #include "distillation/loss_math.h"
 
@@ -12,6 +13,8 @@ namespace {
 
 /// What a masked score becomes: its exponential is 0, and a row of nothing else is still free of NaN.
 constexpr double kMasked = -1e30;
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 /// Log-probabilities of scores [B, heads, N, N] over the keys that are not padding.
 at::Tensor log_attention(const at::Tensor& scores, const std::optional<at::Tensor>& mask) {
@@ -74,7 +77,9 @@ at::Tensor attention_map_loss(const at::Tensor& student, const at::Tensor& teach
     b = t.masked_fill(pairs->logical_not(), 0.0);
   }
   if (loss == "mse") {
-    return masked_mean((a - b).square(), pairs);
+    // Scores of -inf on both sides, as above the diagonal of causal attention, agree.
+    const auto absent = (a == -kInfinity).logical_and(b == -kInfinity);
+    return masked_mean((a.masked_fill(absent, 0.0) - b.masked_fill(absent, 0.0)).square(), pairs);
   }
   const auto log_probability = [](const at::Tensor& x) { return x.clamp_min(1e-12).log(); };
   const auto rows = scores ? kl_divergence(log_attention(b, mask), log_attention(a, mask))

@@ -19,7 +19,7 @@
 //   mask              bool, true where a position counts; what is masked may hold anything.
 // A wrong shape or value throws c10::ValueError (so do an empty batch and a mask without a true element; where reading the
 // mask would wait for a GPU or break a graph, the loss is NaN instead), a wrong dtype c10::TypeError.
-// A vector of norm 1e-12 or less has no direction: it is 0 after normalization and its gradient is 0.
+// A vector of zeros has no direction: it is 0 after normalization and its gradient is 0.
 namespace rarefy::distillation {
 
 /// The distance of the student's features from the teacher's (FitNets: Romero et al., 2015, arXiv:1412.6550):

@@ -34,7 +34,8 @@ RAREFY_API at::Tensor attention_relation_loss(const at::Tensor& student, const a
 ///          arXiv:2002.10957)
 ///
 /// With `scores` the maps are from before softmax, which "kl" then applies; else they are probabilities, of which "kl" takes
-/// logarithms not below log(1e-12). "mse" treats both alike and needs finite values. 0 where the teacher equals the student.
+/// logarithms not below log(1e-12). "mse" treats both alike; -inf on both sides, as of causal scores, is no
+/// difference. 0 where the teacher equals the student.
 RAREFY_API at::Tensor attention_map_loss(const at::Tensor& student, const at::Tensor& teacher,
                                          const std::optional<at::Tensor>& mask = std::nullopt,
                                          std::string_view loss = "mse", bool scores = false);
