@@ -248,3 +248,18 @@ def test_module():
         rf.distillation.LinearDistillationLoss(reduction="none")
     with pytest.raises(TypeError, match="mask must be bool"):
         module(hidden, weight, t_hidden, t_weight, labels, mask=mask.float())
+
+
+def test_masks_and_weights_have_the_shape_of_rows():
+    module = rf.distillation.LinearDistillationLoss()
+    hidden, weight, _, t_hidden, t_weight, _, labels, weights = make(rows=(2, 3))
+    mask = torch.tensor([True, False, True])
+    message = r"must have the shape of student_hidden without its last dimension, \[2, 3\], got \[3\]"
+    for options, name in [
+        ({"mask": mask}, "mask"),
+        ({"mask": mask, "row_weights": weights}, "mask"),
+        ({"mask": mask.expand(2, 3), "row_weights": weights[0]}, "row_weights"),
+    ]:
+        with pytest.raises(ValueError, match=rf"\[LinearDistillationLoss\] {name} {message}"):
+            module(hidden, weight, t_hidden, t_weight, labels, **options)
+    assert module(hidden, weight, t_hidden, t_weight, labels, mask=mask.expand(2, 3)).isfinite()

@@ -188,3 +188,71 @@ def test_distillation_loss_takes_top_k_logits():
             rf.distillation.DistillationLoss(3.0, **options)(student, top, labels)
     with pytest.raises(TypeError, match="mask must be bool"):
         rf.distillation.DistillationLoss(3.0)(student, top, labels, mask=weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("held", [torch.nan, torch.inf, -torch.inf])
+def test_what_a_row_that_does_not_count_holds_does_not_matter(dtype, held):
+    student, teacher, labels = make(6, 20, dtype=dtype)
+    labels[4] = -100
+    mask = torch.tensor([True, False, True, True, True, False])
+    counts = mask & (labels != -100)
+    top = rf.distillation.topk_logits(teacher, 3, 2.0)
+    results = []
+    for value in (0.0, held):
+        x = student.clone()
+        x[~counts] = value
+        x.requires_grad_()
+        loss = rf.distillation.DistillationLoss(2.0, 0.6)(x, top, labels, mask=mask)
+        loss.backward()
+        results.append((loss.detach(), x.grad))
+    assert torch.equal(results[1][0], results[0][0])
+    assert torch.equal(results[1][1], results[0][1])
+    assert torch.count_nonzero(results[1][1][~counts]) == 0
+
+
+def test_a_class_may_be_there_once():
+    student, _, labels = make(3, 5)
+    indices = torch.tensor([[0, 1], [1, 0], [2, 2]])
+    with pytest.raises(ValueError, match="indices must differ within a row, got 2 twice at row 2"):
+        compact_op(student, indices, 1.0)
+    top = rf.distillation.TopKLogits(torch.zeros(3, 2), indices, torch.zeros(3), 2.0)
+    with pytest.raises(ValueError, match="indices must differ within a row, got 2 twice at row 2"):
+        rf.distillation.DistillationLoss(2.0, 0.5)(student, top, labels)
+    for rows in (torch.arange(5).expand(3, 5), torch.arange(5).flip(0).expand(3, 5).t()[:2].t()):
+        assert compact_op(student, rows, 1.0).shape == (3, rows.shape[1] + 1)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_labels_follow_the_rules_of_the_dense_loss(alpha):
+    student, teacher, labels = make(4, 20)
+    top = rf.distillation.topk_logits(teacher, 3, 2.0)
+    loss_fn = rf.distillation.DistillationLoss(2.0, alpha)
+    for teacher_logits in (teacher, top):
+        with pytest.raises(IndexError, match=r"labels must be in \[0, 20\) or ignore_index \(-100\), got 20 at row 2"):
+            loss_fn(student, teacher_logits, labels.index_fill(0, torch.tensor(2), 20))
+        with pytest.raises(IndexError, match="got -1 at row 0"):
+            loss_fn(student, teacher_logits, labels.index_fill(0, torch.tensor(0), -1))
+        with pytest.raises(TypeError, match="labels must be int64"):
+            loss_fn(student, teacher_logits, labels.int())
+        with pytest.raises(ValueError, match=r"labels must have the logits' shape without classes, \[4\], got \[1\]"):
+            loss_fn(student, teacher_logits, labels[:1])
+        masked = torch.tensor([True, True, False, True])
+        assert loss_fn(student, teacher_logits, labels.index_fill(0, torch.tensor(2), 20), mask=masked).isfinite()
+
+
+def test_masks_and_weights_have_the_shape_of_rows():
+    student, teacher, labels = make(2, 3, 20)
+    weights, mask = torch.rand(2, 3, dtype=torch.float64), torch.tensor([True, False, True])
+    for teacher_logits in (teacher, rf.distillation.topk_logits(teacher, 3, 4.0)):
+        for shift in (False, True):
+            loss_fn = rf.distillation.DistillationLoss(shift=shift)
+            message = r"must have the logits' shape without classes, \[2, 3\], got \[3\]"
+            with pytest.raises(ValueError, match="mask " + message):
+                loss_fn(student, teacher_logits, labels, row_weights=weights, mask=mask)
+            with pytest.raises(ValueError, match="mask " + message):
+                loss_fn(student, teacher_logits, labels, mask=mask)
+            with pytest.raises(ValueError, match="row_weights " + message):
+                loss_fn(student, teacher_logits, labels, row_weights=weights[0], mask=mask.expand(2, 3))
+            with pytest.raises(ValueError, match="row_weights " + message):
+                loss_fn(student, teacher_logits, labels, row_weights=weights[0])

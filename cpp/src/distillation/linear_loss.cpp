@@ -1,6 +1,8 @@
 #include <ATen/ops/ones.h>
 #include <rarefy/distillation/linear_loss.h>
 
+#include <utility>
+
 namespace rarefy::distillation {
 
 LinearDistillationLossImpl::LinearDistillationLossImpl(const DistillationLossOptions& options) : options_(options) {
@@ -18,6 +20,14 @@ torch::Tensor LinearDistillationLossImpl::forward(const ops::LinearHead& student
   if (mask.defined()) {
     TORCH_CHECK_TYPE(mask.scalar_type() == at::kBool, "[LinearDistillationLoss] mask must be bool, got ",
                      mask.scalar_type());
+    TORCH_CHECK_VALUE(student.hidden.dim() >= 1,
+                      "[LinearDistillationLoss] student_hidden must have shape [..., student size]");
+    const auto rows = student.hidden.sizes().slice(0, static_cast<size_t>(student.hidden.dim()) - 1);
+    for (const auto& [name, x] : {std::pair("mask", mask), std::pair("row_weights", row_weights)}) {
+      TORCH_CHECK_VALUE(!x.defined() || x.sizes() == rows, "[LinearDistillationLoss] ", name,
+                        " must have the shape of student_hidden without its last dimension, ", rows, ", got ",
+                        x.sizes());
+    }
     weights = (weights.defined() ? weights : at::ones(mask.sizes(), mask.options().dtype(at::kFloat)))
                   .masked_fill(~mask, 0.0);
   }

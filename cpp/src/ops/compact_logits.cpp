@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <vector>
 
 #include "ops/compact_logits_checks.h"
 
@@ -55,6 +56,22 @@ at::Tensor others(const at::Tensor& rows, const at::Tensor& indices, at::ScalarT
   return rows.to(type, /*non_blocking=*/false, /*copy=*/true).scatter_(1, indices, kMinusInfinity).div_(temperature);
 }
 
+/// Throws c10::ValueError where a class is twice in a row of [rows, k]: its probability would count twice.
+void check_distinct(const at::Tensor& chosen, int64_t classes) {
+  const auto indices = chosen.contiguous();
+  const auto k = indices.size(1);
+  std::vector<int64_t> last_row(static_cast<size_t>(classes), -1);  // where a class was last
+  const auto* index = indices.const_data_ptr<int64_t>();
+  for (int64_t row = 0; row < indices.size(0); ++row, index += k) {
+    for (int64_t j = 0; j < k; ++j) {
+      auto& last = last_row[static_cast<size_t>(index[j])];
+      TORCH_CHECK_VALUE(last != row, "[compact_logits] indices must differ within a row, got ", index[j],
+                        " twice at row ", row);
+      last = row;
+    }
+  }
+}
+
 at::Tensor forward(const at::Tensor& logits, const at::Tensor& indices, double temperature) {
   check_compact_logits(logits, indices, temperature);
   const int64_t classes = logits.size(-1), k = indices.size(-1);
@@ -63,6 +80,7 @@ at::Tensor forward(const at::Tensor& logits, const at::Tensor& indices, double t
     TORCH_CHECK_INDEX(low.item<int64_t>() >= 0 && high.item<int64_t>() < classes,
                       "[compact_logits] indices must be in [0, ", classes, "), got ", low.item<int64_t>(), " to ",
                       high.item<int64_t>());
+    check_distinct(indices.reshape({-1, k}), classes);
   }
   const auto type = loss_type(logits);
   auto sizes = logits.sizes().vec();
@@ -93,7 +111,9 @@ at::Tensor backward(const at::Tensor& grad, const at::Tensor& logits, const at::
     const auto index = chosen.narrow(0, first, count);
     auto rest = others(rows.narrow(0, first, count), index, type, temperature);
     rest.sub_(finite.narrow(0, first, count)).exp_();
-    rest.mul_(grads.narrow(0, first, count).narrow(1, k, 1));
+    const auto tail_grad = grads.narrow(0, first, count).narrow(1, k, 1);
+    // Not 0 * NaN: a row that does not count may hold anything.
+    rest.mul_(tail_grad).masked_fill_(tail_grad == 0.0, 0.0);
     rest.scatter_(1, index, grads.narrow(0, first, count).narrow(1, 0, k));
     out_rows.narrow(0, first, count).copy_(rest);
   });

@@ -7,8 +7,10 @@
 
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "ops/distillation_rule.h"
+#include "ops/readable.h"
 
 TORCH_LIBRARY_FRAGMENT(rarefy, m) {
   m.def(
@@ -21,6 +23,35 @@ namespace rarefy::ops {
 namespace {
 
 using MaybeTensor = std::optional<at::Tensor>;
+
+/// The rules of distillation_loss, which sees no classes where alpha is 1.
+void check_labels(const at::Tensor& student, const at::Tensor& labels, const MaybeTensor& row_weights,
+                  int64_t ignore_index) {
+  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "[top_k_distillation_loss] labels must be int64, got ",
+                   labels.scalar_type());
+  TORCH_CHECK_VALUE(student.dim() >= 1,
+                    "[top_k_distillation_loss] student_logits must have shape [..., classes], got a scalar");
+  const auto rows = student.sym_sizes().slice(0, static_cast<size_t>(student.dim()) - 1);
+  for (const auto& [name, x] :
+       {std::pair("labels", &labels), std::pair("row_weights", row_weights ? &*row_weights : nullptr)}) {
+    TORCH_CHECK_VALUE(x == nullptr || x->sym_sizes() == rows, "[top_k_distillation_loss] ", name,
+                      " must have the logits' shape without classes, ", rows, ", got ", x->sym_sizes());
+  }
+  if (!is_readable(labels) || (row_weights.has_value() && !is_readable(*row_weights))) {
+    return;
+  }
+  const auto classes = student.size(-1);
+  auto wrong = (labels != ignore_index).logical_and((labels < 0).logical_or(labels >= classes));
+  if (row_weights.has_value()) {
+    wrong = wrong.logical_and(*row_weights != 0.0);
+  }
+  const auto at = wrong.flatten().nonzero();
+  if (at.numel() > 0) {
+    const auto row = at[0][0].item<int64_t>();
+    TORCH_CHECK_INDEX(false, "[top_k_distillation_loss] labels must be in [0, ", classes, ") or ignore_index (",
+                      ignore_index, "), got ", labels.flatten()[row].item<int64_t>(), " at row ", row);
+  }
+}
 
 at::Tensor composite(const at::Tensor& student, const at::Tensor& values, const at::Tensor& indices,
                      const at::Tensor& tail, const MaybeTensor& labels, const MaybeTensor& row_weights,
@@ -41,6 +72,9 @@ at::Tensor composite(const at::Tensor& student, const at::Tensor& values, const 
   TORCH_CHECK_VALUE(labels.has_value() || !rule.hard(),
                     "[top_k_distillation_loss] labels must be given when alpha is below 1, got none with alpha ",
                     alpha);
+  if (labels.has_value()) {
+    check_labels(student, *labels, row_weights, ignore_index);
+  }
   at::Tensor loss;
   if (rule.soft()) {
     auto outcomes = compact_logits(student, indices, temperature);

@@ -74,7 +74,8 @@ class LinearDistillationLoss(nn.Module):
             labels: int64 [...]; not needed with alpha 1.
             student_bias, teacher_bias: [classes].
             row_weights: [...], finite and >= 0.
-            mask: bool [...], True for the rows that count.
+            mask: bool [...], True for the rows that count. The student's hidden states must be finite in the others too: they
+                are factors of the weight's gradient, and 0 * NaN is NaN.
 
         Raises:
             ValueError, TypeError, IndexError: an argument breaks its rule; the message names the rule and the value.
@@ -82,6 +83,13 @@ class LinearDistillationLoss(nn.Module):
         if mask is not None:
             if mask.dtype != torch.bool:
                 raise TypeError(f"[LinearDistillationLoss] mask must be bool, got {mask.dtype}")
+            rows = student_hidden.shape[:-1]
+            for name, given in (("mask", mask), ("row_weights", row_weights)):
+                if given is not None and given.shape != rows:
+                    raise ValueError(
+                        f"[LinearDistillationLoss] {name} must have the shape of student_hidden without its last "
+                        f"dimension, {list(rows)}, got {list(given.shape)}"
+                    )
             ones = torch.ones(mask.shape, device=mask.device) if row_weights is None else row_weights
             row_weights = ones.masked_fill(~mask, 0.0)
         return torch.ops.rarefy.linear_distillation_loss(

@@ -17,7 +17,8 @@ class TopKLogits:
 
     Attributes:
         values: [..., k], the teacher's logits, largest first.
-        indices: int64 [..., k], their classes.
+        indices: int64 [..., k], their classes, each one once in a row. (The losses check that on the CPU; a GPU's values are
+            not read for it.)
         tail: [...], T * logsumexp of the other logits / T; -inf where there are none.
         temperature: T > 0. `tail` holds for this one only.
         classes: how many the teacher has; 0 when that is not known.
@@ -124,6 +125,13 @@ def shifted_top_k_loss(
     **settings: Any,
 ) -> Tensor:
     """Return `top_k_distillation_loss` with a mask, and with `shift` of position i and the label, weight and mask of i + 1."""
+    rows = student_logits.shape[:-1]
+    for name, given in (("row_weights", row_weights), ("mask", mask)):
+        if given is not None and given.shape != rows:
+            raise ValueError(
+                f"[DistillationLoss] {name} must have the logits' shape without classes, {list(rows)}, "
+                f"got {list(given.shape)}"
+            )
     if mask is not None:
         if mask.dtype != torch.bool:
             raise TypeError(f"[DistillationLoss] mask must be bool, got {mask.dtype}")

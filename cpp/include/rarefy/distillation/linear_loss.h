@@ -13,7 +13,8 @@ class RAREFY_API LinearDistillationLossImpl : public torch::nn::Cloneable<Linear
   explicit LinearDistillationLossImpl(const DistillationLossOptions& options = {});
 
   /// Hidden states [..., size] and the heads' weights [classes, size] and biases to a scalar. Labels, row weights and a bool
-  /// mask [...] (true counts) may be undefined. No gradient flows to the teacher.
+  /// mask [...] (true counts) may be undefined. No gradient flows to the teacher. The student's hidden states must be finite
+  /// in masked rows too: they are factors of the weight's gradient.
   torch::Tensor forward(const ops::LinearHead& student, const ops::LinearHead& teacher,
                         const torch::Tensor& labels = {}, const torch::Tensor& row_weights = {},
                         const torch::Tensor& mask = {});

@@ -13,7 +13,7 @@ namespace rarefy::distillation {
 /// outcomes, "class indices[j]" and "any other class", at one temperature T.
 struct RAREFY_API TopKLogits {
   torch::Tensor values;   // [..., k], the teacher's logits, largest first
-  torch::Tensor indices;  // int64 [..., k], their classes
+  torch::Tensor indices;  // int64 [..., k], their classes, each one once in a row
   torch::Tensor tail;     // [...], T * logsumexp of the other logits / T; -inf where there are none
   double temperature;     // T > 0: tail holds for this one
   int64_t classes = 0;    // of the teacher; 0 when it is not known
