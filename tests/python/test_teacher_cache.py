@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 
@@ -370,3 +371,64 @@ def test_bad_batches_write_nothing(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             D.TeacherCacheOptions(*arguments)
+
+
+def test_a_cache_that_cannot_get_its_name_goes_on(tmp_path):
+    path, partial = tmp_path / "c", tmp_path / "c.partial"
+    options = D.TeacherCacheOptions(50, 8, 2.0)
+    writer = D.TeacherCacheWriter(path, options)
+    logits = logits_of((12,))
+    writer.append(torch.arange(4), logits[:4])
+    whole = partial.read_bytes()
+    path.write_text("somebody else's")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="c must not exist: it was made while the cache was written"):
+            writer.finish()
+        assert path.read_text() == "somebody else's"
+        assert partial.read_bytes() == whole
+    writer.append(torch.arange(4, 8), logits[4:8])
+    path.unlink()
+    moved = tmp_path / "moved"
+    partial.rename(moved)
+    with pytest.raises(RuntimeError, match=r"cannot rename .*c\.partial to .*c: No such file"):
+        writer.finish()
+    moved.rename(partial)
+    writer.append(torch.arange(8, 12), logits[8:])
+    writer.finish()
+    assert not partial.exists()
+    top = D.CachedTeacher(path)(torch.arange(12))
+    assert torch.equal(top.indices[:, 0], logits.argmax(-1))
+    with pytest.raises(ValueError, match="is finished already"):
+        writer.finish()
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.tensor([0.5, 1.5, 2.0]),
+        [0.5, 1.5, 2.0],
+        [0, 1, 2.0],
+        np.array([0.0, 1.0, 2.0]),
+        torch.tensor([True, False, True]),
+        ["a", "b", 3],
+        [1, 2, "c"],
+    ],
+)
+def test_ids_are_integers_or_strings(tmp_path, ids):
+    path = tmp_path / "c"
+    loader = [{"sample_id": ids, "x": logits_of((3,))}]
+    with pytest.raises(TypeError, match="sample ids must be integers, or all of them strings, got "):
+        D.cache_teacher(lambda x: x, loader, path, k=8, input_key="x", fingerprint="f", progress=False)
+    assert list(tmp_path.iterdir()) == []
+    write(path, logits_of((3,)), torch.arange(3))
+    with pytest.raises(TypeError, match="sample ids must be integers, or all of them strings, got "):
+        D.CachedTeacher(path)(ids)
+
+
+def test_kinds_of_integers_as_ids(tmp_path):
+    write(tmp_path / "c", logits_of((3,)), torch.arange(3))
+    cached = D.CachedTeacher(tmp_path / "c")
+    expected = cached(torch.arange(3)).values
+    one_by_one = list(torch.arange(3))
+    for ids in (torch.arange(3, dtype=torch.int32), np.arange(3), [0, 1, 2], (np.int64(0), 1, 2), one_by_one):
+        assert torch.equal(cached(ids).values, expected)

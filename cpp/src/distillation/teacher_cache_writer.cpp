@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <limits>
 #include <unordered_set>
 #include <utility>
@@ -24,6 +25,22 @@ std::filesystem::path partial_of(const std::filesystem::path& path) {
   auto partial = path;
   partial += ".partial";
   return partial;
+}
+
+/// Renames a file unless there is one of the new name. Returns 0, or -1 with errno set and nothing changed.
+int rename_new(const std::filesystem::path& from, const std::filesystem::path& to) {
+  if (::renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), RENAME_NOREPLACE) == 0) {
+    return 0;
+  }
+  if (errno != EINVAL && errno != ENOSYS) {
+    return -1;
+  }
+  // Some network file systems cannot do both at once.
+  if (std::filesystem::exists(to)) {
+    errno = EEXIST;
+    return -1;
+  }
+  return ::rename(from.c_str(), to.c_str());
 }
 
 std::string text_of(const TeacherCacheOptions& options) {
@@ -231,9 +248,18 @@ const TeacherCacheOptions& TeacherCacheWriter::options() const { return state_->
 void TeacherCacheWriter::finish() {
   TORCH_CHECK_VALUE(!state_->finished, "[TeacherCache] ", state_->path.string(), " is finished already");
   const auto block = format_end(samples());
+  const auto end = state_->end;
   state_->write(block.data(), block.size());
-  TORCH_CHECK(::rename(state_->partial.c_str(), state_->path.c_str()) == 0, "[TeacherCache] cannot rename ",
-              state_->partial.string(), " to ", state_->path.string(), ": ", last_error());
+  if (rename_new(state_->partial, state_->path) != 0) {
+    const auto error = errno;
+    state_->truncate(end);  // so that more can be appended
+    TORCH_CHECK_VALUE(
+        error != EEXIST, "[TeacherCache] ", state_->path.string(),
+        " must not exist: it was made while the cache was written, and would be replaced. The samples are kept in ",
+        state_->partial.string());
+    TORCH_CHECK(false, "[TeacherCache] cannot rename ", state_->partial.string(), " to ", state_->path.string(), ": ",
+                std::generic_category().message(error));
+  }
   state_->finished = true;
 }
 

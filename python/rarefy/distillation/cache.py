@@ -1,6 +1,7 @@
 """Teacher outputs on disk: written once, read in every epoch."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import index
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def cache_teacher(
     Raises:
         ValueError: a file is there already and holds something else, an option is out of range, or logits are not finite.
         KeyError: a batch lacks an entry.
+        TypeError: ids are neither integers nor strings.
         RuntimeError: the file cannot be written. What was complete is kept.
     """
     if fingerprint is None:
@@ -132,6 +134,7 @@ class CachedTeacher:
     Raises:
         ValueError: the file is not finished, is damaged, or does not agree.
         IndexError: an id is not in the file (when called).
+        TypeError: ids are neither integers nor strings, or not of the file's kind (when called).
         KeyError: a batch lacks an entry (when called).
     """
 
@@ -200,9 +203,16 @@ def _entry(batch: Mapping[str, Any], name: str, option: str, function: str = "ca
 
 def _ids(values: Any) -> Tensor | list[str]:
     if isinstance(values, Tensor):
-        return values.reshape(-1).cpu()
+        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+            raise TypeError(f"[TeacherCache] sample ids must be integers, or all of them strings, got {values.dtype}")
+        return values.reshape(-1).cpu().to(torch.int64)
     values = list(values)
-    return values if values and isinstance(values[0], str) else torch.tensor(values, dtype=torch.int64)
+    if values and all(isinstance(value, str) for value in values):
+        return values
+    for value in values:
+        if not hasattr(value, "__index__") or (isinstance(value, Tensor) and value.is_floating_point()):
+            raise TypeError(f"[TeacherCache] sample ids must be integers, or all of them strings, got {value!r}")
+    return torch.tensor([index(value) for value in values], dtype=torch.int64)
 
 
 def _each(ids: Tensor | list[str]) -> list[Any]:

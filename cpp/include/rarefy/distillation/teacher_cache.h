@@ -78,7 +78,8 @@ class RAREFY_API TeacherCacheWriter {
   /// Samples in the file.
   int64_t samples() const;
   const TeacherCacheOptions& options() const;
-  /// Writes the end and renames the file to `path`. Nothing can be appended after it.
+  /// Writes the end and renames the file to `path`. Nothing can be appended after it. Throws c10::ValueError where there is
+  /// a file of that name by now, c10::Error where it cannot be renamed: samples are kept, and finish() can be called again.
   void finish();
 
  private:
