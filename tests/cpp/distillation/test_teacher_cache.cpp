@@ -65,6 +65,22 @@ TEST_CASE("a cache gives back what was written, within its bound", "[teacher_cac
   }
 }
 
+TEST_CASE("a cache does not replace a file, and goes on", "[teacher_cache]") {
+  const Folder folder;
+  const auto path = folder.path / "cache";
+  TeacherCacheWriter writer(path, options_for("uint8"));
+  writer.append(torch::arange(4), torch::randn({4, 40}));
+  std::ofstream(path) << "another";
+  CHECK_THROWS_AS(writer.finish(), c10::ValueError);
+  CHECK(std::filesystem::file_size(path) == 7);
+  std::filesystem::remove(path);
+  writer.append(torch::arange(4, 8), torch::randn({4, 40}));
+  writer.finish();
+  const TeacherCache cache(path);
+  CHECK(cache.samples() == 8);
+  cache.verify();
+}
+
 TEST_CASE("a damaged cache is refused", "[teacher_cache]") {
   const Folder folder;
   const auto path = folder.path / "cache";

@@ -65,6 +65,18 @@ TEST_CASE("heads that do not fit are refused", "[linear_distillation_loss]") {
   heads.teacher.weight = torch::randn({7, 9}, torch::kFloat64);
   CHECK_THROWS_AS(run(), c10::TypeError);
   CHECK_THROWS_AS(LinearDistillationLoss(DistillationLossOptions{.reduction = "none"}), c10::ValueError);
+  const Heads sequences(6, 7, torch::kFloat32);
+  const auto in_rows = [](const rarefy::ops::LinearHead& head) {
+    return rarefy::ops::LinearHead{head.hidden.view({2, 3, -1}), head.weight, head.bias};
+  };
+  LinearDistillationLoss module;
+  const auto with = [&](const torch::Tensor& weights, const torch::Tensor& mask) {
+    return module(in_rows(sequences.student), in_rows(sequences.teacher), sequences.labels.view({2, 3}), weights, mask);
+  };
+  const auto mask = torch::tensor({true, false, true});
+  CHECK_NOTHROW(with(torch::ones({2, 3}), mask.expand({2, 3})));
+  CHECK_THROWS_AS(with(torch::ones({2, 3}), mask), c10::ValueError);  // would broadcast
+  CHECK_THROWS_AS(with(torch::ones({3}), mask.expand({2, 3})), c10::ValueError);
 }
 
 TEST_CASE("all classes as top-k logits have the dense loss", "[top_k]") {
