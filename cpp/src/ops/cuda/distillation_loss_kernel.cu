@@ -72,13 +72,17 @@ __device__ double weight_of(const DistillationTask& task, int64_t row) {
 }
 
 __global__ void total_weight_kernel(DistillationTask task) {
-  double total = 0.0;
+  double total = 0.0, largest = 0.0;
   for (int64_t row = threadIdx.x; row < task.rows; row += kThreads) {
-    total += weight_of(task, row);
+    const double weight = weight_of(task, row);
+    total += weight;
+    largest = Max()(largest, weight);
   }
   total = block_reduce(total, Add());
+  largest = block_reduce(largest, Max());
   if (threadIdx.x == 0) {
-    *task.total_weight = total;
+    task.total_weight[0] = total;
+    task.total_weight[1] = largest;
   }
 }
 
@@ -157,7 +161,7 @@ __global__ void distill_rows_kernel(DistillationTask task) {
   const C temperature = static_cast<C>(task.temperature);
   const bool kl = task.divergence == Divergence::kl;
   const C skew = static_cast<C>(task.skew);
-  const double mean = task.reduction == Reduction::mean && !task.deferred_mean ? 1.0 / *task.total_weight : 1.0;
+  const double mean = task.reduction == Reduction::mean ? 1.0 / task.total_weight[task.deferred_mean ? 1 : 0] : 1.0;
   for (int64_t row = blockIdx.x; row < task.rows; row += gridDim.x) {
     const T* student = static_cast<const T*>(task.student) + row * n;
     const T* teacher = static_cast<const T*>(task.teacher) + row * n;
@@ -278,7 +282,7 @@ __global__ void reduce_kernel(DistillationTask task) {
       *static_cast<Real*>(task.loss) = static_cast<Real>(task.reduction == Reduction::mean ? sum / total : sum);
     }
     if (task.scale != nullptr) {
-      *static_cast<Real*>(task.scale) = static_cast<Real>(task.deferred_mean ? 1.0 / total : 1.0);
+      *static_cast<Real*>(task.scale) = static_cast<Real>(task.deferred_mean ? task.total_weight[1] / total : 1.0);
     }
   }
 }
