@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 
 import rarefy as rf
@@ -190,6 +191,38 @@ def test_the_teacher_may_be_of_another_dtype():
     expected = loss_op(*arguments, temperature=2.0, alpha=0.6)
     arguments[3:6] = [x.double() for x in arguments[3:6]]
     torch.testing.assert_close(loss_op(*arguments, temperature=2.0, alpha=0.6), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_logits_that_float16_does_not_hold(reduction):
+    settings = {"temperature": 2.0, "alpha": 0.6, "reduction": reduction}
+    arguments = make(dtype=torch.float16)
+    arguments[3:6] = [x.float() for x in arguments[3:6]]
+    arguments[5] += 1e5
+    loss = loss_op(*arguments, **settings)
+    expected, expected_grads = dense(arguments, **settings)
+    assert loss.item() == pytest.approx(expected.item(), rel=3e-3)
+    for grad, wanted in zip(torch.autograd.grad(loss * 1.5, arguments[:3]), expected_grads, strict=True):
+        assert grad.dtype == torch.float16
+        torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=5e-3 * wanted.abs().max().item())
+
+
+def test_derivatives_that_do_not_exist_are_errors():
+    settings = {"temperature": 2.0, "alpha": 0.6}
+    arguments = [None if x is None else x.detach() for x in make()]
+    for leaf in (False, True):
+        weighted = [*arguments[:7], arguments[7].clone().requires_grad_()]
+        weighted[0] = arguments[0].clone().requires_grad_(leaf)
+        with pytest.raises(ValueError, match="row_weights must not require a gradient"):
+            loss_op(*weighted, **settings)
+        with torch.no_grad():
+            loss_op(*weighted, **settings)
+    for index in range(6):
+        with fwAD.dual_level():
+            dual = list(arguments)
+            dual[index] = fwAD.make_dual(dual[index], torch.ones_like(dual[index]))
+            with pytest.raises(NotImplementedError, match="has no derivative in forward mode"):
+                loss_op(*dual, **settings)
 
 
 def test_logits_never_exist_whole():

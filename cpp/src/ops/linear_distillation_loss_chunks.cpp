@@ -171,7 +171,9 @@ LinearDistillationGradients linear_distillation_in_chunks(const LinearDistillati
     auto logits = device.matmul_transposed(rows, head.weight);
     return head.bias.has_value() ? logits.add_(*head.bias) : logits;
   };
-  const int64_t row_bytes = 2 * classes * static_cast<int64_t>(student_rows.element_size());
+  // 16 bits do not hold the logits of a teacher of another dtype.
+  const auto logits_type = type == teacher_rows.scalar_type() ? type : sums;
+  const int64_t row_bytes = 2 * classes * static_cast<int64_t>(c10::elementSize(logits_type));
   // Chunks of one size: the last is not a small one.
   const int64_t most = std::max(kLeastRows, device.chunk_bytes / row_bytes);
   const int64_t chunks = (count + most - 1) / most;
@@ -181,9 +183,12 @@ LinearDistillationGradients linear_distillation_in_chunks(const LinearDistillati
     const int64_t size = std::min(step, count - first);
     const auto part = [&](const at::Tensor& x) { return x.defined() ? x.narrow(0, first, size) : x; };
     const auto rows = part(student_rows);
-    auto logits = logits_of(rows, student);
-    total.add_(device.distill(logits, logits_of(part(teacher_rows), teacher).to(type), part(labels), part(weights),
-                              wants.any()));
+    auto logits = logits_of(rows, student).to(logits_type);
+    total.add_(device.distill(logits, logits_of(part(teacher_rows), teacher).to(logits_type), part(labels),
+                              part(weights), wants.any()));
+    if (wants.any()) {
+      logits = logits.to(type);
+    }
     if (wants.hidden) {
       part(hidden_out).copy_(device.matmul_transposed(logits, student.weight.t()));
     }
