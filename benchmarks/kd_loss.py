@@ -12,6 +12,7 @@ both linear heads (linear_kd_loss.py, which says how it measures memory).
 import argparse
 import json
 import sys
+from collections.abc import Callable
 
 import linear_kd_loss
 import torch
@@ -39,26 +40,29 @@ def measure(
 ) -> dict:
     """Return one row of the table for logits of shape [rows, classes]."""
     torch.manual_seed(0)
-    student = (torch.randn(rows, classes) * 3).to(dtype).requires_grad_()
+    student = (torch.randn(rows, classes) * 3).to(dtype)
     teacher = (torch.randn(rows, classes) * 3).to(dtype)
     labels = torch.randint(0, classes, (rows,))
     mapped = torch.zeros_like(teacher)
     loss_fn = rf.distillation.DistillationLoss(temperature=temperature, alpha=alpha)
 
-    def forward_backward(loss) -> torch.Tensor:
-        student.grad = None
-        value = loss()
+    # Each has logits of its own, so that none frees the gradient of another.
+    logits = {name: student.detach().clone().requires_grad_() for name in ("rarefy", "eager", "compiled")}
+
+    def forward_backward(name: str, loss: Callable[..., torch.Tensor]) -> torch.Tensor:
+        logits[name].grad = None
+        value = loss(logits[name])
         value.backward()
         return value.detach()
 
     def ours() -> torch.Tensor:
-        return forward_backward(lambda: loss_fn(student, teacher, labels))
+        return forward_backward("rarefy", lambda s: loss_fn(s, teacher, labels))
 
     def eager() -> torch.Tensor:
-        return forward_backward(lambda: eager_loss(student, teacher, labels, temperature, alpha))
+        return forward_backward("eager", lambda s: eager_loss(s, teacher, labels, temperature, alpha))
 
     def limit() -> None:
-        torch.add(student.detach(), teacher, out=mapped)
+        torch.add(student, teacher, out=mapped)
 
     difference = abs(ours().item() - eager().item())
     if difference > 1e-2 * abs(eager().item()):
@@ -67,7 +71,7 @@ def measure(
     if peers:
         compiled_loss = torch.compile(eager_loss, fullgraph=True)
         functions["compiled"] = lambda: forward_backward(
-            lambda: compiled_loss(student, teacher, labels, temperature, alpha)
+            "compiled", lambda s: compiled_loss(s, teacher, labels, temperature, alpha)
         )
     seconds = interleaved(functions, repeats=repeats)
     return {

@@ -65,6 +65,7 @@ Model::Restore to_restore(Model::Restore restore) {
 
 /// forward: a Python function of a batch to (outputs, logits or None).
 Model to_model(const py::object& forward, std::function<Model::Restore(bool)> enter_mode,
+               std::function<Model::Restore()> capture,
                std::function<std::vector<std::pair<std::string, Tensor>>()> tensors,
                std::function<Model::Restore()> pause_sync, std::function<void()> after_step) {
   Model model;
@@ -75,6 +76,9 @@ Model to_model(const py::object& forward, std::function<Model::Restore(bool)> en
   };
   if (enter_mode) {
     model.enter_mode = [enter_mode = std::move(enter_mode)](bool training) { return to_restore(enter_mode(training)); };
+  }
+  if (capture) {
+    model.capture = [capture = std::move(capture)] { return to_restore(capture()); };
   }
   if (pause_sync) {
     model.pause_sync = [pause_sync = std::move(pause_sync)] { return to_restore(pause_sync()); };
@@ -248,8 +252,8 @@ void init_distillation_trainer(py::module_& sub) {
   using release = py::call_guard<py::gil_scoped_release>;
   sub.def("fingerprint", &fingerprint, py::arg("tensors"), release());
   py::class_<Model>(sub, "Model", "A model as the loop sees it.")
-      .def(py::init(&to_model), py::arg("forward"), py::arg("enter_mode") = py::none(), py::arg("tensors") = py::none(),
-           py::arg("pause_sync") = py::none(), py::arg("after_step") = py::none());
+      .def(py::init(&to_model), py::arg("forward"), py::arg("enter_mode") = py::none(), py::arg("capture") = py::none(),
+           py::arg("tensors") = py::none(), py::arg("pause_sync") = py::none(), py::arg("after_step") = py::none());
   py::class_<DistillationTrainer>(sub, "DistillationTrainer",
                                   "The training loop; rarefy.distillation.DistillationTrainer drives it.")
       .def(py::init([](const Model& student, const Model& teacher, std::function<void()> zero_grad,
@@ -258,8 +262,9 @@ void init_distillation_trainer(py::module_& sub) {
                        bool schedule_epochs, double max_grad_norm, int64_t ignore_index, int64_t accumulate,
                        const std::string& precision, const std::string& device, int64_t log_every, bool shift,
                        const std::string& metric, bool maximize, double min_delta, int64_t patience,
-                       const py::object& count, const py::object& prepare, std::function<void(Tensor)> all_reduce_sum,
-                       int64_t processes, std::function<std::vector<Tensor>()> capture_random,
+                       const py::object& row_weights, const py::object& count, const py::object& prepare,
+                       std::function<void(Tensor)> all_reduce_sum, int64_t processes,
+                       std::function<std::vector<Tensor>()> capture_random,
                        std::function<void(std::vector<Tensor>)> restore_random) {
              DistillationTrainerOptions options{max_grad_norm,
                                                 ignore_index,
@@ -269,6 +274,12 @@ void init_distillation_trainer(py::module_& sub) {
                                                 log_every,
                                                 shift,
                                                 {metric, maximize, min_delta, patience}};
+             if (!row_weights.is_none()) {
+               options.row_weights = [weights = hold(row_weights)](const Batch& batch) {
+                 const py::gil_scoped_acquire gil;
+                 return held(weights)(held(batch.object)).cast<Tensor>();
+               };
+             }
              if (!count.is_none()) {
                options.count = [count = hold(count)](const Batch& batch) {
                  const py::gil_scoped_acquire gil;
@@ -297,8 +308,8 @@ void init_distillation_trainer(py::module_& sub) {
            py::arg("parameters"), py::arg("terms"), py::arg("scheduler"), py::arg("schedule_epochs"),
            py::arg("max_grad_norm"), py::arg("ignore_index"), py::arg("accumulate"), py::arg("precision"),
            py::arg("device"), py::arg("log_every"), py::arg("shift"), py::arg("metric"), py::arg("maximize"),
-           py::arg("min_delta"), py::arg("patience"), py::arg("count"), py::arg("prepare"), py::arg("all_reduce_sum"),
-           py::arg("processes"), py::arg("capture_random"), py::arg("restore_random"))
+           py::arg("min_delta"), py::arg("patience"), py::arg("row_weights"), py::arg("count"), py::arg("prepare"),
+           py::arg("all_reduce_sum"), py::arg("processes"), py::arg("capture_random"), py::arg("restore_random"))
       .def(
           "train_step",
           [](DistillationTrainer& trainer, const py::object& source) {

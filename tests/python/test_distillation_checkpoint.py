@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -314,3 +315,36 @@ def test_further_objects_are_kept(tmp_path):
         else:
             trainer.load_checkpoint(tmp_path / "x.pt")
     assert counters[1].value == 5
+
+
+def test_numbers_of_numpy_are_kept_and_other_objects_refused(tmp_path):
+    student, teacher = Student(), Student()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + np.cos(np.pi * i / 100)))
+    trainer = DistillationTrainer(student, teacher, optimizer, DistillationLoss(), scheduler=schedule)
+    loader = torch.utils.data.DataLoader(Rows(), batch_size=8)
+    trainer.fit(loader, 1, progress=False, checkpoint=tmp_path)
+    rate = optimizer.param_groups[0]["lr"]
+    assert isinstance(rate, np.float64)
+    trainer.load_checkpoint(tmp_path / "last.pt")
+    assert optimizer.param_groups[0]["lr"] == rate
+
+    class Odd:
+        def state_dict(self):
+            return {"value": Odd}
+
+    trainer.stateful["odd"] = Odd()
+    with pytest.raises(TypeError, match="holds tensors and plain values, got a type in the state of 'stateful odd'"):
+        trainer.save_checkpoint(tmp_path / "odd.pt")
+    assert not (tmp_path / "odd.pt").exists()
+
+
+def test_multi_step_schedules_are_kept(tmp_path):
+    student, teacher = Student(), Student()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 9])
+    trainer = DistillationTrainer(student, teacher, optimizer, DistillationLoss(), scheduler=schedule)
+    trainer.fit(torch.utils.data.DataLoader(Rows(), batch_size=8), 1, progress=False, checkpoint=tmp_path)
+    trainer.load_checkpoint(tmp_path / "last.pt")
+    assert schedule.milestones == {3: 1, 9: 1}
+    assert schedule._get_closed_form_lr() == pytest.approx([optimizer.param_groups[0]["lr"]])

@@ -463,3 +463,27 @@ def test_what_other_libraries_compute_instead():
     assert ratios["cross-entropy"][1] == pytest.approx(1.0)
     assert ratios["cross-entropy"][0] > 2.0
     assert abs(ratios["T not applied"][1] - 1.0) > 0.05
+
+
+@pytest.mark.parametrize("classes", [65, 79, 100, 1000])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_greatest_logit_may_be_anywhere(divergence, classes):
+    """Also among the last ones, which make no whole step of the loop, and far above what comes first."""
+    generator = torch.Generator().manual_seed(classes)
+    places = [0, 15, 63, 64, *range(classes - 17, classes)]
+    for gap in (20.0, 90.0, 150.0):
+        student, teacher = (torch.randn(2 * len(places), classes, generator=generator) for _ in range(2))
+        labels = torch.randint(0, classes, (2 * len(places),), generator=generator)
+        for row, place in enumerate(places):
+            student[row, place] += gap
+            teacher[len(places) + row, place] += gap
+        assert_matches(student, teacher, labels, temperature=1.0, alpha=0.5, divergence=divergence)
+        assert_matches(student, teacher, labels, temperature=4.0, alpha=0.5, divergence=divergence)
+
+
+@pytest.mark.parametrize("masked", [-1e9, -math.inf, torch.finfo(torch.float32).min])
+def test_all_classes_but_the_last_masked(masked):
+    student = torch.full((1, 1000), masked)
+    student[0, 999] = 3.0
+    loss = op(student, torch.zeros(1, 1000), torch.tensor([999]), temperature=1.0, alpha=0.0)
+    assert loss.item() == 0.0

@@ -421,7 +421,7 @@ def test_a_batch_without_valid_rows_adds_nothing(tmp_path):
         ({"objective": {"a": (float("nan"), DistillationLoss())}}, "must be a finite number, got nan for 'a'"),
         (
             {"loss_fn": DistillationLoss(reduction="sum")},
-            "loss_fn must return a mean, got one with the reduction 'sum'",
+            "loss_fn must have the reduction 'mean', got 'sum'",
         ),
         ({"loss_fn": DistillationLoss(), "compute_loss_func": print}, "got a compute_loss_func as well"),
         (

@@ -79,13 +79,22 @@ def test_sequences_count_tokens():
     torch.testing.assert_close(flat_gradient(student), flat_gradient(reference), rtol=1e-5, atol=1e-8)
 
 
-def test_a_step_without_valid_rows_is_refused():
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batches_without_valid_rows_are_passed_over(accumulate):
     student, teacher, batches = problem()
+    student = plain()
+    twin = copy.deepcopy(student)
     ignored = [(x, torch.full_like(y, -100)) for x, y in batches[:2]]
-    with pytest.raises(
-        ValueError, match="a step must have at least one valid row, got 2 batches without any at step 1"
-    ):
-        make_trainer(student, teacher, accumulate=2).fit(ignored, epochs=1, progress=False)
+    make_trainer(student, teacher, accumulate=accumulate).fit(
+        [*ignored, *batches, (batches[0][0][:0], batches[0][1][:0])], epochs=1, progress=False
+    )
+    make_trainer(twin, teacher, accumulate=accumulate).fit(batches, epochs=1, progress=False)
+    assert_same_state(student, twin)
+    trainer = make_trainer(student, teacher, accumulate=accumulate)
+    with pytest.raises(ValueError, match="must have at least one valid row, got none in the 2 batches of epoch 1"):
+        trainer.fit(ignored, epochs=1, progress=False)
+    with pytest.raises(ValueError, match="a step must have at least one valid row, got none"):
+        trainer.train_step(*ignored[0])
 
 
 def test_the_last_step_of_an_epoch_takes_what_is_left():
@@ -451,7 +460,9 @@ def test_bad_options(options, message):
 def test_patience_needs_an_evaluation():
     student, teacher, batches = problem()
     trainer = make_trainer(student, teacher, selection=Selection(patience=2))
-    with pytest.raises(ValueError, match="patience needs an evaluation after each epoch"):
+    with pytest.raises(
+        ValueError, match="patience needs an evaluation that measures 'loss' after each epoch, got none"
+    ):
         trainer.fit(batches, epochs=1, progress=False)
 
 
@@ -666,7 +677,14 @@ def test_an_encoder_decoder_makes_its_decoder_s_inputs_of_the_labels():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.T5Config(
-        vocab_size=19, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0, dropout_rate=0.0
+        vocab_size=19,
+        d_model=16,
+        d_kv=8,
+        d_ff=16,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
     )
     student, teacher = (transformers.T5ForConditionalGeneration(config) for _ in range(2))
     labels = torch.randint(2, 19, (3, 5))
@@ -677,3 +695,127 @@ def test_an_encoder_decoder_makes_its_decoder_s_inputs_of_the_labels():
         expected = loss_fn(student(**batch).logits, teacher(**batch).logits, labels).item()
     trainer = DistillationTrainer(student, teacher, torch.optim.SGD(student.parameters(), lr=0.1), loss_fn)
     assert trainer.train_step(batch).loss == pytest.approx(expected, rel=1e-6)
+
+
+# ---- what the options of batches, terms and teachers mean together --------------------------------------------------
+
+
+def test_losses_must_be_means():
+    student, teacher, _ = problem()
+    for loss in (DistillationLoss(reduction="sum"), {"a": DistillationLoss(reduction="none")}):
+        with pytest.raises(ValueError, match="must have the reduction 'mean', got"):
+            make_trainer(student, teacher, loss)
+
+
+def test_sequences_without_labels_must_be_counted():
+    torch.manual_seed(0)
+    student, teacher = nn.Linear(6, 11), nn.Linear(6, 11)
+    batches = [torch.randn(2, 3, 6), torch.randn(2, 9, 6)]
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
+    options = {"accumulate": 2}
+    with pytest.raises(ValueError, match="sequences without labels must be counted to be accumulated"):
+        DistillationTrainer(student, teacher, optimizer, DistillationLoss(2.0, 1.0), **options).fit(
+            batches, epochs=1, progress=False
+        )
+    trainer = DistillationTrainer(
+        student, teacher, optimizer, DistillationLoss(2.0, 1.0), count=lambda x: x.shape[0] * x.shape[1], **options
+    )
+    trainer.fit(batches, epochs=1, progress=False)
+    got = student.weight.grad.clone()
+    student.zero_grad()
+    rows = torch.cat([x.reshape(-1, 6) for x in batches])
+    DistillationLoss(2.0, 1.0)(student(rows), teacher(rows).detach()).backward()
+    torch.testing.assert_close(got, student.weight.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_measure_alone_does_not_end_training_in_silence():
+    student, teacher, batches = problem()
+    trainer = make_trainer(student, teacher, selection=Selection(patience=2))
+    with pytest.raises(ValueError, match="patience needs an evaluation that measures 'loss'"):
+        trainer.fit(batches, epochs=5, progress=False, measure=lambda model: {"score": 1.0})
+    trainer = make_trainer(student, teacher)
+    assert len(trainer.fit(batches[:1], epochs=3, progress=False, measure=lambda model: {"score": 1.0})) == 3
+    assert trainer.best_epoch is None
+
+
+def test_accuracy_obeys_the_mask_and_integer_masks_are_masks():
+    inputs, labels = torch.eye(6), torch.tensor([0, 1, 2, 0, 0, 0])
+    student = nn.Linear(6, 6, bias=False)
+    with torch.no_grad():
+        student.weight.copy_(10 * torch.eye(6))
+    mask = torch.tensor([1, 1, 1, 0, 0, 0])
+    trainer = DistillationTrainer(
+        student, nn.Linear(6, 6), torch.optim.SGD(student.parameters(), lr=0.1), DistillationLoss(2.0, 0.0),
+        mask_key="mask",
+    )  # fmt: skip
+    result = trainer.evaluate([{"inputs": inputs, "labels": labels, "mask": mask}])
+    assert result.accuracy == 1.0
+    assert result.loss < 1e-3
+    with pytest.raises(TypeError, match="mask_key 'mask' needs a batch that has it, got a tuple"):
+        trainer.train_step((inputs, labels))
+
+
+def test_train_step_captures_layers():
+    student, teacher, batches = problem()
+    hint = HintTerm()
+    optimizer = torch.optim.SGD([*student.parameters(), *hint.parameters()], lr=0.05)
+    trainer = DistillationTrainer(student, teacher, optimizer, {"hint": hint})
+    assert trainer.train_step(*batches[0]).loss > 0
+    assert not any(m._forward_hooks for m in (*student.modules(), *teacher.modules()))
+
+
+def test_extractors_are_used_by_terms_of_outputs():
+    student, teacher, batches = problem()
+    trainer = make_trainer(
+        student, lambda x: {"scores": teacher(x)}, {"mse": lambda s, t, batch: F.mse_loss(s.logits, t.logits)},
+        teacher_logits=lambda raw: raw["scores"],
+    )  # fmt: skip
+    assert trainer.train_step(*batches[0]).loss > 0
+
+
+def test_an_ema_teacher_takes_what_its_student_takes():
+    torch.manual_seed(0)
+    student = Named()
+    teacher = EMATeacher(student)
+    batch = {
+        "input_ids": torch.randint(0, 20, (8, 5)), "attention_mask": torch.ones(8, 5),
+        "labels": torch.randint(0, CLASSES, (8,)), "sample_id": torch.arange(8),
+    }  # fmt: skip
+    trainer = DistillationTrainer(
+        student, teacher, torch.optim.SGD(student.parameters(), lr=0.1),
+        {"logits": DistillationLoss(), "head": rf.distillation.FeatureLoss("head", "head", rf.distillation.LogitMSE())},
+    )  # fmt: skip
+    assert trainer.train_step(batch).terms["head"] == 0.0
+
+
+def test_samplers_inside_of_batch_samplers_are_told_the_epoch():
+    epochs = []
+
+    class Sampler(torch.utils.data.SequentialSampler):
+        def set_epoch(self, epoch):
+            epochs.append(epoch)
+
+    student, teacher, batches = problem()
+    data = torch.utils.data.TensorDataset(*batches[0])
+    loader = torch.utils.data.DataLoader(
+        data, batch_sampler=torch.utils.data.BatchSampler(Sampler(data), 16, drop_last=False)
+    )
+    make_trainer(student, teacher).fit(loader, epochs=3, progress=False)
+    assert epochs == [0, 1, 2]
+
+
+def test_frozen_parts_keep_their_modes():
+    student, teacher, batches = problem()
+    student.train()
+    student.body[1].eval()
+    before = student.body[1].running_mean.clone()
+    make_trainer(student, teacher).fit(batches, epochs=1, progress=False, evaluate=batches)
+    assert torch.equal(student.body[1].running_mean, before)
+    assert student.training
+    assert not student.body[1].training
+
+
+def test_labels_must_be_a_tensor():
+    student, teacher, batches = problem()
+    with pytest.raises(TypeError, match="labels must be a tensor, got list under 'labels'"):
+        make_trainer(student, teacher).train_step({"inputs": batches[0][0], "labels": batches[0][1].tolist()})

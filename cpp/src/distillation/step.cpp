@@ -31,7 +31,7 @@ torch::Tensor weighed(const torch::Tensor& value, double weight) { return weight
 /// The part of each term, or of each part of one, in the sum of the norms of their gradients.
 std::vector<std::pair<std::string, double>> gradient_shares(const Objective& objective, const TermSums& sums,
                                                             const Outputs& student, const Outputs& teacher,
-                                                            const Batch& batch,
+                                                            const Batch& batch, double scale,
                                                             const std::vector<torch::Tensor>& parameters) {
   std::vector<std::string> names;
   std::vector<torch::Tensor> scalars;
@@ -39,12 +39,12 @@ std::vector<std::pair<std::string, double>> gradient_shares(const Objective& obj
     const auto& term = objective.terms()[i];
     if (term.parts.empty()) {
       names.push_back(term.name);
-      scalars.push_back(weighed(sums.terms[i], term.weight));
+      scalars.push_back(weighed(sums.terms[i], scale * term.weight));
     }
     for (const auto& part : term.parts) {
       names.push_back(term.name + "." + part.name);
       scalars.push_back(
-          weighed(one_number(part.name, part.function(student, teacher, batch)), term.weight * part.weight));
+          weighed(one_number(part.name, part.function(student, teacher, batch)), scale * term.weight * part.weight));
     }
   }
   const auto norms = gradient_norms(scalars, parameters);
@@ -78,16 +78,29 @@ TermSums sum_terms(const Objective& objective, const Outputs& student, const Out
   return sums;
 }
 
+torch::Tensor valid_rows(const DistillationTrainerOptions& options, const Batch& batch) {
+  const auto& labels = batch.labels;
+  torch::Tensor valid;
+  if (labels.defined() && labels.scalar_type() == torch::kLong && labels.dim() >= 1) {
+    valid = labels != options.ignore_index;
+  }
+  if (options.row_weights) {
+    const auto weights = options.row_weights(batch).to(torch::kDouble);
+    TORCH_CHECK_VALUE(!valid.defined() || valid.sizes() == weights.sizes(),
+                      "[DistillationTrainer] masks and weights must have the shape of the labels, ", labels.sizes(),
+                      ", got ", weights.sizes());
+    valid = valid.defined() ? weights * valid : weights;
+  }
+  return valid.defined() && options.shift && valid.size(-1) > 1 ? valid.narrow(-1, 1, valid.size(-1) - 1) : valid;
+}
+
 double count_rows(const DistillationTrainerOptions& options, const Batch& batch, const Outputs& outputs) {
   if (options.count) {
     return options.count(batch);
   }
-  if (batch.labels.defined() && batch.labels.scalar_type() == torch::kLong && batch.labels.dim() >= 1) {
-    auto labels = batch.labels;
-    if (options.shift && labels.size(-1) > 1) {
-      labels = labels.narrow(-1, 1, labels.size(-1) - 1);
-    }
-    return (labels != options.ignore_index).sum().item<double>();
+  const auto valid = valid_rows(options, batch);
+  if (valid.defined()) {
+    return valid.sum().item<double>();
   }
   if (outputs.logits.defined()) {
     const auto& logits = outputs.logits;
@@ -99,9 +112,6 @@ double count_rows(const DistillationTrainerOptions& options, const Batch& batch,
 }
 
 std::vector<double> DistillationTrainer::factors(const std::vector<Batch>& window) const {
-  if (window.size() == 1 && !options_.all_reduce_sum) {
-    return {1.0};
-  }
   std::vector<double> counts;
   for (const auto& batch : window) {
     counts.push_back(count_rows(options_, batch));
@@ -111,8 +121,15 @@ std::vector<double> DistillationTrainer::factors(const std::vector<Batch>& windo
     options_.all_reduce_sum(total);
   }
   const double sum = total.item<double>();
-  TORCH_CHECK_VALUE(sum > 0.0, "[DistillationTrainer] a step must have at least one valid row, got ", window.size(),
-                    " batches without any at step ", state_.step + 1);
+  if (sum == 0.0) {
+    return {};
+  }
+  TORCH_CHECK_VALUE(std::isfinite(sum) && sum > 0.0,
+                    "[DistillationTrainer] the number of valid rows must be positive and finite, got ", sum,
+                    " at step ", state_.step + 1);
+  if (window.size() == 1 && !options_.all_reduce_sum) {
+    return {1.0};  // to the bit
+  }
   for (double& value : counts) {
     value *= static_cast<double>(options_.processes) / sum;  // processes average their gradients
   }
@@ -126,6 +143,11 @@ double DistillationTrainer::accumulate(const Batch& batch, double factor, bool m
     const AutocastGuard autocast(options_.device, options_.precision);
     const Outputs target = teacher_(batch);
     const Outputs outputs = student_.forward(batch);
+    const bool counted = options_.count || options_.row_weights || batch.labels.defined();
+    TORCH_CHECK_VALUE(counted || factor == 1.0 || !outputs.logits.defined() || outputs.logits.dim() < 3,
+                      "[DistillationTrainer] sequences without labels must be counted to be accumulated (count, or a "
+                      "mask), got logits of shape ",
+                      outputs.logits.sizes());
     if (factor == 0.0) {  // other processes wait for this one's gradients: zeros
       TORCH_CHECK_VALUE(outputs.logits.defined(), "[DistillationTrainer] a batch without valid rows needs logits");
       total = outputs.logits.sum() * 0.0;
@@ -139,7 +161,8 @@ double DistillationTrainer::accumulate(const Batch& batch, double factor, bool m
         result.terms[i].second += factor * sums.values[i].second;
       }
       if (measure && result.shares.empty()) {
-        result.shares = gradient_shares(objective_, sums, outputs, target, batch, optimizer_.parameters());
+        const double scale = options_.precision == Precision::float16 ? state_.loss_scale : 1.0;
+        result.shares = gradient_shares(objective_, sums, outputs, target, batch, scale, optimizer_.parameters());
       }
     }
   }
@@ -151,8 +174,13 @@ double DistillationTrainer::accumulate(const Batch& batch, double factor, bool m
   return factor * value;
 }
 
-StepResult DistillationTrainer::take_step(const std::vector<Batch>& window) {
+std::optional<StepResult> DistillationTrainer::take_step(const std::vector<Batch>& window) {
   const auto weights = factors(window);
+  if (weights.empty()) {
+    TORCH_WARN_ONCE("[DistillationTrainer] batches without a valid row are passed over, first behind step ",
+                    state_.step);
+    return std::nullopt;
+  }
   StepResult result{state_.step + 1, 0.0};
   const bool logged = options_.log_every > 0 && (result.step == 1 || result.step % options_.log_every == 0);
   optimizer_.zero_grad();

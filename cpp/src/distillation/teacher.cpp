@@ -5,6 +5,8 @@
 
 #include <cstring>
 
+#include "distillation/scoped.h"
+
 namespace rarefy::distillation {
 namespace {
 
@@ -76,9 +78,7 @@ Outputs Teacher::operator()(const Batch& batch) const {
   return model_.forward(batch);
 }
 
-Model::Restore Teacher::enter() const {
-  return model_.enter_mode ? model_.enter_mode(false) : Model::Restore([] {});
-}
+Model::Restore Teacher::enter() const { return enter_model(model_, false); }
 
 void Teacher::after_step() const {
   if (model_.after_step) {

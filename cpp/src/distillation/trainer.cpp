@@ -24,8 +24,8 @@ std::optional<double> selected(const Selection& selection, const std::optional<E
   if (!evaluation.has_value()) {
     return std::nullopt;
   }
-  if (selection.metric == "loss") {
-    return evaluation->loss;
+  if (selection.metric == "loss") {  // not a number where Callbacks::evaluate alone has measured
+    return std::isnan(evaluation->loss) ? std::nullopt : std::optional<double>(evaluation->loss);
   }
   if (selection.metric == "accuracy" && evaluation->accuracy.has_value()) {
     return evaluation->accuracy;
@@ -115,12 +115,12 @@ DistillationTrainer::DistillationTrainer(Model student, Teacher teacher, Optimiz
   options_.validate();
 }
 
-Model::Restore DistillationTrainer::enter_student(bool training) const {
-  return student_.enter_mode ? student_.enter_mode(training) : Model::Restore([] {});
-}
-
 StepResult DistillationTrainer::train_step(const Batch& batch) {
-  return scoped(teacher_.enter(), [&] { return take_step({batch}); });
+  const auto result = scoped(teacher_.enter(), [&] {
+    return scoped(enter_model(student_, std::nullopt), [&] { return take_step({batch}); });
+  });
+  TORCH_CHECK_VALUE(result.has_value(), "[DistillationTrainer] a step must have at least one valid row, got none");
+  return *result;
 }
 
 StepResult DistillationTrainer::train_step(const torch::Tensor& inputs, const torch::Tensor& labels) {
@@ -160,8 +160,12 @@ void DistillationTrainer::run_epoch(const BatchSource& next_batch, const Callbac
     if (window.empty()) {
       break;
     }
-    last_ = take_step(window);
+    const auto result = take_step(window);
     state_.batch += std::ssize(window);
+    if (!result.has_value()) {
+      continue;
+    }
+    last_ = *result;
     if (callbacks.on_step) {
       callbacks.on_step(state_.step, last_.loss);
     }
@@ -179,6 +183,9 @@ void DistillationTrainer::end_epoch(const Callbacks& callbacks, const BatchSourc
   if (options_.all_reduce_sum) {
     options_.all_reduce_sum(sums);
   }
+  TORCH_CHECK_VALUE(state_.epoch_steps > 0 || options_.precision == Precision::float16 || options_.all_reduce_sum,
+                    "[DistillationTrainer] an epoch must have at least one valid row, got none in the ", state_.batch,
+                    " batches of epoch ", state_.epoch + 1);
   EpochMetrics metrics{state_.epoch + 1, state_.step, sums[0].item<double>() / sums[1].item<double>()};
   if (evaluation) {
     metrics.evaluation = evaluate(evaluation);
@@ -188,7 +195,7 @@ void DistillationTrainer::end_epoch(const Callbacks& callbacks, const BatchSourc
     if (!metrics.evaluation.has_value()) {
       metrics.evaluation = Evaluation{std::nan("")};
     }
-    metrics.evaluation->metrics = scoped(enter_student(false), [&] { return callbacks.evaluate(); });
+    metrics.evaluation->metrics = scoped(enter_model(student_, false), [&] { return callbacks.evaluate(); });
   }
   const auto value = selected(options_.selection, metrics.evaluation);
 
@@ -219,13 +226,16 @@ bool DistillationTrainer::out_of_patience() const {
 const std::vector<EpochMetrics>& DistillationTrainer::fit(const BatchSource& next_batch, int64_t epochs,
                                                           const Callbacks& callbacks, const BatchSource& evaluation) {
   TORCH_CHECK_VALUE(epochs >= 0, "[DistillationTrainer] epochs must be 0 or more, got ", epochs);
-  TORCH_CHECK_VALUE(options_.selection.patience == 0 || evaluation || callbacks.evaluate,
-                    "[DistillationTrainer] patience needs an evaluation after each epoch, got a patience of ",
-                    options_.selection.patience, " and none");
+  const auto& metric = options_.selection.metric;
+  const bool measured =
+      metric == "loss" || metric == "accuracy" ? static_cast<bool>(evaluation) : evaluation || callbacks.evaluate;
+  TORCH_CHECK_VALUE(options_.selection.patience == 0 || measured,
+                    "[DistillationTrainer] patience needs an evaluation that measures '", metric,
+                    "' after each epoch, got none");
   stop_ = false;
   const auto hashes = teacher_.hashes();
   scoped(teacher_.enter(), [&] {
-    return scoped(enter_student(true), [&] {
+    return scoped(enter_model(student_, true), [&] {
       if (!state_.random.empty()) {
         options_.random.restore(state_.random);
         state_.random.clear();
@@ -243,7 +253,7 @@ const std::vector<EpochMetrics>& DistillationTrainer::fit(const BatchSource& nex
 Evaluation DistillationTrainer::evaluate(const BatchSource& next_batch) {
   const torch::NoGradGuard no_grad;
   return scoped(teacher_.enter(), [&] {
-    return scoped(enter_student(false), [&] {
+    return scoped(enter_model(student_, false), [&] {
       double total = 0.0, rows = 0.0, labelled = 0.0, correct = 0.0, batches = 0.0;
       for (auto batch = next_batch(); batch.has_value(); batch = next_batch()) {
         batches += 1.0;
@@ -256,14 +266,14 @@ Evaluation DistillationTrainer::evaluate(const BatchSource& next_batch) {
           labels = labels.narrow(-1, 1, labels.size(-1) - 1);
         }
         if (are_classes(labels, logits)) {
-          const torch::Tensor valid = labels != options_.ignore_index;
+          const torch::Tensor valid = valid_rows(options_, *batch) > 0;
           labelled += valid.sum().item<double>();
           correct += ((logits.argmax(-1) == labels) & valid).sum().item<double>();
         }
-        const double valid_rows = count_rows(options_, *batch, outputs);
-        if (valid_rows > 0.0) {
-          total += sum_terms(objective_, outputs, target, *batch).value * valid_rows;
-          rows += valid_rows;
+        const double count = count_rows(options_, *batch, outputs);
+        if (count > 0.0) {
+          total += sum_terms(objective_, outputs, target, *batch).value * count;
+          rows += count;
         }
       }
       auto sums = at::tensor({total, rows, labelled, correct, batches}, torch::kDouble);

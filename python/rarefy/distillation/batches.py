@@ -1,5 +1,6 @@
 """Batches as loaders give them, and how a model is called with one."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rarefy.distillation.inputs import accepted_names, named_inputs
+from rarefy.distillation.random_state import parts_of
 
 
 class BatchReader:
@@ -35,6 +37,11 @@ class BatchReader:
         if isinstance(batch, Tensor):
             return batch, batch, None
         if isinstance(batch, Mapping):
+            if self.labels(batch) is not None and not isinstance(self.labels(batch), Tensor):
+                raise TypeError(
+                    f"[DistillationTrainer] labels must be a tensor, got {type(self.labels(batch)).__name__} under "
+                    f"{self.label_key!r}"
+                )
             others = [value for key, value in batch.items() if key != self.label_key]
             return batch, _first_tensor(others), self.labels(batch)
         if isinstance(batch, Sequence) and batch and not isinstance(batch, str) and _is_input(batch[0]):
@@ -78,7 +85,7 @@ class BatchReader:
             if len(batch) > 2:
                 return model(*batch[:-1])
             if isinstance(first, Mapping):
-                return model(**first)
+                return model(**{k: v for k, v in first.items() if accepted is None or k in accepted})
             return model(first) if isinstance(first, Tensor) else model(*first)
 
         return call
@@ -108,15 +115,16 @@ class Batches:
         self._epochs = epochs
         self._progress = progress
         self._bar: tqdm | None = None
+        self._shown = 0.0
         self._iterator: Iterator | None = None
 
     def __call__(self) -> tuple[Any, Tensor | None, Tensor | None] | None:
         """Return the next batch as `BatchReader.read` does; None at the end of an epoch."""
         if self._iterator is None:
             self._epoch += 1
-            for sampler in (getattr(self._loader, name, None) for name in ("sampler", "batch_sampler")):
-                if hasattr(sampler, "set_epoch"):
-                    sampler.set_epoch(self._epoch - 1)
+            for part in parts_of(self._loader):  # samplers of several processes shuffle by it
+                if hasattr(part, "set_epoch"):
+                    part.set_epoch(self._epoch - 1)
             if self._progress:
                 self._bar = tqdm(self._loader, desc=f"epoch {self._epoch}/{self._epochs}", unit="batch")
             self._iterator = iter(self._loader if self._bar is None else self._bar)
@@ -129,7 +137,8 @@ class Batches:
 
     def show(self, numbers: Mapping[str, float]) -> None:
         """Put numbers beside the bar."""
-        if self._bar is not None:
+        if self._bar is not None and time.monotonic() - self._shown >= self._bar.mininterval:
+            self._shown = time.monotonic()
             self._bar.set_postfix({name: f"{value:.4f}" for name, value in numbers.items()}, refresh=False)
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints of a training run: one file, written whole or not at all."""
 
+import collections
 import copy
 import os
 from collections.abc import Mapping
@@ -7,6 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+_PLAIN = (torch.Tensor, bool, int, float, complex, str, bytes, type(None), tuple, torch.dtype, torch.device, set)
+_MAPPINGS = (dict, collections.OrderedDict, collections.Counter)
 
 FORMAT = "rarefy.distillation.checkpoint/1"
 
@@ -19,8 +23,31 @@ class Stateful(Protocol):
 
 
 def collect(parts: Mapping[str, Stateful], teacher: str) -> dict[str, Any]:
-    """Return what `save` writes: the states of `parts` and the teacher's fingerprint."""
-    return {"format": FORMAT, "teacher": teacher} | {name: part.state_dict() for name, part in parts.items()}
+    """Return what `save` writes: the states of `parts` and the teacher's fingerprint.
+
+    Raises:
+        TypeError: a state holds a value that `read` would not take; the message names the part.
+    """
+    return {"format": FORMAT, "teacher": teacher} | {
+        name: _plain(part.state_dict(), name) for name, part in parts.items()
+    }
+
+
+def _plain(value: Any, name: str) -> Any:
+    """The value with NumPy's numbers as Python's (a schedule's lambda makes them): what torch.load takes without pickle."""
+    if isinstance(value, Mapping):
+        copied = {key: _plain(item, name) for key, item in value.items()}
+        return type(value)(copied) if type(value) in _MAPPINGS else copied
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item, name) for item in value)
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:  # some of them are floats to isinstance
+        return value.item()
+    if not isinstance(value, _PLAIN):
+        raise TypeError(
+            f"[DistillationTrainer] a checkpoint holds tensors and plain values, got a {type(value).__name__} in the "
+            f"state of {name!r}"
+        )
+    return value
 
 
 def save(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

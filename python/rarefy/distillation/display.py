@@ -59,6 +59,8 @@ def plot_history(history: Sequence[EpochMetrics], log: Sequence[StepResult]) -> 
         for name in log[0].terms:
             axis.plot([entry.step for entry in log], [entry.terms.get(name, 0.0) for entry in log], label=name)
         axis.set(title="terms before their weights", xlabel="step")
+        if len(log[0].terms) > 1 and all(value > 0 for entry in log for value in entry.terms.values()):
+            axis.set_yscale("log")  # terms of different sizes
         axis.legend()
     if shares:
         axis = next(axes)

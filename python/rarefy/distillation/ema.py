@@ -50,6 +50,11 @@ class EMATeacher(nn.Module):
         super().train(False)
 
     @property
+    def averaged_module(self) -> nn.Module:
+        """The copy that is averaged."""
+        return self.module
+
+    @property
     def updates(self) -> int:
         """How many updates are done."""
         return self._ema.updates

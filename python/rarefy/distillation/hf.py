@@ -11,6 +11,7 @@ from rarefy.distillation import objective as objectives
 from rarefy.distillation.inputs import named_inputs
 from rarefy.distillation.modes import evaluating
 from rarefy.distillation.outputs import Outputs
+from rarefy.distillation.trainer_terms import Objective
 
 try:
     import accelerate  # noqa: F401  (transformers' Trainer needs it, and imports without it)
@@ -77,12 +78,8 @@ class DistillationTrainerMixin:
             raise ValueError(
                 "[DistillationTrainerMixin] the loss is loss_fn or objective, got a compute_loss_func as well"
             )
-        if getattr(loss_fn, "reduction", "mean") != "mean":
-            raise ValueError(
-                "[DistillationTrainerMixin] loss_fn must return a mean, got one with the reduction "
-                f"{loss_fn.reduction!r}"
-            )
-        terms = None if objective is None else objectives.read_terms("DistillationTrainerMixin", objective)
+        chosen = Objective(loss_fn if objective is None else objective, owner="DistillationTrainerMixin")
+        terms = None if objective is None else chosen.terms
         super().__init__(*args, **kwargs)
         smoothing, own = self.args.label_smoothing_factor, getattr(loss_fn, "label_smoothing", 0.0)
         if smoothing not in (0.0, own):
@@ -109,8 +106,12 @@ class DistillationTrainerMixin:
             self.add_callback(_ZeroGradients(self._term_parameters()))
         # Not called: it tells the Trainer to count the labels of all batches of a step, and not to scale the loss itself.
         self.compute_loss_func = self._no_loss_func
-        losses = [loss_fn] if terms is None else [term for _, term in terms.values()]
-        self._loss_shifts_labels = any(getattr(loss, "shift", False) for loss in losses)
+        self._objective = chosen
+        self._loss_shifts_labels = chosen.shift  # the Trainer counts labels by it
+        self._functions = {
+            name: (weight, function)
+            for name, weight, function, _ in chosen.core_terms(lambda batch: batch.get("labels"))
+        }
 
     @staticmethod
     def _no_loss_func(*args: Any, **kwargs: Any) -> Tensor:
@@ -132,6 +133,7 @@ class DistillationTrainerMixin:
             objectives.accepted(model, batch),
             objectives.layers_of(terms, "student"),
             self._logits_of[0],
+            required=self._objective.needs_logits(),
         )
         with torch.no_grad(), self.accelerator.autocast(), evaluating(self.teacher):
             teacher = objectives.run(
@@ -139,6 +141,7 @@ class DistillationTrainerMixin:
                 objectives.accepted(self.teacher, batch),
                 objectives.layers_of(terms, "teacher"),
                 self._logits_of[1],
+                required=self._objective.needs_logits(),
             )
         valid = None if labels is None else self._count_valid(labels)
         if valid == 0:
@@ -152,18 +155,18 @@ class DistillationTrainerMixin:
 
     def _weighted(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Any]) -> Tensor:
         total = None
-        for name, (weight, term) in self.terms.items():
-            value = weight * term(student, teacher, batch)
+        for name, (weight, function) in self._functions.items():
+            value = weight * function(student, teacher, batch)
             total = value if total is None else total + value
-            if student.logits.requires_grad:  # training
+            if torch.is_grad_enabled():  # training
                 self._term_sums[name] = self._term_sums.get(name, 0.0) + value.detach().float()
-        self._term_counts += student.logits.requires_grad
+        self._term_counts += torch.is_grad_enabled()
         return total
 
     def _count_valid(self, labels: Tensor) -> int:
-        if self._loss_shifts_labels:
+        if self._objective.shift:
             labels = labels[..., 1:]
-        return int((labels != getattr(self.loss_fn, "ignore_index", -100)).sum())
+        return int((labels != self._objective.ignore_index).sum())
 
     def _scale(self, model: nn.Module, valid: int | None, items: Tensor | int | None) -> Tensor | float:
         """What the mean over a batch's valid rows is multiplied by: its share in the rows of the whole step."""

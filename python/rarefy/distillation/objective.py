@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rarefy.distillation.capture import LayerCapture
 from rarefy.distillation.inputs import accepted_names
-from rarefy.distillation.outputs import Outputs, to_logits
+from rarefy.distillation.outputs import Outputs, find_logits
 
 Term = Callable[[Outputs, Outputs, Any], Tensor]
 
@@ -29,8 +29,16 @@ def read_terms(function: str, objective: Mapping[str, Term | tuple[float, Term]]
             raise ValueError(f"[{function}] the weight of a term must be a finite number, got {weight!r} for {name!r}")
         if not callable(term):
             raise TypeError(f"[{function}] a term must be callable, got {type(term).__name__} for {name!r}")
+        require_mean(function, term, f"the term {name!r}")
         terms[name] = (float(weight), term)
     return terms
+
+
+def require_mean(function: str, loss: Any, name: str) -> None:
+    """Raise ValueError unless a loss is a mean over its rows: accumulated batches are weighed by their valid rows."""
+    reduction = getattr(loss, "reduction", "mean")
+    if reduction != "mean":
+        raise ValueError(f"[{function}] {name} must have the reduction 'mean', got {reduction!r}")
 
 
 def run(
@@ -38,13 +46,18 @@ def run(
     inputs: Mapping[str, Any],
     layers: Iterable[str] = (),
     extract: Callable[[Any], Tensor] | None = None,
+    *,
+    required: bool = True,
 ) -> Outputs:
-    """Run a model on keyword inputs; return its logits, the outputs of `layers` by path, and what it returned."""
+    """Run a model on keyword inputs; return its logits, the outputs of `layers` by path, and what it returned.
+
+    Logits that are not `required` are None where there are none.
+    """
     layers = tuple(dict.fromkeys(layers))
     with ExitStack() as stack:
         capture = stack.enter_context(LayerCapture(model, layers)) if layers else None
         raw = model(**inputs)
-        return Outputs(to_logits(raw, extract), {} if capture is None else capture.features, raw)
+        return Outputs(find_logits(raw, extract, required), {} if capture is None else capture.features, raw)
 
 
 def layers_of(terms: Mapping[str, tuple[float, Term]], side: str) -> list[str]:

@@ -75,13 +75,14 @@ def to_logits(raw: Any, extract: Callable[[Any], Tensor] | None = None) -> Tenso
     return logits
 
 
-def has_logits(raw: Any) -> bool:
-    """Return whether `to_logits` finds logits in what a model returned."""
+def find_logits(raw: Any, extract: Callable[[Any], Tensor] | None, required: bool) -> Tensor | TopKLogits | None:
+    """Return what `to_logits` finds; None where there is nothing and it is not required."""
     try:
-        to_logits(raw)
+        return to_logits(raw, extract)
     except TypeError:
-        return False
-    return True
+        if required or extract is not None:
+            raise
+        return None
 
 
 def _describe(value: Any) -> str:

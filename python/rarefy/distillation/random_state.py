@@ -11,19 +11,25 @@ from torch import Tensor
 _FIXED = 3  # torch's generator, Python's, NumPy's; then the loader's, then those of CUDA devices
 
 
+def parts_of(loader: Any) -> list[Any]:
+    """Return a loader, its samplers and its data set, each once."""
+    found: list[Any] = []
+    pending = [loader]
+    while pending:
+        owner = pending.pop()
+        if owner is not None and all(owner is not other for other in found):
+            found.append(owner)
+            pending += [getattr(owner, name, None) for name in ("batch_sampler", "sampler", "dataset")]
+    return found
+
+
 def loader_generators(loader: Any) -> list[torch.Generator]:
     """Return the generators of a loader and its samplers, each once."""
     found: list[torch.Generator] = []
-    pending, seen = [loader], set()
-    while pending:
-        owner = pending.pop()
-        if owner is None or id(owner) in seen:
-            continue
-        seen.add(id(owner))
-        generator = getattr(owner, "generator", None)
+    for part in parts_of(loader):
+        generator = getattr(part, "generator", None)
         if isinstance(generator, torch.Generator) and all(generator is not other for other in found):
             found.append(generator)
-        pending += [getattr(owner, name, None) for name in ("batch_sampler", "sampler")]
     return found
 
 

@@ -72,9 +72,9 @@ class FeatureLoss(nn.Module):
         ]
         options = {}
         if self.mask_key is not None:
-            options["mask"] = _entry(batch, "mask_key", self.mask_key) != 0
+            options["mask"] = entry(batch, "FeatureLoss", "mask_key", self.mask_key) != 0
         if self.index_key is not None:
-            options["index"] = _entry(batch, "index_key", self.index_key)
+            options["index"] = entry(batch, "FeatureLoss", "index_key", self.index_key)
         return self.loss(*features, **options)
 
     @staticmethod
@@ -188,13 +188,14 @@ def _selected(output: Any, select: Select | None, name: str) -> Tensor:
     return chosen
 
 
-def _entry(batch: Any, name: str, key: str | int) -> Tensor:
+def entry(batch: Any, owner: str, name: str, key: str | int) -> Tensor:
+    """Return the tensor that a batch holds under a key: a name in a dict, a place in a tuple."""
     if isinstance(batch, Mapping):
         if key not in batch:
-            raise KeyError(f"[FeatureLoss] {name} {key!r} must be in the batch, got {sorted(map(str, batch))}")
+            raise KeyError(f"[{owner}] {name} {key!r} must be in the batch, got {sorted(map(str, batch))}")
     elif not (isinstance(key, int) and isinstance(batch, tuple | list) and -len(batch) <= key < len(batch)):
-        raise TypeError(f"[FeatureLoss] {name} {key!r} needs a batch that has it, got a {type(batch).__name__}")
-    entry = batch[key]
-    if not isinstance(entry, Tensor):
-        raise TypeError(f"[FeatureLoss] {name} {key!r} must name a tensor of the batch, got {type(entry).__name__}")
-    return entry
+        raise TypeError(f"[{owner}] {name} {key!r} needs a batch that has it, got a {type(batch).__name__}")
+    found = batch[key]
+    if not isinstance(found, Tensor):
+        raise TypeError(f"[{owner}] {name} {key!r} must name a tensor of the batch, got {type(found).__name__}")
+    return found

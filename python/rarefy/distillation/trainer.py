@@ -1,6 +1,7 @@
 """The distillation trainer: the C++ loop, driven with Python's models, optimizer and batches."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from rarefy.distillation.capture import LayerCapture
 from rarefy.distillation.display import history_html, plot_history
 from rarefy.distillation.ema import EMATeacher
 from rarefy.distillation.objective import Term, layers_of
-from rarefy.distillation.outputs import Outputs, has_logits, to_logits
+from rarefy.distillation.outputs import Outputs, find_logits
 from rarefy.distillation.trainer_terms import Objective
 from rarefy.distillation.unwrap import unwrap
 
@@ -113,7 +114,12 @@ class DistillationTrainer:
         device: where batches are moved; None: where the student is.
 
     Batches are (inputs, labels), (inputs,), (x1, x2, ..., labels), a tensor of inputs, or a dict. Labels are None where
-    there are none. In a process group of torch.distributed, losses and metrics are those of all processes.
+    there are none. In a process group of torch.distributed, rows are counted over all processes, and the history's losses and
+    evaluations are those of all; the loss of a step, in callbacks and in the log, is this process's addend of their mean.
+    What `measure` gives is taken from the first process.
+
+    Parts of a student in training mode keep their modes (a frozen batch norm in evaluation mode stays so); a student in
+    evaluation mode is put in training mode as a whole.
 
     >>> loss_fn = rf.distillation.DistillationLoss(temperature=4.0, alpha=0.7)
     >>> trainer = rf.distillation.DistillationTrainer(student, teacher, optimizer, loss_fn)
@@ -137,8 +143,8 @@ class DistillationTrainer:
         stateful: Mapping[str, checkpoints.Stateful] | None = None,
         input_key: str = "inputs",
         label_key: str = "labels",
-        mask_key: str | None = None,
-        weight_key: str | None = None,
+        mask_key: str | int | None = None,
+        weight_key: str | int | None = None,
         student_logits: Callable[[Any], Tensor] | None = None,
         teacher_logits: Callable[[Any], Tensor] | None = None,
         prepare: Callable[[Any], Any] | None = None,
@@ -162,6 +168,12 @@ class DistillationTrainer:
         self.callbacks = (callbacks,) if isinstance(callbacks, Callbacks) else tuple(callbacks)
         self._objective = Objective(loss_fn, mask_key, weight_key)
         self._check_parameters()
+        if _processes() > 1 and not hasattr(student, "no_sync") and not hasattr(student, "set_requires_gradient_sync"):
+            warnings.warn(
+                f"[DistillationTrainer] one of {_processes()} processes got a student that exchanges no gradients "
+                "(DistributedDataParallel, FSDP): each trains its own",
+                stacklevel=2,
+            )
 
         place = torch.device(device) if device is not None else _device_of(student)
         self._reader = BatchReader(input_key, label_key, place)
@@ -189,7 +201,8 @@ class DistillationTrainer:
             maximize=selection.maximize,
             min_delta=selection.min_delta,
             patience=selection.patience or 0,
-            count=count or self._objective.counter(self._reader),
+            row_weights=self._objective.row_weights(),
+            count=count,
             prepare=None if prepare is None else lambda batch: reader.read(prepare(batch)),
             all_reduce_sum=_all_reduce_sum if _processes() > 1 else None,
             processes=_processes(),
@@ -250,8 +263,12 @@ class DistillationTrainer:
                 "[DistillationTrainer] checkpoint_every must be 1 or more, with a folder as checkpoint, got "
                 f"{checkpoint_every} and {checkpoint}"
             )
-        if isinstance(self.scheduler, ReduceLROnPlateau) and evaluate is None and measure is None:
-            raise ValueError("[DistillationTrainer] ReduceLROnPlateau needs an evaluation after each epoch, got none")
+        own = self.selection.metric not in ("loss", "accuracy")
+        if isinstance(self.scheduler, ReduceLROnPlateau) and evaluate is None and not (own and measure is not None):
+            raise ValueError(
+                f"[DistillationTrainer] ReduceLROnPlateau needs an evaluation that measures {self.selection.metric!r} after "
+                "each epoch, got none"
+            )
         self._generators[:] = random_state.loader_generators(loader)
         folder = None if checkpoint is None else Path(checkpoint)
         if folder is not None and resume and self.step == 0 and (folder / "last.pt").exists():
@@ -284,7 +301,7 @@ class DistillationTrainer:
                 epochs,
                 on_step if steps or progress or checkpoint_every is not None else None,
                 on_epoch_end if ends or folder is not None else None,
-                None if measure is None else lambda: dict(measure(self.student)),
+                None if measure is None else lambda: _of_first_process(dict(measure(self.student))),
                 None if evaluate is None else Batches(evaluate, self._reader),
             )
         finally:
@@ -456,8 +473,7 @@ def _to_model(
         raw = call(batch)
         outputs = raw
         if not isinstance(raw, Outputs):
-            logits = to_logits(raw, extract) if required or has_logits(raw) else None
-            outputs = Outputs(logits, captures[-1].features if captures else {}, raw)
+            outputs = Outputs(find_logits(raw, extract, required), captures[-1].features if captures else {}, raw)
         return outputs, outputs.logits if isinstance(outputs.logits, Tensor) else None
 
     if not isinstance(model, nn.Module):
@@ -466,18 +482,22 @@ def _to_model(
 
     def enter(training: bool) -> Callable[[], None]:
         modes = [(module, module.training) for module in model.modules()]
-        stack = ExitStack()
-        model.train(training)
-        if capture is not None and not captures:
-            stack.callback(captures.pop)
-            captures.append(stack.enter_context(capture))
+        if not (training and model.training):  # parts in evaluation mode inside of a student in training mode stay so
+            model.train(training)
 
         def restore() -> None:
-            stack.close()
             for module, mode in modes:
                 module.training = mode
 
         return restore
+
+    def begin_capture() -> Callable[[], None]:
+        if captures:  # evaluation inside of training
+            return lambda: None
+        stack = ExitStack()
+        captures.append(stack.enter_context(capture))
+        stack.callback(captures.pop)
+        return stack.close
 
     def tensors() -> list[tuple[str, Tensor]]:
         inner = unwrap(model)
@@ -492,6 +512,7 @@ def _to_model(
     return _core.Model(
         forward,
         enter,
+        None if capture is None else begin_capture,
         tensors,
         pause if student is None and hasattr(model, "no_sync") else None,
         (lambda: model.update(student)) if follows else None,
@@ -517,6 +538,15 @@ def _all_reduce_sum(values: Tensor) -> None:
     moved = values.to(device)
     dist.all_reduce(moved)
     values.copy_(moved)
+
+
+def _of_first_process(values: dict[str, float]) -> dict[str, float]:
+    """The first process's values in all of them, so that all agree on the best epoch."""
+    if _processes() > 1:
+        shared = [values]
+        dist.broadcast_object_list(shared)
+        return shared[0]
+    return values
 
 
 def _device_of(model: nn.Module) -> torch.device | None:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.distillation.batches import BatchReader
 from rarefy.distillation.logits import DIST, DKD, NKD, LogitMSE
 from rarefy.distillation.loss import DistillationLoss
-from rarefy.distillation.objective import Term, read_terms
+from rarefy.distillation.objective import Term, read_terms, require_mean
 from rarefy.distillation.outputs import Outputs
+from rarefy.distillation.terms import entry
 
 #: Losses of (student logits, teacher logits, labels), with a mask.
 _OF_LOGITS = (DistillationLoss, DKD, NKD, DIST, LogitMSE)
@@ -24,11 +24,19 @@ CoreTerm = tuple[str, float, Callable[..., Tensor], list[tuple[str, float, Calla
 class Objective:
     """One loss of logits, or terms by name, with the layers that they ask for."""
 
-    def __init__(self, loss_fn: Any, mask_key: str | None, weight_key: str | None) -> None:
+    def __init__(
+        self,
+        loss_fn: Any,
+        mask_key: str | int | None = None,
+        weight_key: str | int | None = None,
+        owner: str = "DistillationTrainer",
+    ) -> None:
         single = not isinstance(loss_fn, Mapping)
-        self.terms = {"loss": (1.0, loss_fn)} if single else read_terms("DistillationTrainer", loss_fn)
+        self.terms = {"loss": (1.0, loss_fn)} if single else read_terms(owner, loss_fn)
         if single and not callable(loss_fn):
-            raise TypeError(f"[DistillationTrainer] loss_fn must be callable, got {type(loss_fn).__name__}")
+            raise TypeError(f"[{owner}] loss_fn must be callable, got {type(loss_fn).__name__}")
+        require_mean(owner, loss_fn, "loss_fn")
+        self._owner = owner
         losses = [term for _, term in self.terms.values()]
         self.ignore_index = next((loss.ignore_index for loss in losses if hasattr(loss, "ignore_index")), -100)
         self.shift = any(getattr(loss, "shift", False) for loss in losses)
@@ -42,22 +50,18 @@ class Objective:
             for name, (weight, term) in self.terms.items()
         ]
 
-    def counter(self, reader: BatchReader) -> Callable[[Any], float] | None:
-        """Return what adds up the weights of the rows that count; None where labels alone tell."""
+    def row_weights(self) -> Callable[[Any], Tensor] | None:
+        """Return a function of a batch to the weights of its rows; None where there are no masks and weights."""
         mask_key, weight_key = self._keys
         if mask_key is None and weight_key is None:
             return None
-        ignore_index, shift = self.ignore_index, self.shift
 
-        def count(batch: Any) -> float:
-            factors = [batch[key].to(torch.float64) for key in (mask_key, weight_key) if key is not None]
-            labels = reader.labels(batch)
-            if labels is not None:
-                factors.append((labels != ignore_index).to(torch.float64))
-            weights = functools.reduce(torch.mul, factors)
-            return float((weights[..., 1:] if shift else weights).sum())
+        def weights(batch: Any) -> Tensor:
+            factors = [] if mask_key is None else [_mask(batch, mask_key).to(torch.float64)]
+            factors += [] if weight_key is None else [_weights(batch, weight_key).to(torch.float64)]
+            return functools.reduce(torch.mul, factors)
 
-        return count
+        return weights
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the terms that are modules, by name: what has parameters or buffers to be kept."""
@@ -71,7 +75,7 @@ class Objective:
         return isinstance(term, _OF_LOGITS) or (self._single and not hasattr(term, "student_layers"))
 
     def _function(self, name: str, term: Term, labels_of: Callable[[Any], Tensor | None]) -> Callable[..., Tensor]:
-        of_logits = self._is_of_logits(term)
+        of_logits, owner = self._is_of_logits(term), self._owner
         described = "loss_fn" if self._single else f"the term {name!r}"
         mask_key = self._keys[0] if isinstance(term, _OF_LOGITS) else None
         weight_key = self._keys[1] if isinstance(term, DistillationLoss) else None
@@ -80,14 +84,14 @@ class Objective:
             if of_logits:
                 extra = {}
                 if mask_key is not None:
-                    extra["mask"] = batch[mask_key]
+                    extra["mask"] = _mask(batch, mask_key)
                 if weight_key is not None:
-                    extra["row_weights"] = batch[weight_key]
+                    extra["row_weights"] = _weights(batch, weight_key)
                 value = term(student.logits, teacher.logits, labels_of(batch), **extra)
             else:
                 value = term(student, teacher, batch)
             if not isinstance(value, Tensor):
-                raise TypeError(f"[DistillationTrainer] {described} must return a tensor, got {type(value).__name__}")
+                raise TypeError(f"[{owner}] {described} must return a tensor, got {type(value).__name__}")
             return value
 
         return function
@@ -102,6 +106,14 @@ class Objective:
             ("soft", term.alpha, self._function(name, _with_alpha(term, 1.0), labels_of)),
             ("hard", 1.0 - term.alpha, self._function(name, _with_alpha(term, 0.0), labels_of)),
         ]
+
+
+def _mask(batch: Any, key: str | int) -> Tensor:
+    return entry(batch, "DistillationTrainer", "mask_key", key) != 0  # tokenizers give integers
+
+
+def _weights(batch: Any, key: str | int) -> Tensor:
+    return entry(batch, "DistillationTrainer", "weight_key", key)
 
 
 def _with_alpha(loss: DistillationLoss, alpha: float) -> DistillationLoss:

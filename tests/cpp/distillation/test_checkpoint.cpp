@@ -227,7 +227,8 @@ TEST_CASE("training ends out of patience", "[distillation]") {
   DistillationTrainerOptions options;
   options.selection = {"score", true, 0.0, 2};
   DistillationTrainer trainer(run.student, run.teacher, *run.optimizer, DistillationLoss(), options);
-  CHECK_THROWS_WITH(trainer.fit(shuffled(), 9), ContainsSubstring("patience needs an evaluation"));
+  CHECK_THROWS_WITH(trainer.fit(shuffled(), 9),
+                    ContainsSubstring("patience needs an evaluation that measures 'score'"));
   Callbacks callbacks;
   callbacks.evaluate = [&, epoch = 0]() mutable {
     CHECK_FALSE(run.student->is_training());
@@ -247,6 +248,40 @@ TEST_CASE("a teacher that changes is named", "[distillation]") {
     }
   }};
   CHECK_THROWS_WITH(run.trainer->fit(shuffled(), 1, callbacks), ContainsSubstring("changed: norm.running_var"));
+}
+
+TEST_CASE("a teacher may follow its student", "[distillation]") {
+  Run run;
+  Noisy teacher;
+  Ema ema({0.5, 0.0});
+  Model average(teacher);
+  average.after_step = [&] { ema.update(*teacher, *run.student); };
+  DistillationTrainer trainer(run.student, average, *run.optimizer, DistillationLoss());
+  auto expected = teacher->out->bias.detach().clone();
+  trainer.fit(shuffled(), 2, {[&](int64_t, double) { expected.lerp_(run.student->out->bias.detach(), 0.5); }});
+  CHECK(ema.updates() == 10);
+  CHECK(torch::allclose(teacher->out->bias, expected, 1e-5, 1e-7));
+  CHECK(trainer.teacher().fingerprint().empty());
+}
+
+TEST_CASE("frozen parts keep their modes, and batches without valid rows are passed over", "[distillation]") {
+  Run run;
+  run.student->train();
+  run.student->norm->eval();
+  const auto before = run.student->norm->running_mean.clone();
+  const auto source = [inner = shuffled(), first = true]() mutable -> std::optional<Batch> {
+    if (std::exchange(first, false)) {
+      return Batch{torch::randn({4, 5}), torch::full({4}, -100, torch::kLong)};
+    }
+    return inner();
+  };
+  run.trainer->fit(source, 1);
+  CHECK(run.trainer->step() == 5);
+  CHECK(torch::equal(run.student->norm->running_mean, before));
+  CHECK(run.student->is_training());
+  CHECK_FALSE(run.student->norm->is_training());
+  CHECK_THROWS_WITH(run.trainer->train_step(torch::randn({4, 5}), torch::full({4}, -100, torch::kLong)),
+                    ContainsSubstring("a step must have at least one valid row, got none"));
 }
 
 TEST_CASE("objectives are checked", "[distillation]") {

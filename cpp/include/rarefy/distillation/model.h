@@ -52,6 +52,8 @@ struct Model {
   Forward forward;
   /// Puts the model in training (true) or evaluation mode; returns what puts every module back as it was.
   std::function<Restore(bool)> enter_mode = {};
+  /// Begins to capture layers; returns what ends it. Called around everything that runs the model.
+  std::function<Restore()> capture = {};
   /// All parameters and buffers by name: what a teacher must not change, and what its fingerprint is made of.
   std::function<std::vector<std::pair<std::string, torch::Tensor>>()> tensors = {};
   /// Holds the exchange of gradients between processes back until the returned function is called.
@@ -96,7 +98,11 @@ struct Model {
         }) {}
 
  private:
+  /// Parts that were put in evaluation mode inside of a module in training mode stay so: frozen normalization.
   static Restore switch_mode(std::vector<std::shared_ptr<torch::nn::Module>> modules, bool training) {
+    if (training && modules.front()->is_training()) {
+      return [] {};
+    }
     std::vector<bool> flags;
     for (const auto& part : modules) {
       flags.push_back(part->is_training());
@@ -126,7 +132,7 @@ class RAREFY_API Teacher {
 
   /// Outputs without a gradient. In evaluation mode between enter() and its way back.
   Outputs operator()(const Batch& batch) const;
-  /// Evaluation mode; returns what puts every module back as it was.
+  /// Evaluation mode, and capture; returns what ends both.
   Model::Restore enter() const;
   /// Lets a teacher that follows the student follow it.
   void after_step() const;

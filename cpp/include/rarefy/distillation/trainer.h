@@ -161,8 +161,10 @@ struct RAREFY_API DistillationTrainerOptions {
   int64_t log_every = 0;               // steps between two entries of the log, with gradient shares; 0: no log
   bool shift = false;                  // the label of a position is the next one's input: causal language models
   Selection selection = {};
-  /// The number of valid rows of a batch. Empty: labels of int64 other than ignore_index; without such labels, the size of
-  /// the first dimension of the inputs.
+  /// The weights of a batch's rows, in the shape of its labels; a row of weight 0 is not valid. Empty: all alike.
+  std::function<torch::Tensor(const Batch&)> row_weights = {};
+  /// The number of valid rows of a batch, where neither labels nor row_weights tell. Empty: labels of int64 other than
+  /// ignore_index, by their weights; without labels, the size of the first dimension of the inputs.
   std::function<double(const Batch&)> count = {};
   /// Adds a tensor up over all processes, in place. Empty: there is one process. Processes must take equally many steps.
   std::function<void(torch::Tensor&)> all_reduce_sum = {};
@@ -182,7 +184,8 @@ struct RAREFY_API DistillationTrainerOptions {
 ///   clip;  optimizer;  schedule
 ///
 /// The teacher runs in evaluation mode, without recording gradients, and must not change; fit and evaluate put the modes of
-/// both models back as they were, also when something throws. What a model, a source or a callback throws comes out
+/// both models back as they were, also when something throws; a student in training mode keeps the modes of its parts.
+/// Batches without a valid row are passed over. What a model, a source or a callback throws comes out
 /// unchanged. Runs are repeated bit for bit from any saved state, given deterministic models and sources.
 class RAREFY_API DistillationTrainer {
  public:
@@ -191,7 +194,7 @@ class RAREFY_API DistillationTrainer {
   DistillationTrainer(Model student, Teacher teacher, OptimizerInterface optimizer, Objective objective,
                       DistillationTrainerOptions options, SchedulerInterface scheduler = {});
 
-  /// One step on one batch; the student's mode is the caller's. Throws c10::ValueError when the loss (or, with clipping, the
+  /// One step on one batch; the student's mode is the caller's. Throws c10::ValueError without a valid row, or when the loss (or, with clipping, the
   /// norm of the gradient) is not finite; the message names the step, and the parameters are as they were before it.
   StepResult train_step(const Batch& batch);
   StepResult train_step(const torch::Tensor& inputs, const torch::Tensor& labels = {});
@@ -225,14 +228,13 @@ class RAREFY_API DistillationTrainer {
   const Teacher& teacher() const { return teacher_; }
 
  private:
-  StepResult take_step(const std::vector<Batch>& window);
+  std::optional<StepResult> take_step(const std::vector<Batch>& window);
   double accumulate(const Batch& batch, double factor, bool measure, StepResult& result);
   void apply_gradients(StepResult& result);
   void begin_epoch(const BatchSource& next_batch);
   void run_epoch(const BatchSource& next_batch, const Callbacks& callbacks, const BatchSource& evaluation);
   void end_epoch(const Callbacks& callbacks, const BatchSource& evaluation);
   std::vector<double> factors(const std::vector<Batch>& window) const;
-  Model::Restore enter_student(bool training) const;
 
   Model student_;
   Teacher teacher_;

@@ -13,7 +13,8 @@ constexpr float kLog2E = 1.44269504f;
 // Exponents of 2 between which exponentials and their sums are normal floats.
 constexpr float kLowestExponent = -125.0f;
 constexpr float kHighestExponent = 60.0f;
-constexpr int64_t kSample = 64;  // elements whose maximum stands for the row's
+constexpr uintptr_t kAhead = 1024;  // elements
+constexpr int64_t kSample = 64;     // elements whose maximum stands for the row's
 
 /// The greatest of n elements, but for NaN, which shows in the sums.
 template <typename T>
@@ -130,13 +131,14 @@ class RowDistiller {
     Vec high = Vec(-kInfinity), low = Vec(kInfinity);
   };
 
-  /// Adds the vector of logits s, t at element i, the part-th vector of its step.
-  template <bool InRange, bool Keep, bool Tracked>
+  /// Adds the vector of logits s, t at element i, the part-th vector of its step. The last vectors of a row may hold -inf in
+  /// lanes past its end, so that the lowest exponent is not looked at there, and these are computed for any exponent.
+  template <bool InRange, bool Keep, bool Last>
   void add(Sums& sums, int part, int64_t i, Vec s, Vec t) {
     const Vec us = s - reference_s_;
     const Vec ut = kSoft ? t - reference_t_ : us;
-    if constexpr (Tracked) {
-      sums.high = max(max(us, ut), sums.high);
+    sums.high = max(max(us, ut), sums.high);
+    if constexpr (!Last) {
       sums.low = min(min(us, ut), sums.low);
     }
     Vec e_s;
@@ -170,12 +172,11 @@ class RowDistiller {
     }
   }
 
-  /// Asks for the same place in the next row: memory works while this row is computed. Past the last row it does nothing.
+  /// Asks for what comes a page later, in this row or the next: memory works meanwhile. A whole row ahead would push long
+  /// rows out of the cache before they are used. Past the last row it does nothing.
   template <int Write>
-  void prefetch_next(const T* p) const {
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) +
-                                                     static_cast<uintptr_t>(task_.classes) * sizeof(T)),
-                       Write, 2);
+  static void prefetch(const T* p) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kAhead * sizeof(T)), Write, 2);
   }
 
   /// The sums of the row, and with Keep its exponentials. With InRange it gives up, returning false, where an exponential is
@@ -189,17 +190,17 @@ class RowDistiller {
     for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
       const int64_t end = chunk + kChunk < whole ? chunk + kChunk : whole;
       for (int64_t step = chunk; step < end; step += kStep) {
-        prefetch_next<0>(student_ + step);
+        prefetch<0>(student_ + step);
         if constexpr (kSoft) {
-          prefetch_next<0>(teacher_ + step);
+          prefetch<0>(teacher_ + step);
         }
         if constexpr (Keep) {
-          prefetch_next<1>(grad_ + step);
+          prefetch<1>(grad_ + step);
         }
         for (int part = 0; part < kParts; ++part) {
           const int64_t i = step + part * Vec::size;
-          add<InRange, Keep, InRange>(sums, part, i, Vec::load(student_ + i),
-                                      kSoft ? Vec::load(teacher_ + i) : Vec(0.0f));
+          add<InRange, Keep, false>(sums, part, i, Vec::load(student_ + i),
+                                    kSoft ? Vec::load(teacher_ + i) : Vec(0.0f));
         }
       }
       if (whole < n && whole < chunk + kChunk) {
@@ -208,8 +209,8 @@ class RowDistiller {
           const int64_t i = whole + part * Vec::size;
           const int count = n - i < 0 ? 0 : n - i < Vec::size ? static_cast<int>(n - i) : Vec::size;
           const Vec s = Vec::load_first(student_ + i, count, -kInfinity);
-          add<false, Keep, false>(sums, part, i, s,
-                                  kSoft ? Vec::load_first(teacher_ + i, count, -kInfinity) : Vec(0.0f));
+          add<false, Keep, true>(sums, part, i, s,
+                                 kSoft ? Vec::load_first(teacher_ + i, count, -kInfinity) : Vec(0.0f));
         }
       }
       if constexpr (InRange) {
