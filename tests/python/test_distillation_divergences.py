@@ -313,6 +313,58 @@ def test_reductions_are_of_one_another():
     assert op(student, teacher, nothing, reduction="sum", **options).item() == 0.0
 
 
+@pytest.mark.parametrize("size", [1e-300, 1e-6, 1.0, 1e6, 1e300])
+def test_float16_mean_does_not_depend_on_the_size_of_the_weights(size, device):
+    student, teacher, labels = make(64, 50, dtype=torch.float16)
+    labels[3] = -100
+    weights = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
+    weights[3] = 1e6 * weights[3]  # of a row that does not count
+    for divergence in DIVERGENCES:
+        leaf, exact = student.detach().clone().to(device).requires_grad_(), student.double().requires_grad_()
+        options = {"temperature": 4.0, "alpha": 0.5, "divergence": divergence}
+        loss = op(leaf, teacher.to(device), labels.to(device), (weights * size).to(device), **options)
+        expected = reference(exact, teacher, labels, weights, **options)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        (loss * 1024).backward()
+        (expected * 1024).backward()
+        largest = exact.grad.abs().max().item()
+        torch.testing.assert_close(leaf.grad.cpu().double(), exact.grad, rtol=2e-3, atol=1e-3 * largest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("divergence", ["jensen_shannon", "skewed_kl", "skewed_reverse_kl"])
+def test_mixtures_of_far_apart_distributions(divergence, dtype, device):
+    # Where p is 1e-17 of q and the reverse, p / m - 1 is -1 in floating point, whose log1p is -inf.
+    options = {"divergence": divergence, "reduction": "none", "temperature": 1.0, "alpha": 1.0}
+    a, b = torch.tensor([[0.0, 0.0, -1.0]], dtype=dtype), torch.tensor([[0.0, -38.0, 1.0]], dtype=dtype)
+    far = [make(64, 200, dtype=dtype, spread=spread)[:2] for spread in (6.0, 30.0, 100.0, 300.0)]
+    tolerance = 1e-12 if dtype == torch.float64 else 5e-6
+    for student, teacher in [(a, b), (b, a), *far]:
+        for skew in (0.1, 0.5, 0.9):
+            ours, exact = student.detach().clone().to(device).requires_grad_(), student.double().requires_grad_()
+            loss = op(ours, teacher.to(device), None, skew=skew, **options)
+            expected = reference(exact, teacher, None, None, skew=skew, **options)
+            torch.testing.assert_close(loss.detach().cpu().double(), expected.detach(), rtol=tolerance, atol=tolerance)
+            assert (loss > 0).all()
+            (grad,) = torch.autograd.grad(loss.sum(), ours)
+            assert torch.isfinite(grad).all()
+            (exact_grad,) = torch.autograd.grad(expected.sum(), exact)
+            torch.testing.assert_close(grad.cpu().double(), exact_grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.cuda
+def test_a_label_that_does_not_exist_shows_in_the_gradient_on_cuda(cuda):
+    student, teacher, labels = (x.to(cuda) for x in make(4, 10))
+    labels[1] = 10
+    for divergence in DIVERGENCES:
+        for alpha in (0.0, 0.5):
+            leaf = student.clone().requires_grad_()
+            loss = op(leaf, teacher, labels, temperature=4.0, alpha=alpha, divergence=divergence)
+            loss.backward()
+            assert loss.isnan()
+            assert leaf.grad[1].isnan().any()
+
+
 def test_float16_mean_over_weighted_rows_survives():
     student, teacher, labels = make(65536, 4, dtype=torch.float16)
     weights = torch.rand(65536)

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 
 from rarefy.distillation import DistillationLoss
@@ -135,7 +136,7 @@ def test_standardized_logits_ignore_scale_and_offset():
     student.requires_grad_()
 
     def z(x):
-        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-7).sqrt()
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
 
     expected = 0.6 * plain_loss(z(student), z(teacher), labels, 2.0, 1.0) + 0.4 * F.cross_entropy(student, labels)
     loss_fn = DistillationLoss(2.0, 0.6, standardize=True)
@@ -160,11 +161,83 @@ def test_the_teacher_is_cast_and_gets_no_gradient():
     low, high = student.bfloat16().requires_grad_(), teacher.float().requires_grad_()
     loss = DistillationLoss()(low, high, labels)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, DistillationLoss()(low, high.bfloat16(), labels))
+    torch.testing.assert_close(loss, DistillationLoss()(low.float(), high, labels))
     loss.backward()
     assert high.grad is None
     with pytest.raises(TypeError, match="teacher_logits must be floating point, got Long"):
         DistillationLoss()(student, labels[:, None].expand(6, 10), labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_finite_logits_of_a_wider_teacher_stay_finite(dtype, device):
+    # 1e5 is no float16 number, and the lowest float32, of masked classes, no bfloat16.
+    student, teacher, labels = make(6, 10)
+    student = student.to(device, dtype).requires_grad_()
+    teacher, labels = teacher.float().to(device), labels.to(device)
+    teacher[0], teacher[1, 3], teacher[2, 4] = 1e5, torch.finfo(torch.float32).min, 1e5 + 5
+    for options in ({}, {"divergence": "jensen_shannon"}, {"standardize": True}):
+        loss = DistillationLoss(**options)(student, teacher.clamp(min=-1e6), labels)
+        exact = student.detach().double().requires_grad_()
+        expected = DistillationLoss(**options)(exact, teacher.double().clamp(min=-1e6), labels)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+        (grad,), (wanted,) = torch.autograd.grad(loss, student), torch.autograd.grad(expected, exact)
+        torch.testing.assert_close(grad.double(), wanted, rtol=1e-2, atol=1e-5)
+    assert torch.isfinite(DistillationLoss()(student, teacher, labels))
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    mixed = DistillationLoss()(student, teacher.clamp(-6e4, 6e4).to(other), labels)
+    same = DistillationLoss()(student.float(), teacher.clamp(-6e4, 6e4).to(other).float(), labels)
+    torch.testing.assert_close(mixed, same)
+
+
+def test_standardized_rows_of_equal_logits_have_a_bounded_gradient():
+    student, teacher, labels = make(6, 10)
+    zeros = torch.zeros_like(student).requires_grad_()
+    loss = DistillationLoss(4.0, 0.5, standardize=True, reduction="sum")(zeros, teacher, labels)
+    (grad,) = torch.autograd.grad(loss, zeros)
+    assert 0 < grad.abs().max() <= 0.5 * 4.0 / math.sqrt(1e-5)  # alpha * T * (a difference of probabilities)
+    z = (teacher - teacher.mean(-1, keepdim=True)) / teacher.std(-1, correction=0, keepdim=True)
+    soft = 0.5 * 4.0 * (0.1 - F.softmax(z / 4.0, -1)) / math.sqrt(1e-5)
+    hard = 0.5 * (0.1 - F.one_hot(labels, 10))
+    torch.testing.assert_close(grad, soft + hard, rtol=1e-4, atol=1e-4)
+
+
+def test_pad_does_not_smooth_over_classes_that_the_student_lacks():
+    student, teacher, labels = make(6, 9)[0], make(6, 12)[1], make(6, 9)[2]
+    options = {"vocabulary": "pad", "divergence": "jensen_shannon"}
+    with pytest.raises(ValueError, match=r"label_smoothing must be 0 with vocabulary 'pad' .* 9 beside 12.* got 0.1"):
+        DistillationLoss(label_smoothing=0.1, **options)(student, teacher, labels)
+    assert torch.isfinite(DistillationLoss(alpha=1.0, label_smoothing=0.1, **options)(student, teacher))
+    assert torch.isfinite(DistillationLoss(label_smoothing=0.1, vocabulary="pad")(teacher, student, labels))
+
+
+@pytest.mark.parametrize("options", [{}, {"shift": True}, {"standardize": True}, {"reduction": "none"}], ids=str)
+def test_weights_with_a_gradient_are_refused(options):
+    student, teacher, labels = make(2, 6, 10)
+    weights = torch.ones(2, 6, requires_grad=True)
+    loss_fn = DistillationLoss(**options)
+    for leaf in (student, student.clone().requires_grad_()):
+        for mask in (None, torch.ones(2, 6, dtype=torch.bool)):
+            with pytest.raises(ValueError, match="row_weights must not require a gradient"):
+                loss_fn(leaf, teacher, labels, row_weights=weights, mask=mask)
+    with torch.no_grad():
+        loss_fn(student, teacher, labels, row_weights=weights)
+    loss_fn(student, teacher, labels, row_weights=weights.detach())
+
+
+def test_forward_mode_is_an_error_and_not_zero():
+    student, teacher, labels = make(6, 10)
+    for options in ({}, {"standardize": True}, {"vocabulary": "truncate"}):
+        loss_fn = DistillationLoss(**options)
+        with fwAD.dual_level():
+            dual = fwAD.make_dual(student, torch.ones_like(student))
+            with pytest.raises(NotImplementedError, match="has no derivative in forward mode"):
+                loss_fn(dual, teacher, labels)
+            # The teacher is a constant, with a tangent or without.
+            loss_fn(student, fwAD.make_dual(teacher, torch.ones_like(teacher)), labels)
+            with pytest.raises(NotImplementedError, match="has no derivative in forward mode"):
+                torch.ops.rarefy.distillation_loss(student, dual, labels, temperature=4.0, alpha=0.5)
+        with pytest.raises(NotImplementedError, match="has no derivative in forward mode"):
+            torch.func.jvp(lambda s, f=loss_fn: f(s, teacher, labels), (student,), (torch.ones_like(student),))
 
 
 GRADCHECKED = [

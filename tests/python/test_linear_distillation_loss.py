@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 
 import rarefy as rf
@@ -151,11 +152,77 @@ def test_float16_gradients_survive_the_mean_over_many_rows():
         torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=3e-3 * wanted.abs().max().item())
 
 
+def to_device(arguments, device):
+    """The arguments on a device, with the student's three as leaves there."""
+    moved = [None if x is None else x.detach().to(device) for x in arguments]
+    return [x.requires_grad_() for x in moved[:3]] + moved[3:]
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_float16_mean_of_many_rows_with_a_large_feature(size, device):
+    # The sum over rows that the mean divides is above 65504 in one column of the weight's gradient.
+    arguments = make(rows=(4096,), classes=50, size=64, dtype=torch.float16)
+    arguments[0].data[:, 7] = 300.0
+    arguments[1].data[:, 7] *= 0.01
+    arguments[7] = arguments[7].double() * size
+    settings = {"temperature": 4.0, "alpha": 0.5}
+    moved = to_device(arguments, device)
+    loss = loss_op(*moved, **settings)
+    grads = torch.autograd.grad(loss * 1.5, moved[:3])
+    expected, expected_grads = dense(arguments, **settings)
+    assert loss.item() == pytest.approx(expected.item(), rel=3e-3)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad.cpu().double(), wanted, rtol=0, atol=3e-3 * wanted.abs().max().item())
+    wanted = expected_grads[1][:, :7]  # what is beside the large feature keeps its precision
+    torch.testing.assert_close(grads[1].cpu()[:, :7].double(), wanted, rtol=0, atol=1e-2 * wanted.abs().max().item())
+
+
+@pytest.mark.cuda
+def test_weights_that_are_not_valid_show_on_cuda(cuda):
+    for dtype in (torch.float32, torch.float16):
+        for weight in (-1.0, float("inf")):
+            arguments = to_device(make(dtype=dtype), cuda)
+            arguments[7].fill_(weight)
+            assert loss_op(*arguments, temperature=4.0, alpha=0.5).isnan()
+
+
 def test_the_teacher_may_be_of_another_dtype():
     arguments = make(dtype=torch.float32)
     expected = loss_op(*arguments, temperature=2.0, alpha=0.6)
     arguments[3:6] = [x.double() for x in arguments[3:6]]
     torch.testing.assert_close(loss_op(*arguments, temperature=2.0, alpha=0.6), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_logits_that_float16_does_not_hold(reduction):
+    settings = {"temperature": 2.0, "alpha": 0.6, "reduction": reduction}
+    arguments = make(dtype=torch.float16)
+    arguments[3:6] = [x.float() for x in arguments[3:6]]
+    arguments[5] += 1e5
+    loss = loss_op(*arguments, **settings)
+    expected, expected_grads = dense(arguments, **settings)
+    assert loss.item() == pytest.approx(expected.item(), rel=3e-3)
+    for grad, wanted in zip(torch.autograd.grad(loss * 1.5, arguments[:3]), expected_grads, strict=True):
+        assert grad.dtype == torch.float16
+        torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=5e-3 * wanted.abs().max().item())
+
+
+def test_derivatives_that_do_not_exist_are_errors():
+    settings = {"temperature": 2.0, "alpha": 0.6}
+    arguments = [None if x is None else x.detach() for x in make()]
+    for leaf in (False, True):
+        weighted = [*arguments[:7], arguments[7].clone().requires_grad_()]
+        weighted[0] = arguments[0].clone().requires_grad_(leaf)
+        with pytest.raises(ValueError, match="row_weights must not require a gradient"):
+            loss_op(*weighted, **settings)
+        with torch.no_grad():
+            loss_op(*weighted, **settings)
+    for index in range(6):
+        with fwAD.dual_level():
+            dual = list(arguments)
+            dual[index] = fwAD.make_dual(dual[index], torch.ones_like(dual[index]))
+            with pytest.raises(NotImplementedError, match="has no derivative in forward mode"):
+                loss_op(*dual, **settings)
 
 
 def test_logits_never_exist_whole():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 
 import rarefy as rf
 
@@ -144,6 +145,21 @@ def test_gradcheck():
             ),
             student,
         )
+
+
+def test_derivatives_that_do_not_exist_are_errors():
+    student, teacher, labels = make(4, 9)
+    top = rf.distillation.topk_logits(teacher, 3, 2.0)
+    settings = {"temperature": 2.0, "alpha": 0.5}
+    weights = torch.ones(4, requires_grad=True)
+    with pytest.raises(ValueError, match="row_weights must not require a gradient"):
+        rf.distillation.top_k_distillation_loss(student, top, labels, row_weights=weights, **settings)
+    with fwAD.dual_level():
+        dual = fwAD.make_dual(student, torch.ones_like(student))
+        with pytest.raises(NotImplementedError, match="has no derivative in forward mode"):
+            rf.distillation.top_k_distillation_loss(dual, top, labels, **settings)
+        with pytest.raises(NotImplementedError, match="has no derivative in forward mode"):
+            torch.ops.rarefy.compact_logits(dual, top.indices, 2.0)
 
 
 def test_equal_models_have_no_loss():

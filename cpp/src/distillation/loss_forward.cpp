@@ -16,7 +16,8 @@ namespace {
 
 using torch::Tensor;
 
-constexpr double kVarianceFloor = 1e-7;  // a row of equal logits has z-scores of 0
+// A row of equal logits has z-scores of 0, and gradients of at most 1 / sqrt(floor) times those of the z-scores.
+constexpr double kVarianceFloor = 1e-5;
 
 std::optional<Tensor> given(const Tensor& x) { return x.defined() ? std::optional<Tensor>(x) : std::nullopt; }
 
@@ -98,9 +99,15 @@ Tensor only_valid(const Tensor& logits, const Rows& rows, int64_t ignore_index) 
   return ignored.defined() ? logits.masked_fill(ignored.unsqueeze(-1), 0) : logits;
 }
 
+/// The student's dtype; float32 where that has 16 bits and the teacher's is another, whose values it may not hold.
+torch::ScalarType common_type(const Tensor& student, const Tensor& teacher) {
+  return student.scalar_type() == teacher.scalar_type() ? student.scalar_type() : ops::loss_type(student);
+}
+
 Tensor loss_of(const Tensor& student, const Tensor& teacher, const Rows& rows,
                const ops::DistillationLossSettings& settings) {
-  return ops::distillation_loss(student, teacher.to(student.device(), student.scalar_type()), given(rows.labels),
+  const auto type = common_type(student, teacher);
+  return ops::distillation_loss(student.to(type), teacher.to(student.device(), type), given(rows.labels),
                                 given(rows.weights), settings);
 }
 
@@ -161,7 +168,7 @@ Tensor loss_forward(const Tensor& student_logits, torch::TensorList teacher_logi
     const auto aligned = align(scores, teacher, vocabulary, options.label_map, rule);
     loss = options.alpha * loss_of(aligned.student, aligned.teacher, rows, soft);
     if (rule.hard()) {
-      loss = loss + (1.0 - options.alpha) * loss_of(plain.student, plain.teacher, rows, hard);
+      loss = loss + (1.0 - options.alpha) * loss_of(plain.student, plain.student.detach(), rows, hard);
     }
   }
   return options.shift && rule.reduction == Reduction::none ? loss.narrow(-1, 0, student_logits.size(-2) - 1) : loss;

@@ -21,6 +21,14 @@ void check_finite(const ops::DistillationRule& rule, bool teacher_only, bool stu
       rule.divergence == Divergence::kl ? "kl" : "reverse_kl", "' is infinite; use 'truncate' or another divergence");
 }
 
+/// Throws where labels are smoothed over classes that the student lacks.
+void check_smoothing(const ops::DistillationRule& rule, int64_t of_student, int64_t of_teacher) {
+  TORCH_CHECK_VALUE(
+      of_student >= of_teacher || !rule.hard() || rule.label_smoothing == 0.0,
+      "[DistillationLoss] label_smoothing must be 0 with vocabulary 'pad' for a student of fewer classes, ", of_student,
+      " beside ", of_teacher, ", whose probability of the others is 0, got ", rule.label_smoothing, "; use 'truncate'");
+}
+
 torch::Tensor padded(const torch::Tensor& logits, int64_t classes) {
   const int64_t missing = classes - logits.size(-1);
   return missing == 0 ? logits : torch::constant_pad_nd(logits, {0, missing}, kNoClass);
@@ -77,6 +85,7 @@ Aligned align(const torch::Tensor& student, const torch::Tensor& teacher, Vocabu
     return {student.narrow(-1, 0, both), teacher.narrow(-1, 0, both)};
   }
   check_finite(rule, of_teacher > of_student, of_student > of_teacher, "pad");
+  check_smoothing(rule, of_student, of_teacher);
   const int64_t either = std::max(of_student, of_teacher);
   return {padded(student, either), padded(teacher, either)};
 }

@@ -1,7 +1,9 @@
 #include "ops/linear_distillation_loss_chunks.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/aminmax.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/maximum.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
@@ -12,6 +14,7 @@ namespace rarefy::ops {
 namespace {
 
 constexpr int64_t kLeastRows = 16;
+constexpr double kLargestHalf = 65504.0;
 constexpr int64_t kClassBlock = 8192;  // of a product that is rounded to 16 bits before it is added
 
 /// The dtype in which the gradients of weight and bias are summed.
@@ -50,6 +53,17 @@ void check_device(const char* name, const at::Tensor& x, const at::Tensor& stude
 
 at::Tensor rows_of(const at::Tensor& x) { return x.reshape({-1, x.size(-1)}); }
 
+/// The power of two by which h is divided so that no sum of products in g^T h overflows float16, at least 1: float64, on the
+/// device. g may be the gradient of many rows and h may have large columns; what h loses is far below its largest.
+at::Tensor overflow_divisor(const at::Tensor& g, const at::Tensor& h) {
+  const auto largest = [](const at::Tensor& x) {
+    const auto [low, high] = at::aminmax(x);
+    return at::maximum(high, low.neg()).to(at::kDouble);
+  };
+  const auto bound = largest(g) * largest(h) * static_cast<double>(g.size(0));
+  return bound.div_(kLargestHalf).log2_().ceil_().exp2_().clamp_min_(1.0);
+}
+
 /// total = (first ? 0 : total) + g^T h.
 void add_weight_gradient(const at::Tensor& total, const at::Tensor& g, const at::Tensor& h, bool first) {
   const auto transposed = g.t();
@@ -62,9 +76,15 @@ void add_weight_gradient(const at::Tensor& total, const at::Tensor& g, const at:
     }
     return;
   }
+  const bool half = g.scalar_type() == at::kHalf;
+  const auto divisor = half ? overflow_divisor(g, h) : at::Tensor();
+  const auto rows = half ? h.to(at::kFloat).div_(divisor).to(at::kHalf) : h;
   for (int64_t begin = 0; begin < total.size(0); begin += kClassBlock) {
     const int64_t count = std::min(kClassBlock, total.size(0) - begin);
-    const auto product = at::mm(transposed.narrow(0, begin, count), h);
+    auto product = at::mm(transposed.narrow(0, begin, count), rows);
+    if (half) {
+      product = product.to(total.scalar_type()).mul_(divisor);
+    }
     auto part = total.narrow(0, begin, count);
     first ? part.copy_(product) : part.add_(product);
   }
@@ -151,7 +171,9 @@ LinearDistillationGradients linear_distillation_in_chunks(const LinearDistillati
     auto logits = device.matmul_transposed(rows, head.weight);
     return head.bias.has_value() ? logits.add_(*head.bias) : logits;
   };
-  const int64_t row_bytes = 2 * classes * static_cast<int64_t>(student_rows.element_size());
+  // 16 bits do not hold the logits of a teacher of another dtype.
+  const auto logits_type = type == teacher_rows.scalar_type() ? type : sums;
+  const int64_t row_bytes = 2 * classes * static_cast<int64_t>(c10::elementSize(logits_type));
   // Chunks of one size: the last is not a small one.
   const int64_t most = std::max(kLeastRows, device.chunk_bytes / row_bytes);
   const int64_t chunks = (count + most - 1) / most;
@@ -161,9 +183,12 @@ LinearDistillationGradients linear_distillation_in_chunks(const LinearDistillati
     const int64_t size = std::min(step, count - first);
     const auto part = [&](const at::Tensor& x) { return x.defined() ? x.narrow(0, first, size) : x; };
     const auto rows = part(student_rows);
-    auto logits = logits_of(rows, student);
-    total.add_(device.distill(logits, logits_of(part(teacher_rows), teacher).to(type), part(labels), part(weights),
-                              wants.any()));
+    auto logits = logits_of(rows, student).to(logits_type);
+    total.add_(device.distill(logits, logits_of(part(teacher_rows), teacher).to(logits_type), part(labels),
+                              part(weights), wants.any()));
+    if (wants.any()) {
+      logits = logits.to(type);
+    }
     if (wants.hidden) {
       part(hidden_out).copy_(device.matmul_transposed(logits, student.weight.t()));
     }

@@ -48,11 +48,12 @@ class DistillationLoss(nn.Module):
 
     Shapes:
         student_logits: [..., classes], float32, float64, bfloat16 or float16. The loss is differentiable in them, once.
-        teacher_logits: the same rows; cast to the student's dtype; a constant. A sequence of tensors is several teachers:
+        teacher_logits: the same rows; a constant. Cast to the student's dtype, or both to float32 where that is a 16-bit one
+            and the teacher's is another. A sequence of tensors is several teachers:
             one with the probabilities sum_k w_k softmax(teacher_k / T). TopKLogits are compared as k + 1 outcomes, with
             `top_k_distillation_loss`; `vocabulary`, `standardize` and `teacher_weights` need whole logits.
         labels: [...], int64.
-        row_weights: [...], floating point, finite and >= 0; a row of weight 0 is not valid.
+        row_weights: [...], floating point, finite and >= 0, without a gradient; a row of weight 0 is not valid.
         mask: [...], bool, True where a row counts.
 
     Raises:

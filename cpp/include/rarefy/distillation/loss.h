@@ -42,7 +42,7 @@ struct RAREFY_API DistillationLossOptions {
 /// rarefy/ops/distillation_loss.h.
 ///
 /// Several teachers are one with the probabilities sum_k w_k softmax(teacher_k / T). With `standardize` (Sun et al., 2024,
-/// arXiv:2403.01427) logits x become (x - mean) / sqrt(variance + 1e-7) over their own classes in D, and not in the
+/// arXiv:2403.01427) logits x become (x - mean) / sqrt(variance + 1e-5) over their own classes in D, and not in the
 /// cross-entropy: the student need not have the teacher's scale. Logits have to be finite there.
 class RAREFY_API DistillationLossImpl : public torch::nn::Cloneable<DistillationLossImpl> {
  public:
@@ -51,7 +51,8 @@ class RAREFY_API DistillationLossImpl : public torch::nn::Cloneable<Distillation
 
   /// Logits [..., classes], int64 labels [...], row_weights [...] and mask [...] (bool, true where a row counts) to a scalar,
   /// or to [...] for reduction "none" ([..., length - 1] with `shift`). Labels may be undefined when alpha is 1, weights and
-  /// mask always. The teacher is cast to the student's dtype; no gradient flows to it. Throws as ops::distillation_loss does.
+  /// mask always. The teacher is cast to the student's dtype, or both to float32 beside a 16-bit one of another kind; no
+  /// gradient flows to it. Throws as ops::distillation_loss does.
   torch::Tensor forward(const torch::Tensor& student_logits, const torch::Tensor& teacher_logits,
                         const torch::Tensor& labels = {}, const torch::Tensor& row_weights = {},
                         const torch::Tensor& mask = {});

@@ -19,7 +19,8 @@
 //   teacher_logits  the same shape and dtype. A constant: no gradient flows to it.
 //   labels          int64 [...], classes in [0, classes). A row whose label is ignore_index is not valid: it adds nothing
 //                   to either term, and its gradient is 0. Without labels alpha must be 1.
-//   row_weights     [...], floating point, finite and >= 0; 1 when not given. A constant. A row of weight 0 is not valid.
+//   row_weights     [...], floating point, finite and >= 0; 1 when not given. A row of weight 0 is not valid.
+//                   Must not require a gradient.
 // Everything goes through log-sum-exp: logits of 1e4 are fine. A class of probability 0 (a logit of -inf) adds nothing where
 // it is 0 in the distribution that D averages over; docs/dev/numerics.md says where D is +inf. NaN gives NaN. What a row that
 // is not valid holds does not matter.

@@ -3,6 +3,8 @@
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 
+#include "ops/autograd/constants.h"
+
 namespace rarefy::ops {
 namespace {
 
@@ -39,6 +41,7 @@ class CompactLogits : public torch::autograd::Function<CompactLogits> {
 };
 
 at::Tensor compact_logits_autograd(const at::Tensor& logits, const at::Tensor& indices, double temperature) {
+  check_no_tangent("compact_logits", {logits});
   if (!logits.requires_grad() || !at::GradMode::is_enabled()) {  // no gradient is needed
     at::AutoDispatchBelowADInplaceOrView guard;
     return compact_logits(logits, indices, temperature);

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "ops/autograd/constants.h"
 #include "ops/distillation_rule.h"
 
 namespace rarefy::ops {
@@ -63,6 +64,8 @@ at::Tensor distillation_loss_autograd(const at::Tensor& student, const at::Tenso
                                       const std::optional<at::Tensor>& labels,
                                       const std::optional<at::Tensor>& row_weights,
                                       const DistillationLossSettings& settings) {
+  check_no_tangent("distillation_loss", {student, teacher, row_weights});
+  check_constant_weights("distillation_loss", row_weights);
   if (!student.requires_grad() || !at::GradMode::is_enabled()) {  // no gradient is needed
     at::AutoDispatchBelowADInplaceOrView guard;
     return distillation_loss(student, teacher, labels, row_weights, settings);

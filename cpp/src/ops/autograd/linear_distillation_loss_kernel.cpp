@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 
+#include "ops/autograd/constants.h"
 #include "ops/linear_distillation_loss_chunks.h"
 
 namespace rarefy::ops {
@@ -69,6 +70,10 @@ at::Tensor call(const LinearDistillationArguments& arguments) {
 
 at::Tensor autograd(const LinearDistillationArguments& arguments) {
   const auto& [hidden, weight, bias] = arguments.student;
+  const auto& teacher = arguments.teacher;
+  check_no_tangent("linear_distillation_loss",
+                   {hidden, weight, bias, teacher.hidden, teacher.weight, teacher.bias, arguments.row_weights});
+  check_constant_weights("linear_distillation_loss", arguments.row_weights);
   const bool needed = hidden.requires_grad() || weight.requires_grad() || (bias.has_value() && bias->requires_grad());
   if (!needed || !at::GradMode::is_enabled()) {
     at::AutoDispatchBelowADInplaceOrView guard;

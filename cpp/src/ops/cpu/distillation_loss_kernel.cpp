@@ -1,8 +1,10 @@
 #include <ATen/Parallel.h>
+#include <ATen/ops/div.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <rarefy/ops/distillation_loss.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "ops/allocate.h"
@@ -36,17 +38,32 @@ at::Tensor reduce(const std::vector<double>& losses, const DistillationRows& row
   return at::scalar_tensor(rule.reduction == Reduction::mean ? total / rows.total_weight : total, at::dtype(type));
 }
 
+/// Divides the weights by the largest of a valid row, so that the gradient of the sum over rows does not depend on their size.
+void normalize_weights(DistillationRows& rows, const DistillationRule& rule) {
+  double largest = 0.0;
+  for (int64_t row = 0; row < rows.count; ++row) {
+    largest = rows.is_valid(row, rule) ? std::max(largest, rows.weight(row)) : largest;
+  }
+  if (rows.weights.defined() && largest > 0.0) {
+    rows.weights = rows.weights / largest;  // a copy: they may be the caller's
+    rows.total_weight /= largest;
+  }
+}
+
 Results run(const at::Tensor& student_logits, const at::Tensor& teacher_logits, const std::optional<at::Tensor>& labels,
             const std::optional<at::Tensor>& row_weights, const DistillationLossSettings& settings,
             bool with_gradient) {
   const auto rule = resolve("distillation_loss", settings);
-  const DistillationRows rows(student_logits, teacher_logits, labels, row_weights, rule);
+  DistillationRows rows(student_logits, teacher_logits, labels, row_weights, rule);
   const bool mean = rule.reduction == Reduction::mean;
   TORCH_CHECK_VALUE(!mean || rows.total_weight > 0.0,
                     "[distillation_loss] at least one row must be valid (label other than ignore_index ",
                     rule.ignore_index, ", weight above 0), got ", rows.count, " rows, all ignored");
-  const double scale = mean ? 1.0 / rows.total_weight : 1.0;
   const bool deferred = mean && rows.student.scalar_type() == at::kHalf;
+  if (deferred) {
+    normalize_weights(rows, rule);
+  }
+  const double scale = mean ? 1.0 / rows.total_weight : 1.0;
   Results results;
   if (with_gradient) {
     results.grad = empty_for(rows.student);

@@ -28,8 +28,27 @@ struct Term {
   double slope;
 };
 
-/// weight * log(1 + excess), where a weight of 0 counts as 0 whatever the logarithm is.
-double weighted_log(double weight, double excess) { return weight == 0.0 ? 0.0 : weight * std::log1p(excess); }
+/// log(e^a + e^b), where at least one of them is above -inf.
+double log_add_exp(double a, double b) {
+  const double high = a > b ? a : b, low = a > b ? b : a;
+  return high + std::log1p(std::exp(low - high));
+}
+
+/// x beside a mixture m of it.
+struct Ratio {
+  double log;     // log(x / m)
+  double excess;  // x / m - 1
+};
+
+/// From x / m - 1 formed by differences where that is near 0, so that x == m gives exactly 0. Elsewhere it has lost what makes
+/// x small beside m, and the logarithms have not.
+Ratio ratio(double excess, double log_x, double log_m) {
+  return std::abs(excess) < 0.5 ? Ratio{std::log1p(excess), excess}
+                                : Ratio{log_x - log_m, std::exp(log_x - log_m) - 1.0};
+}
+
+/// x * log(x / m), where x = 0 counts as 0 whatever the logarithm is.
+double weighted(double x, const Ratio& of) { return x == 0.0 ? 0.0 : x * of.log; }
 
 Term term(const DistillationRule& rule, double log_p, double log_q) {
   const double p = std::exp(log_p), q = std::exp(log_q), skew = rule.skew;
@@ -46,18 +65,20 @@ Term term(const DistillationRule& rule, double log_p, double log_q) {
   if (p == 0.0 && q == 0.0) {
     return {0.0, 0.0};
   }
-  // The mixture m is written so that p == q gives m == q exactly. x / m = 1 + excess.
-  if (rule.divergence == Divergence::skewed_kl) {
-    const double m = q + skew * (p - q), excess = (1.0 - skew) * (p - q) / m;
-    return {weighted_log(p, excess), -(1.0 - skew) * excess};
-  }
+  // The mixture m is written so that p == q gives m == q exactly.
+  const double log_skew = std::log(skew), log_rest = std::log1p(-skew);
   if (rule.divergence == Divergence::skewed_reverse_kl) {
-    const double m = p + skew * (q - p), excess = (1.0 - skew) * (q - p) / m;
-    return {weighted_log(q, excess), q == 0.0 ? 0.0 : std::log1p(excess) - skew * excess};
+    const double m = p + skew * (q - p);
+    const auto of_q = ratio((1.0 - skew) * (q - p) / m, log_q, log_add_exp(log_skew + log_q, log_rest + log_p));
+    return {weighted(q, of_q), q == 0.0 ? 0.0 : of_q.log - skew * of_q.excess};
   }
-  const double m = q + skew * (p - q), excess_p = (1.0 - skew) * (p - q) / m, excess_q = skew * (q - p) / m;
-  return {skew * weighted_log(p, excess_p) + (1.0 - skew) * weighted_log(q, excess_q),
-          q == 0.0 ? 0.0 : (1.0 - skew) * std::log1p(excess_q)};
+  const double m = q + skew * (p - q), log_m = log_add_exp(log_skew + log_p, log_rest + log_q);
+  const auto of_p = ratio((1.0 - skew) * (p - q) / m, log_p, log_m);
+  if (rule.divergence == Divergence::skewed_kl) {
+    return {weighted(p, of_p), -(1.0 - skew) * of_p.excess};
+  }
+  const auto of_q = ratio(skew * (q - p) / m, log_q, log_m);
+  return {skew * weighted(p, of_p) + (1.0 - skew) * weighted(q, of_q), q == 0.0 ? 0.0 : (1.0 - skew) * of_q.log};
 }
 
 }  // namespace

@@ -54,9 +54,11 @@ LinearDistillationGradients forward(const LinearDistillationArguments& arguments
     TORCH_CHECK_VALUE(sum > 0.0, "[linear_distillation_loss] at least one row must be valid (label other than ",
                       "ignore_index ", rule.ignore_index, ", weight above 0), got ", weights.numel(),
                       " rows, all ignored");
-    // float16 cannot hold a gradient averaged over many rows.
+    // float16 cannot hold a gradient averaged over many rows, nor one of weights far from 1.
     if (arguments.student.hidden.scalar_type() == at::kHalf) {
-      scale.fill_(1.0 / sum);
+      const auto largest = weights.max().item<double>();
+      weights.div_(largest);
+      scale.fill_(largest / sum);
     } else {
       weights.div_(sum);
     }

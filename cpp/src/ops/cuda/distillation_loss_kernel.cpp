@@ -37,7 +37,7 @@ Results run(const at::Tensor& student_logits, const at::Tensor& teacher_logits, 
     results.scale = at::empty_like(results.loss);
   }
   const auto row_losses = at::empty({rows}, student.options().dtype(at::kDouble));
-  const auto total_weight = at::empty({1}, row_losses.options());
+  const auto total_weight = at::empty({2}, row_losses.options());
   check_launch("distillation_loss",
                cuda::distillation_loss({float_type(student),
                                         rows,

@@ -25,6 +25,8 @@ using Compute = decltype(load(static_cast<const T*>(nullptr)));
 
 __device__ float exponential(float x) { return expf(x); }
 __device__ double exponential(double x) { return exp(x); }
+__device__ float logarithm(float x) { return logf(x); }
+__device__ double logarithm(double x) { return log(x); }
 __device__ float logarithm_1p(float x) { return log1pf(x); }
 __device__ double logarithm_1p(double x) { return log1p(x); }
 
@@ -70,13 +72,17 @@ __device__ double weight_of(const DistillationTask& task, int64_t row) {
 }
 
 __global__ void total_weight_kernel(DistillationTask task) {
-  double total = 0.0;
+  double total = 0.0, largest = 0.0;
   for (int64_t row = threadIdx.x; row < task.rows; row += kThreads) {
-    total += weight_of(task, row);
+    const double weight = weight_of(task, row);
+    total += weight;
+    largest = Max()(largest, weight);
   }
   total = block_reduce(total, Add());
+  largest = block_reduce(largest, Max());
   if (threadIdx.x == 0) {
-    *task.total_weight = total;
+    task.total_weight[0] = total;
+    task.total_weight[1] = largest;
   }
 }
 
@@ -87,10 +93,33 @@ struct Term {
   C slope;
 };
 
-/// x * log(1 + excess), where x = 0 counts as 0 whatever the logarithm is.
+/// log(e^a + e^b), where at least one of them is above -inf.
 template <typename C>
-__device__ C weighted_log(C x, C excess) {
-  return x == static_cast<C>(0) ? static_cast<C>(0) : x * logarithm_1p(excess);
+__device__ C log_add_exp(C a, C b) {
+  const C high = a > b ? a : b, low = a > b ? b : a;
+  return high + logarithm_1p(exponential(low - high));
+}
+
+/// x beside a mixture m of it.
+template <typename C>
+struct Ratio {
+  C log;     // log(x / m)
+  C excess;  // x / m - 1
+};
+
+/// From x / m - 1 formed by differences where that is near 0, so that x == m gives exactly 0. Elsewhere it has lost what makes
+/// x small beside m, and the logarithms have not.
+template <typename C>
+__device__ Ratio<C> ratio(C excess, C log_x, C log_m) {
+  const C half = static_cast<C>(0.5), difference = log_x - log_m;
+  return excess > -half && excess < half ? Ratio<C>{logarithm_1p(excess), excess}
+                                         : Ratio<C>{difference, exponential(difference) - static_cast<C>(1)};
+}
+
+/// x * log(x / m), where x = 0 counts as 0 whatever the logarithm is.
+template <typename C>
+__device__ C weighted(C x, const Ratio<C>& of) {
+  return x == static_cast<C>(0) ? x : x * of.log;
 }
 
 /// The divergences but kl, whose gradient has a simpler form. p == q gives exactly 0 for both members.
@@ -107,17 +136,20 @@ __device__ Term<C> term(Divergence divergence, C skew, C log_p, C log_q) {
   if (p == zero && q == zero) {
     return {zero, zero};
   }
-  if (divergence == Divergence::skewed_kl) {
-    const C excess = rest * (p - q) / (q + skew * (p - q));
-    return {weighted_log(p, excess), -rest * excess};
-  }
+  // The mixture m is written so that p == q gives m == q exactly.
+  const C log_skew = logarithm(skew), log_rest = logarithm_1p(-skew);
   if (divergence == Divergence::skewed_reverse_kl) {
-    const C excess = rest * (q - p) / (p + skew * (q - p));
-    return {weighted_log(q, excess), q == zero ? zero : logarithm_1p(excess) - skew * excess};
+    const C m = p + skew * (q - p);
+    const Ratio<C> of_q = ratio(rest * (q - p) / m, log_q, log_add_exp(log_skew + log_q, log_rest + log_p));
+    return {weighted(q, of_q), q == zero ? zero : of_q.log - skew * of_q.excess};
   }
-  const C m = q + skew * (p - q), excess_q = skew * (q - p) / m;
-  return {skew * weighted_log(p, rest * (p - q) / m) + rest * weighted_log(q, excess_q),
-          q == zero ? zero : rest * logarithm_1p(excess_q)};
+  const C m = q + skew * (p - q), log_m = log_add_exp(log_skew + log_p, log_rest + log_q);
+  const Ratio<C> of_p = ratio(rest * (p - q) / m, log_p, log_m);
+  if (divergence == Divergence::skewed_kl) {
+    return {weighted(p, of_p), -rest * of_p.excess};
+  }
+  const Ratio<C> of_q = ratio(skew * (q - p) / m, log_q, log_m);
+  return {skew * weighted(p, of_p) + rest * weighted(q, of_q), q == zero ? zero : rest * of_q.log};
 }
 
 /// One block per row; the row is read three or four times, from cache after the first.
@@ -129,13 +161,14 @@ __global__ void distill_rows_kernel(DistillationTask task) {
   const C temperature = static_cast<C>(task.temperature);
   const bool kl = task.divergence == Divergence::kl;
   const C skew = static_cast<C>(task.skew);
-  const double mean = task.reduction == Reduction::mean && !task.deferred_mean ? 1.0 / *task.total_weight : 1.0;
+  const double mean = task.reduction == Reduction::mean ? 1.0 / task.total_weight[task.deferred_mean ? 1 : 0] : 1.0;
   for (int64_t row = blockIdx.x; row < task.rows; row += gridDim.x) {
     const T* student = static_cast<const T*>(task.student) + row * n;
     const T* teacher = static_cast<const T*>(task.teacher) + row * n;
     T* grad = task.grad == nullptr ? nullptr : static_cast<T*>(task.grad) + row * n;
     const int64_t label = task.labels == nullptr ? 0 : task.labels[row];
-    const double weight = weight_of(task, row);
+    const bool label_exists = label >= 0 && label < n;
+    double weight = weight_of(task, row);
     if (weight == 0.0) {
       for (int64_t i = threadIdx.x; grad != nullptr && i < n; i += kThreads) {
         put(grad + i, static_cast<C>(0));
@@ -144,6 +177,9 @@ __global__ void distill_rows_kernel(DistillationTask task) {
         task.row_losses[row] = 0.0;
       }
       continue;
+    }
+    if (!label_exists) {
+      weight = static_cast<double>(NAN);  // in the loss and in the gradient
     }
     C max_s = -static_cast<C>(INFINITY), max_t = max_s;
     for (int64_t i = threadIdx.x; i < n; i += kThreads) {
@@ -191,9 +227,8 @@ __global__ void distill_rows_kernel(DistillationTask task) {
       divergence = block_reduce(value, Add());
       mean_slope = block_reduce(slope, Add());
     }
-    const bool label_exists = label >= 0 && label < n;
     if (threadIdx.x == 0) {
-      double loss = label_exists ? 0.0 : static_cast<double>(NAN);
+      double loss = 0.0;
       if (soft) {
         loss += task.alpha * task.temperature * task.temperature * (divergence < 0.0 ? 0.0 : divergence);
       }
@@ -247,7 +282,7 @@ __global__ void reduce_kernel(DistillationTask task) {
       *static_cast<Real*>(task.loss) = static_cast<Real>(task.reduction == Reduction::mean ? sum / total : sum);
     }
     if (task.scale != nullptr) {
-      *static_cast<Real*>(task.scale) = static_cast<Real>(task.deferred_mean ? 1.0 / total : 1.0);
+      *static_cast<Real*>(task.scale) = static_cast<Real>(task.deferred_mean ? task.total_weight[1] / total : 1.0);
     }
   }
 }

@@ -21,14 +21,15 @@ struct DistillationTask {
   double label_smoothing;
   int64_t ignore_index;
   Reduction reduction;
-  bool deferred_mean;         // the gradient is of the sum over rows, and scale is 1 / (sum of weights)
+  bool
+      deferred_mean;  // the gradient is of the sum over rows with weights over their largest, w; scale is w / (sum of weights)
   const void* student;        // rows x classes of the type
   const void* teacher;        // the same
   const int64_t* labels;      // one per row, or null
   const double* row_weights;  // one per row, or null
   void* grad;                 // as student, or null when only the loss is wanted
   double* row_losses;         // one per row: weight * loss
-  double* total_weight;       // room for one
+  double* total_weight;       // room for two: the sum of the valid rows' weights and their largest
   void* loss;                 // one Real, or null for Reduction::none
   void* scale;                // one Real, or null
 };

@@ -4,6 +4,8 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include <limits>
+
 #include "ops/linear_distillation_loss_chunks.h"
 
 namespace rarefy::ops {
@@ -25,11 +27,16 @@ LinearDistillationGradients forward(const LinearDistillationArguments& arguments
   if (arguments.labels.has_value()) {
     weights.masked_fill_(arguments.labels->reshape({-1}) == rule.ignore_index, 0.0);
   }
+  // Before a division makes a valid weight of two that are not.
+  const auto valid = weights.ge(0.0).logical_and_(weights.lt(std::numeric_limits<double>::infinity()));
+  weights.masked_fill_(valid.logical_not(), std::numeric_limits<double>::quiet_NaN());
   auto scale = at::ones({}, options.dtype(loss_type(hidden)));
   if (rule.reduction == Reduction::mean) {
     const auto sum = weights.sum();
     if (hidden.scalar_type() == at::kHalf) {
-      scale.div_(sum);
+      const auto largest = weights.max();
+      weights.div_(largest);
+      scale.copy_(largest / sum);
     } else {
       weights.div_(sum);
     }
