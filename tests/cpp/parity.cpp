@@ -120,7 +120,15 @@ int distill(char** argv) {
     return distillation::Batch{data["x" + number], data["y" + number]};
   };
   torch::optim::AdamW optimizer(student->parameters(), torch::optim::AdamWOptions(0.01).weight_decay(0.01));
-  torch::optim::StepLR schedule(optimizer, 3, 0.5);
+  // As Python's StepLR; LibTorch's takes its first step one later.
+  const distillation::SchedulerInterface schedule(
+      [&optimizer, step = 0](std::optional<double>) mutable {
+        if (++step % 3 == 0) {
+          auto& options = optimizer.param_groups()[0].options();
+          options.set_lr(options.get_lr() * 0.5);
+        }
+      },
+      distillation::SchedulerInterface::When::step);
   distillation::DistillationTrainerOptions options;
   options.accumulate = 2;
   options.max_grad_norm = 0.5;
