@@ -1,6 +1,7 @@
 """Two gloo processes train as one: equal gradients, metrics of both, one writer of checkpoints."""
 
 import itertools
+import os
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -107,6 +108,7 @@ def process(rank: int, work: str, folder: str) -> None:
         result = {"error": traceback.format_exc()}
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may still drop Python objects while the interpreter ends, which aborts it
 
 
 def run(work: str, folder: Path) -> list[dict]:

@@ -330,7 +330,9 @@ def test_distill_clip(tmp_path):
     names = ["teacher", "student alone", "student distilled", "distilled, pruned", "distilled, pruned, QAT"]
     assert list(rows) == names
     teacher, alone, distilled, pruned, qat = rows.values()
-    assert min(zero_shot for *_, zero_shot, _, _ in (teacher, alone, distilled, pruned, qat)) > 30  # of ten digits
+    assert (
+        min(zero_shot for *_, zero_shot, _, _ in (teacher, alone, distilled, pruned, qat)) > 15
+    )  # of ten digits, after a few epochs
     assert alone[0] == distilled[0] < teacher[0] / 5  # parameters
     assert pruned[0] == qat[0] < 0.8 * distilled[0]
     assert qat[4] < 0.7 * pruned[4] < 0.7 * distilled[4]  # KiB
