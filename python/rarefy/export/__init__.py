@@ -1,9 +1,23 @@
 """Deployment formats.
 
 >>> report = rf.export.to_onnx(model, example_inputs, "model.onnx")
+>>> report = rf.export.to_executorch(model, example_inputs, "model.pte")
 """
 
+from rarefy.export.coreml import to_coreml
+from rarefy.export.executorch import to_executorch
+from rarefy.export.litert import to_litert
 from rarefy.export.onnx import to_onnx
+from rarefy.export.openvino import to_openvino
 from rarefy.export.report import Difference, ExportReport, Operator
 
-__all__ = ["Difference", "ExportReport", "Operator", "to_onnx"]
+__all__ = [
+    "Difference",
+    "ExportReport",
+    "Operator",
+    "to_coreml",
+    "to_executorch",
+    "to_litert",
+    "to_onnx",
+    "to_openvino",
+]

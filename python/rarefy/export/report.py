@@ -42,21 +42,23 @@ class ExportReport:
         path: the file.
         bytes: its size.
         target: the runtime that it was written for.
-        opset: version of the ONNX operator set.
+        opset: version of the ONNX operator set; None for other formats.
         nodes: number of nodes by operator.
         operators: what the runtime runs in integers and what it leaves in float; empty without verification.
         differences: outputs against the eager model's; empty without verification.
         seconds: time that the export took, verification included.
+        notes: what a user of the file must know besides.
     """
 
     path: Path
     bytes: int
     target: str
-    opset: int
+    opset: int | None
     nodes: Mapping[str, int]
     operators: tuple[Operator, ...] = field(default=(), repr=False)
     differences: tuple[Difference, ...] = field(default=(), repr=False)
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
     @property
     def in_integers(self) -> tuple[Operator, ...]:
@@ -77,8 +79,9 @@ class ExportReport:
         size = f"{self.bytes / 1024:.1f} KiB" if self.bytes < 1 << 20 else f"{self.bytes / (1 << 20):.1f} MiB"
         rows = [
             ("file", f"{self.path} ({size})"),
-            ("target", f"{self.target}, opset {self.opset}, {self.seconds:.1f} s"),
+            ("target", f"{self.target}, {'' if self.opset is None else f'opset {self.opset}, '}{self.seconds:.1f} s"),
             ("nodes", ", ".join(f"{count} {name}" for name, count in self.nodes.items())),
+            *(("note", note) for note in self.notes),
         ]
         if not self.differences:
             return [*rows, ("verified", "no")]
