@@ -13,7 +13,14 @@ import torch
 from torch import fx, nn
 
 from rarefy.export import runtime
-from rarefy.export.program import export_program, float_products, module_path, store_float_weight
+from rarefy.export.program import (
+    DEQUANTIZE_CHANNELS,
+    detach_from_quantizer,
+    export_program,
+    float_products,
+    module_path,
+    store_float_weight,
+)
 from rarefy.export.report import ExportReport, Operator
 from rarefy.export.runtime import ExampleInputs, Prepared
 
@@ -21,6 +28,9 @@ if TYPE_CHECKING:
     from executorch.exir import EdgeProgramManager
 
 _FUNCTION = "to_executorch"
+
+# XNNPACK has no 1-d convolutions: a pass makes them 2-d, and moves the dequantize operator of a float one's input into it.
+_CONV1D = (torch.ops.aten.conv1d.default, torch.ops.aten.conv1d.padding)
 
 #: Operators of the edge dialect that are worth a line in the report, under the names that the report gives them.
 _COUNTED = {
@@ -66,6 +76,9 @@ def to_executorch(
         program = export_program(_FUNCTION, prepared.lowered, prepared.example)
         for node in list(float_products(program)):
             store_float_weight(program, node)
+            if node.target in _CONV1D:
+                detach_from_quantizer(program, node)
+        _look_up_integers(program)
         edge = _to_edge(program)
         operators = tuple(_operators(edge))
         nodes = Counter(operator.op_type for operator in operators)
@@ -99,6 +112,26 @@ def _to_edge(program: torch.export.ExportedProgram) -> EdgeProgramManager:
             raise RuntimeError(
                 f"[{_FUNCTION}] ExecuTorch cannot translate the model: {type(error).__name__}: {error}"
             ) from error
+
+
+def _look_up_integers(program: torch.export.ExportedProgram) -> None:
+    """Looks rows up in the table of integers and dequantizes those, instead of the whole table at every run."""
+    with runtime.quiet("executorch"):
+        from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401  (registers embedding_byte)
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        table = node.args[0] if node.target is torch.ops.aten.embedding.default else None
+        if not isinstance(table, fx.Node) or table.target is not DEQUANTIZE_CHANNELS or table.args[3] != 0:
+            continue
+        integers, scale, _, _, low, high, _ = table.args  # weights have no zero point
+        with graph.inserting_before(node):
+            arguments = (integers, scale, None, low, high, node.args[1])
+            row = graph.call_function(torch.ops.quantized_decomposed.embedding_byte.default, arguments)
+        row.meta.update(node.meta)
+        node.replace_all_uses_with(row)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
 
 
 def _operators(edge: EdgeProgramManager) -> list[Operator]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rarefy.export import runtime
+from rarefy.export import lowering, runtime
 from rarefy.export.program import export_program
 from rarefy.export.report import ExportReport, Operator
 from rarefy.export.runtime import ExampleInputs, Prepared
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
     from ai_edge_litert.interpreter import Interpreter
 
 _FUNCTION = "to_litert"
+_ROOT = "_model"  # how names of tensors call the model itself
+_LOWERED = lowering.__name__
 
-#: The operators whose execution is worth a line in the report.
+#: The operators whose execution is worth a line in the report; of the second kind, those that come from quantized layers.
 _COUNTED = frozenset(
-    {
-        "CONV_2D", "DEPTHWISE_CONV_2D", "CONV_3D", "TRANSPOSE_CONV", "FULLY_CONNECTED", "BATCH_MATMUL", "ADD", "MUL",
-        "MEAN", "AVERAGE_POOL_2D", "EMBEDDING_LOOKUP", "GATHER", "CONCATENATION",
-    }
-)  # fmt: skip
+    {"CONV_2D", "DEPTHWISE_CONV_2D", "CONV_3D", "TRANSPOSE_CONV", "FULLY_CONNECTED", "BATCH_MATMUL", "EMBEDDING_LOOKUP"}
+)
+_ELEMENTWISE = frozenset({"ADD", "MUL", "MEAN", "CONCATENATION", "AVERAGE_POOL_2D"})
 
 
 def to_litert(
@@ -135,14 +136,23 @@ def _load(path: Path) -> Interpreter:
 def _operators(interpreter: Interpreter) -> Iterator[Operator]:
     tensors = {tensor["index"]: tensor for tensor in interpreter.get_tensor_details()}
     for operation in interpreter._get_ops_details():
-        kind = operation["op_name"]
-        if kind not in _COUNTED:
+        kind, result = operation["op_name"], tensors[operation["outputs"][0]]["name"]
+        if kind not in _COUNTED | _ELEMENTWISE:
             continue
-        results = [tensors[index] for index in operation["outputs"]]
-        types = [tensors[index]["dtype"] for index in (*operation["inputs"][:2], *operation["outputs"]) if index >= 0]
-        integer = all(np.issubdtype(kind, np.integer) for kind in types)
-        runs_on = "/".join(np.dtype(kind).name for kind in types)
-        yield Operator(results[0]["name"].split(";")[0], kind, f"{kind} {runs_on}", integer)
+        indices = [*operation["inputs"][: 1 if kind == "MEAN" else 2], *operation["outputs"]]
+        types = [tensors[index]["dtype"] for index in indices]
+        integer = all(np.issubdtype(dtype, np.integer) for dtype in types)
+        if kind in _COUNTED or integer or _LOWERED in result:
+            shown = "/".join(np.dtype(dtype).name for dtype in types)
+            path = _module_path(result)
+            yield Operator(f"{path}/{kind}" if path else kind, kind, f"{kind} {shown}", integer)
+
+
+def _module_path(name: str) -> str:
+    """The path of the module that a tensor comes from: its name lists classes and attributes, from the outermost in."""
+    steps = name.split(";")[0].partition(_ROOT)[2].split("/")[1:]
+    attributes = (re.sub(r"^_*[A-Za-z0-9]+_", "", step.rpartition(".")[2]) for step in steps)
+    return ".".join(attribute for attribute in attributes if attribute)
 
 
 def _describe_bytes(interpreter: Interpreter, names: tuple[str, ...]) -> Iterator[str]:

@@ -125,6 +125,18 @@ def store_float_weight(program: ExportedProgram, node: fx.Node) -> None:
     program.graph_module.graph.erase_node(dequantize)
 
 
+def detach_from_quantizer(program: ExportedProgram, node: fx.Node) -> None:
+    """Puts a clamp to the range of the grid, which changes no value, between a product and the dequantized input."""
+    source = node.args[0]
+    if isinstance(source, fx.Node) and source.target is DEQUANTIZE:
+        _, scale, zero_point, low, high, _ = source.args
+        graph = program.graph_module.graph
+        with graph.inserting_before(node):
+            # A little further: the product with the scale may round up.
+            limits = ((low - zero_point - 0.5) * scale, (high - zero_point + 0.5) * scale)
+            node.replace_input_with(source, _insert(graph, _aten.clamp.default, (source, *limits), node))
+
+
 # ---- the passes -----------------------------------------------------------------------------------------------------
 
 
