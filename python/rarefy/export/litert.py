@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _FUNCTION = "to_litert"
 _ROOT = "_model"  # how names of tensors call the model itself
-_LOWERED = lowering.__name__
+_LOWERED, _QUANTIZER = lowering.__name__, lowering.QuantizeDequantize.__name__
 
 #: The operators whose execution is worth a line in the report; of the second kind, those that come from quantized layers.
 _COUNTED = frozenset(
@@ -72,15 +72,14 @@ def to_litert(
         program = export_program(_FUNCTION, prepared.lowered, prepared.example)
         _convert(program, prepared, temporary)
         size = temporary.stat().st_size
-        interpreter = _load(temporary)
+        interpreter = _load(temporary, delegates=False)  # they replace the operators whose types are to be read
         operators = tuple(_operators(interpreter))
         nodes = Counter(operation["op_name"] for operation in interpreter._get_ops_details())
         notes = tuple(_describe_bytes(interpreter, prepared.example.names))
         differences = ()
         if verify:
-            outputs, scales = _run(interpreter, prepared)
+            outputs, scales = _run(temporary, prepared)
             differences = runtime.compare(_FUNCTION, outputs, prepared, scales)
-        del interpreter  # it maps the file
     return ExportReport(
         path=Path(path),
         bytes=size,
@@ -120,13 +119,12 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def _load(path: Path) -> Interpreter:
+def _load(path: Path, *, delegates: bool) -> Interpreter:
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-    # Without delegates: they replace the operators whose types are to be read. Both compute on the same integers.
-    plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    resolver = OpResolverType.AUTO if delegates else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     try:
-        interpreter = Interpreter(os.fspath(path), experimental_op_resolver_type=plain)
+        interpreter = Interpreter(model_content=path.read_bytes(), experimental_op_resolver_type=resolver)
         interpreter.allocate_tensors()
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(f"[{_FUNCTION}] LiteRT cannot load the file: {error}") from error
@@ -144,14 +142,17 @@ def _operators(interpreter: Interpreter) -> Iterator[Operator]:
         integer = all(np.issubdtype(dtype, np.integer) for dtype in types)
         if kind in _COUNTED or integer or _LOWERED in result:
             shown = "/".join(np.dtype(dtype).name for dtype in types)
-            path = _module_path(result)
+            # A weight has the name of its layer; results that the model returns have none.
+            weight = tensors[operation["inputs"][1]]["name"] if kind in _COUNTED else ""
+            path = _module_path(weight) or _module_path(result)
             yield Operator(f"{path}/{kind}" if path else kind, kind, f"{kind} {shown}", integer)
 
 
 def _module_path(name: str) -> str:
     """The path of the module that a tensor comes from: its name lists classes and attributes, from the outermost in."""
-    steps = name.split(";")[0].partition(_ROOT)[2].split("/")[1:]
-    attributes = (re.sub(r"^_*[A-Za-z0-9]+_", "", step.rpartition(".")[2]) for step in steps)
+    steps = re.split(f"{_ROOT}(?=[/;]|$)", name, maxsplit=1)[1:]
+    steps = steps[0].split(";")[0].split("/")[1:] if steps else []
+    attributes = (re.sub(r"^_*[A-Za-z0-9]+_", "", step.rpartition(".")[2]) for step in steps if _QUANTIZER not in step)
     return ".".join(attribute for attribute in attributes if attribute)
 
 
@@ -172,7 +173,8 @@ def _signature(interpreter: Interpreter, names: tuple[str, ...]) -> tuple[list[d
     ]
 
 
-def _run(interpreter: Interpreter, prepared: Prepared) -> tuple[list[np.ndarray], list[float | None]]:
+def _run(path: Path, prepared: Prepared) -> tuple[list[np.ndarray], list[float | None]]:
+    interpreter = _load(path, delegates=True)
     inputs, outputs = _signature(interpreter, prepared.example.names)
     for details, tensor in zip(inputs, prepared.example.tensors, strict=True):
         scale, zero_point = details["quantization"]

@@ -91,7 +91,7 @@ class ExportReport:
             if len(self.in_float) > _SHOWN:
                 rows.append(("", f"and {len(self.in_float) - _SHOWN} more (report.in_float)"))
         for d in self.differences:
-            where = f"{d.output}, optimizations {'on' if d.optimized else 'off'}"
+            where = d.output if self.opset is None else f"{d.output}, optimizations {'on' if d.optimized else 'off'}"
             where += "" if d.batch is None else f", batch {d.batch}"
             steps = "" if d.steps is None else f" ({d.steps:.2g} steps)"
             rows.append((where, f"max difference {d.max_abs:.2g}{steps}, {d.differing:.2%} of values differ"))
