@@ -20,8 +20,8 @@ std::string message_of(const std::function<void()>& body) {
   return "nothing was thrown";
 }
 
-struct ResidualImpl : torch::nn::Module {
-  ResidualImpl()
+struct BlockImpl : torch::nn::Module {
+  BlockImpl()
       : conv(register_module("conv", rarefy::nn::Conv2d(torch::nn::Conv2dOptions(3, 3, 3).padding(1)))),
         add(register_module("add", Add())),
         gate(register_module("gate", Mul())),
@@ -35,7 +35,7 @@ struct ResidualImpl : torch::nn::Module {
   Mul gate;
   rarefy::nn::Linear fc;
 };
-TORCH_MODULE(Residual);
+TORCH_MODULE(Block);
 
 LayerConfig layer(const Scheme& activation) {
   return {.weight = Scheme{.bits = 8, .granularity = PerChannel{0}}, .activation = activation};
@@ -96,7 +96,7 @@ TEST_CASE("prepare refuses what the target forbids and leaves the model as it is
   const auto run = [&](torch::nn::Module& model, const QConfig& config) {
     prepare_all ? prepare_qat(model, config) : prepare(model, config);
   };
-  Residual model;
+  Block model;
   auto config = QConfig::int8();
   config.target = "tensorrt";
   REQUIRE_THAT(
@@ -118,7 +118,7 @@ TEST_CASE("prepare refuses what the target forbids and leaves the model as it is
 }
 
 TEST_CASE("prepare places quantizers where the target wants them", "[target]") {
-  Residual anywhere, residual, product;
+  Block anywhere, residual, product;
   prepare(*anywhere, QConfig::int8());
   REQUIRE(anywhere->add->quant_state()->find("input0") != nullptr);
   REQUIRE(anywhere->conv->target.empty());
@@ -150,7 +150,7 @@ TEST_CASE("prepare places quantizers where the target wants them", "[target]") {
 
 TEST_CASE("a channel of zeros has a positive scale for every target", "[target]") {
   for (const auto& name : target_names()) {
-    Residual model;
+    Block model;
     {
       const torch::NoGradGuard no_grad;
       model->conv->weight[1].zero_();
@@ -171,7 +171,7 @@ TEST_CASE("16-bit activations are simulated, and 16-bit weights are an error", "
   REQUIRE(config.activation->dtype() == c10::kUInt16);
   REQUIRE((Scheme{.bits = 16}.dtype() == c10::kShort));
   REQUIRE(config.why_not_integer() == "activations of 16 bits have no integer kernels");
-  Residual model, wide;
+  Block model, wide;
   prepare(*model, config);
   const auto x = torch::randn({2, 3, 5, 5});
   calibrate(*model, [&] { model->forward(x); });
