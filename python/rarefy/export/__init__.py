@@ -9,12 +9,13 @@ from rarefy.export.executorch import to_executorch
 from rarefy.export.litert import to_litert
 from rarefy.export.onnx import to_onnx
 from rarefy.export.openvino import to_openvino
-from rarefy.export.report import Difference, ExportReport, Operator
+from rarefy.export.report import Difference, ExportReport, Operator, Overflow
 
 __all__ = [
     "Difference",
     "ExportReport",
     "Operator",
+    "Overflow",
     "to_coreml",
     "to_executorch",
     "to_litert",

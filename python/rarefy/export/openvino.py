@@ -96,7 +96,7 @@ def _convert(model: nn.Module, example_inputs: ExampleInputs, dynamic_batch: boo
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        to_onnx(model, example_inputs, file, dynamic_batch=dynamic_batch, verify=False)
+        to_onnx(model, example_inputs, file, target="openvino", dynamic_batch=dynamic_batch, verify=False)
         try:
             return openvino.convert_model(file)
         except RuntimeError as error:

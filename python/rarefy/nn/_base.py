@@ -18,14 +18,39 @@ if TYPE_CHECKING:
 _EXACT_PRODUCTS = has_exact_integer_products()
 
 
+class ByteGrid(nn.Module):
+    """The grid on which a converted layer hands its result on, as bytes: the input grid of the layers that read it.
+
+    Buffers ``scale`` (float32 [1]) and ``zero_point`` (int32 [1]); the integer q of a grid with ``qmin`` < 0 is stored as
+    q + 128, so that bytes are always uint8.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, quantizer: FakeQuantizer) -> None:
+        super().__init__()
+        self.qmin, self.qmax = quantizer.qmin, quantizer.qmax
+        self.register_buffer("scale", quantizer.scale.detach().clone())
+        self.register_buffer("zero_point", quantizer.zero_point.detach().clone())
+
+    def extra_repr(self) -> str:
+        """The range."""
+        return f"[{self.qmin}, {self.qmax}]"
+
+
 class QuantState(nn.Module):
-    """The fake quantizers of one layer: its child ``quant``. A name that is absent stays in floating point."""
+    """The fake quantizers of one layer: its child ``quant``. A name that is absent stays in floating point.
+
+    ``next`` is no quantizer, but the grid of the bytes that a converted layer gives; None where it gives floats.
+    """
 
     input: FakeQuantizer | None
     input0: FakeQuantizer | None
     input1: FakeQuantizer | None
     weight: FakeQuantizer | None
     output: FakeQuantizer | None
+    next: ByteGrid | None
 
     def __init__(self, **quantizers: FakeQuantizer) -> None:
         super().__init__()
@@ -34,6 +59,16 @@ class QuantState(nn.Module):
                 self.add_module(name, quantizers[name])
             else:
                 self.__dict__[name] = None
+        self.__dict__["next"] = None
+
+    def set_next(self, grid: ByteGrid | None) -> None:
+        """Set or take away ``next``."""
+        self.__dict__.pop("next", None)
+        self._modules.pop("next", None)
+        if grid is None:
+            self.__dict__["next"] = None
+        else:
+            self.add_module("next", grid)
 
 
 class IntegerWeight(NamedTuple):
@@ -66,6 +101,7 @@ class QuantizableLayer(nn.Module):
     relu: bool
     execution: str | None  #: as in QConfig
     gradient_dtype: torch.dtype  #: as in QConfig
+    target: str | None = None  #: as in QConfig
 
     @classmethod
     def unsupported(cls, module: nn.Module) -> str | None:
@@ -90,7 +126,7 @@ class QuantizableLayer(nn.Module):
         self.quant = QuantState(**quantizers)
         self.quant.train(self.training)
         self.relu = relu
-        self.execution, self.gradient_dtype = config.execution, config.gradient_dtype
+        self.execution, self.gradient_dtype, self.target = config.execution, config.gradient_dtype, config.target
 
     def _make_quantizers(self, config: QConfig) -> dict[str, FakeQuantizer]:
         raise NotImplementedError
@@ -111,19 +147,38 @@ class QuantizableLayer(nn.Module):
 class PairLayer(QuantizableLayer):
     """An operation on two tensors, each with a quantizer of its own."""
 
+    #: The inputs that get a quantizer.
+    quantized_inputs: tuple[str, ...] = ("input0", "input1")
+
     def __init__(self) -> None:
         super().__init__()
         self.relu = False
         self.quant = QuantState()
 
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Module,
+        config: QConfig,
+        *,
+        relu: bool = False,
+        quantize_output: bool = False,
+        inputs: tuple[str, ...] = ("input0", "input1"),
+    ) -> Self:
+        """The operation of ``module`` with quantizers at the inputs of these names."""
+        layer = cls.__new__(cls)
+        layer.__dict__ = module.__dict__.copy()
+        layer._modules = module._modules.copy()
+        layer.quantized_inputs = inputs
+        layer._attach(config, relu, quantize_output)
+        return layer
+
     def _make_quantizers(self, config: QConfig) -> dict[str, FakeQuantizer]:
-        return {name: activation_quantizer(config) for name in ("input0", "input1")}
+        return {name: activation_quantizer(config) for name in self.quantized_inputs}
 
     def _quantized_inputs(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        quant = self.quant
-        if quant.input0 is None or quant.input1 is None:
-            return a, b
-        return quant.input0(a), quant.input1(b)
+        first, second = self.quant.input0, self.quant.input1
+        return (a if first is None else first(a)), (b if second is None else second(b))
 
 
 class WeightedLayer(QuantizableLayer):
