@@ -11,21 +11,17 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-import matplotlib
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor
 
 import rarefy as rf
 
 Key = TypeVar("Key")
-
-matplotlib.use("Agg")  # a file is written, no window is opened
-import matplotlib.pyplot as plt  # noqa: E402
 
 # ---- images ---------------------------------------------------------------------------------------------------------
 
@@ -219,6 +215,8 @@ def count_values(model: torch.nn.Module) -> tuple[int, int]:
 
 def open_onnx(path: Path, threads: int = 0) -> Callable[..., Tensor]:
     """A function from inputs to logits that ONNX Runtime computes from a file; 0 threads: one per core."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -307,7 +305,7 @@ def environment() -> dict[str, str]:
     return {
         "rarefy": rf.__version__,
         "torch": str(torch.__version__),
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": metadata.version("onnxruntime"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
     }
 
@@ -328,6 +326,11 @@ def write_report(
 
 def write_plot(path: Path, rows: list[Row], title: str) -> None:
     """Accuracy against file size and against latency, one point per row and runtime that has them."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # a file is written, no window is opened
+    import matplotlib.pyplot as plt
+
     figure, (sizes, times) = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True)
     for index, row in enumerate(rows):
         style = {"color": f"C{index}", "marker": "osD^vP"[index], "markersize": 11, "linestyle": "", "alpha": 0.85}

@@ -19,6 +19,7 @@ COMPRESS_CNN = ROOT / "examples/python/compress_cnn.py"
 PRUNE_STRUCTURED = ROOT / "examples/python/prune_structured.py"
 DISTILL_SENTIMENT = ROOT / "examples/python/distill_sentiment.py"
 DISTILL_CLIP = ROOT / "examples/python/distill_clip.py"
+DEPLOY_ALL = ROOT / "examples/python/deploy_all.py"
 COMPRESS_MLP = ROOT / "build/dev/examples/cpp/compress_mlp"
 PRUNE_CNN = ROOT / "build/dev/examples/cpp/prune_cnn"
 DISTILL_CNN = ROOT / "build/dev/examples/cpp/distill_cnn"
@@ -461,6 +462,57 @@ def test_structured_pruning_notebook(tmp_path):
     assert len(tuned) == 2
     assert min(tuned) > 93
     assert any("equal outputs: True" in text for text in texts)
+
+
+# ---- deploy_all.py --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_deploy_all(tmp_path):
+    command = [sys.executable, DEPLOY_ALL, "--quick", "--out", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr
+    content = json.loads((tmp_path / "deploy.json").read_text())
+    rows = {row["runtime"]: row for row in content["runtimes"]}
+    assert list(rows) == [
+        "PyTorch FP32", "PyTorch int8", "ONNX Runtime FP32", "ONNX Runtime", "OpenVINO", "ExecuTorch", "LiteRT", "Core ML",
+    ]  # fmt: skip
+    assert content["trained_accuracy"] > 85
+    packages = {"OpenVINO": "openvino", "ExecuTorch": "executorch", "LiteRT": "litert_torch", "Core ML": "coremltools"}
+    missing = {name for name, package in packages.items() if importlib.util.find_spec(package) is None}
+    for name, row in rows.items():
+        assert f"| {name} " in result.stdout
+        if name in missing:
+            assert row["note"].startswith("not installed: pip install rarefy[")
+            assert row["bytes"] is row["accuracy"] is row["ms"] is None
+        elif name != "Core ML":
+            assert row["ms"] > 0
+            assert row["ratio"] == pytest.approx(row["ms"] / rows["ONNX Runtime FP32"]["ms"])
+    whole = rows["ONNX Runtime FP32"]["bytes"]
+    for name in {"ONNX Runtime", "OpenVINO", "ExecuTorch", "LiteRT"} - missing:
+        assert rows[name]["agreement"] > 99
+        assert rows[name]["steps"] <= 6
+        assert rows[name]["bytes"] < 0.4 * whole
+        done, of, every = rows[name]["integer"].split()
+        assert (of, done) == ("of", every)
+    assert rows["PyTorch int8"]["agreement"] > 99
+    assert (tmp_path / "deploy.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| OpenVINO " in (tmp_path / "deploy.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "missing"], "missing/cifar10_subset.npz must be an .npz file that can be read"),
+        (["--fast"], "--fast"),
+    ],
+)
+def test_deploy_all_usage(arguments, message, tmp_path):
+    command = [sys.executable, DEPLOY_ALL, *arguments, "--out", tmp_path / "out"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 # ---- compress_mlp ---------------------------------------------------------------------------------------------------
