@@ -101,7 +101,7 @@ std::optional<std::string> TargetProfile::why_not_written(const Scheme& activati
     return fmt::format("{} has no activations of 16 bits, got {}", name, activation.str());
   }
   const bool fills_type = !activation.narrow_range && (activation.bits == 8 || activation.bits == 16);
-  if (clipping != Clipping::integers && !fills_type) {
+  if ((clipping != Clipping::integers || activation.bits > 8) && !fills_type) {
     return fmt::format(
         "{} saturates at the limits of the type only: activations must have 8 or 16 bits and their whole "
         "range, got {}",

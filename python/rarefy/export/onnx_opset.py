@@ -73,11 +73,13 @@ def choose_opset(function: str, opset: int | None, profile: TargetProfile, newes
 
 
 def lower_opset(model: ir.Model, opset: int) -> None:
-    """Rewrites a model of operator set 18 for an older one, 13 or more; leaves others as they are.
+    """Rewrites a model of operator set 18 for an older one, 13 or more, and gives a file the format's version that came
+    with its set, so that runtimes which know the one take the other.
 
     Raises:
         ValueError: a node that the older set cannot say.
     """
+    model.ir_version = _IR_VERSIONS.get(opset, model.ir_version)
     if opset >= EXPORTER_OPSET:
         return
     graph = model.graph
@@ -96,18 +98,20 @@ def lower_opset(model: ir.Model, opset: int) -> None:
     remove_unused(graph)
     for node in graph.all_nodes():
         if opset < _SINCE.get(node.op_type, 0):
-            raise _unsayable(node, opset, f"has {node.op_type} from {_SINCE[node.op_type]} on")
-        for name in ("reduction",):
-            if node.op_type.startswith("Scatter") and node.attributes.get_string(name, "none") != "none" and opset < 16:
-                raise _unsayable(node, opset, "has scattering with a reduction from 16 on")
+            raise _unsayable(node, opset, f"has {node.op_type} ({_SINCE[node.op_type]})")
+        if (
+            node.op_type.startswith("Scatter")
+            and node.attributes.get_string("reduction", "none") != "none"
+            and opset < 16
+        ):
+            raise _unsayable(node, opset, "has scattering with a reduction (16)")
     model.opset_imports[""] = graph.opset_imports[""] = opset
     for node in graph.all_nodes():
         node.version = None
-    model.ir_version = _IR_VERSIONS[opset]
 
 
 def _unsayable(node: ir.Node, opset: int, what: str) -> ValueError:
-    return ValueError(f"[to_onnx] opset must be one that {what}, got {opset} for node {node.name}")
+    return ValueError(f"[to_onnx] opset must be one that {what}, got {opset}, for node {node.name}")
 
 
 def _ints(value: ir.Value | None, node: ir.Node, opset: int, what: str) -> list[int]:
