@@ -167,6 +167,8 @@ SENTENCES = {
     "pad": ("y = Pad(x, one, half, last)", "N,6", ["Pad"]),
     "shape": ("s = Shape<start = 1>(x) y = Reshape<allowzero = 1>(x, s2)", "2,M", ["Reshape"]),
     "hard swish": ("y = HardSwish(x)", None, ["HardSigmoid", "Mul"]),
+    "resize": ('y = Resize<antialias = 0, mode = "linear">(x, , double)', "N,8", ["Resize"]),
+    "batch norm": ("y = BatchNormalization<training_mode = 0>(x, w, w, w, w)", None, ["BatchNormalization"]),
 }
 
 
@@ -177,7 +179,7 @@ def test_older_operator_sets_say_the_same(case, opset):
     before, after = lowered(
         body,
         opset,
-        ", int64[2] one = {1, 1}, int64[2] s2 = {2, -1}",
+        ", int64[2] one = {1, 1}, int64[2] s2 = {2, -1}, float[2] double = {1.0, 2.0}, float[4] w = {1.0, 2.0, 3.0, 0.5}",
         result=result,
         shape="4,4" if result == "2,M" else "N,4",
     )
@@ -234,13 +236,14 @@ def test_parts_of_shapes():
             15,
             r"scattering with a reduction \(16\)",
         ),
+        ("y = Resize<antialias = 1>(x, , wide)", 17, r"resizes with antialias \(18\), got 17, for node"),
         ("y = Reshape<allowzero = 1>(x, none)", 13, r"reshapes to a size of 0 \(14\), got 13"),
         ("k = Cast<to = 7>(half) a = Unsqueeze(k, none0) y = ReduceSumSquare(x, a)", 17, r"takes axes that the graph"),
     ],
 )
 def test_what_an_older_set_cannot_say_is_an_error(body, opset, message):
     with pytest.raises(ValueError, match=message):
-        lowered(body, opset, ", int64[2] none = {0, 4}, int64[1] none0 = {0}", result="N,M")
+        lowered(body, opset, ", int64[2] none = {0, 4}, int64[1] none0 = {0}, float[2] wide = {1.0, 2.0}", result="N,M")
 
 
 def test_newer_operator_sets_keep_the_graph():

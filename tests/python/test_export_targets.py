@@ -195,6 +195,24 @@ def test_residuals(tmp_path, target):
     assert bool(pools) == target_profile(target).pools_means
 
 
+@pytest.mark.parametrize("target", ["tensorrt", "qnn"])
+def test_a_model_trained_for_a_target(tmp_path, target):
+    x = torch.randn(4, 3, 6, 6)
+    model = rf.quantization.prepare_qat(Residual(), QConfig.int8(target=target), x)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    model.eval()
+    assert all(p.grad is not None for p in model.parameters())
+    rf.export.to_onnx(model, x, tmp_path / "m.onnx", target=target)
+    file = File(tmp_path / "m.onnx")
+    assert_follows(file, target)
+    with torch.no_grad():
+        assert torch.allclose(file.run(x), model(x), atol=1e-5)
+
+
 FOREIGN = {
     "zero points": (QConfig.int8(), "tensorrt", r"stem.quant.input must have a grid .*tensorrt knows no zero points"),
     "a table": (QConfig.int8(target="qnn"), "tensorrt", r"must have a grid that the target can hold, but tensorrt"),

@@ -25,7 +25,6 @@ _IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 
 _SINCE = {
     "Trilu": 14,
     "HardSwish": 14,
-    "BatchNormalization": 15,
     "GridSample": 16,
     "LayerNormalization": 17,
     "DFT": 17,
@@ -37,7 +36,6 @@ _SINCE = {
     "Col2Im": 18,
     "GroupNormalization": 18,
     "Mish": 18,
-    "Resize": 18,
 }
 
 _REDUCTIONS = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
@@ -87,9 +85,11 @@ def lower_opset(model: ir.Model, opset: int) -> None:
         (18, _reductions_with_attributes),
         (18, _splits_with_sizes),
         (18, _pads_of_all_axes),
+        (18, _resizes_without_options),
         (17, _layer_norms_in_parts),
         (15, _shapes_in_parts),
         (14, _hard_swish_in_parts),
+        (14, _batch_norms_without_modes),
         (14, _reshapes_without_zeros),
     ]
     for version, rewrite in passes:
@@ -159,6 +159,27 @@ def _pads_of_all_axes(graph: ir.Graph) -> None:
         pads[:, [axis % rank for axis in axes]] = np.array(given).reshape(2, -1)
         node.replace_input_with(1, initializer(graph, f"{node.name}_pads", pads.reshape(-1)))
         node.resize_inputs(3)
+
+
+#: Attributes of Resize that came with 18, and what they are when they ask for nothing new.
+_RESIZE_DEFAULTS = {"antialias": 0, "keep_aspect_ratio_policy": "stretch"}
+
+
+def _resizes_without_options(graph: ir.Graph) -> None:
+    for node in nodes_of(graph, "Resize"):
+        for name, default in _RESIZE_DEFAULTS.items():
+            attribute = node.attributes.pop(name, None)
+            if attribute is not None and attribute.value != default:
+                raise _unsayable(node, 17, f"resizes with {name} (18)")
+        if "axes" in node.attributes:
+            raise _unsayable(node, 17, "resizes some axes (18)")
+
+
+def _batch_norms_without_modes(graph: ir.Graph) -> None:
+    for node in nodes_of(graph, "BatchNormalization"):
+        if node.attributes.get_int("training_mode", 0):
+            raise _unsayable(node, 13, "normalizes batches in training (14)")
+        node.attributes.pop("training_mode", None)
 
 
 def _layer_norms_in_parts(graph: ir.Graph) -> None:
