@@ -79,6 +79,26 @@ def test_quantizers_stand_where_integer_kernels_look_for_them():
     assert passes.module_path(product) == "fc"
 
 
+def test_a_quantized_mean_keeps_its_axes():
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(2, 4, 1), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.conv(x).mean((2, 3)))
+
+    x = torch.randn(3, 2, 4, 4)
+    model = trained(Mean(), x)
+    program = exported(model, x)
+    (mean,) = (node for node in program.graph_module.graph.nodes if node.target is torch.ops.aten.mean.dim)
+    assert mean.args[1:] == ([2, 3], True)
+    assert all(reader.target is passes.QUANTIZE for reader in mean.users)
+    with torch.no_grad():
+        expected = lower(copy.deepcopy(model), False, linear="linear")(x)
+    assert torch.equal(program.module()(x=x)[0], expected)
+
+
 def test_float_weights_replace_integers_and_change_no_value():
     x = torch.randn(3, 2, 4, 4)
     model = trained(Pooled(), x)

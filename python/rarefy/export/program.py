@@ -75,6 +75,7 @@ def place_quantizers(program: ExportedProgram) -> None:
     """All passes, in the order in which they feed each other."""
     graph = program.graph_module.graph
     drop_idle_relus(graph)
+    keep_axes_of_means(graph)
     while hoist_quantizers(graph):
         pass
     merge_quantizers(graph)
@@ -162,6 +163,20 @@ def drop_idle_relus(graph: fx.Graph) -> None:
                 continue  # the program's signature holds its name
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+
+
+def keep_axes_of_means(graph: fx.Graph) -> None:
+    """Writes a mean that drops its axes and is quantized as one that keeps them, and a reshape: XNNPACK has only those."""
+    for node in list(graph.nodes):
+        if node.target is not _aten.mean.dim or len(node.args) != 2 or node.kwargs:
+            continue
+        if not node.users or any(user.target is not QUANTIZE for user in node.users):
+            continue
+        with graph.inserting_before(node):
+            kept = _insert(graph, _aten.mean.dim, (*node.args, True), node)
+            reshaped = _insert(graph, _aten.reshape.default, (kept, list(node.meta["val"].shape)), node)
+        node.replace_all_uses_with(reshaped)
+        graph.erase_node(node)
 
 
 def hoist_quantizers(graph: fx.Graph) -> int:
