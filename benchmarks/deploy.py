@@ -14,8 +14,8 @@ to the finished file: wall seconds on all cores, processor seconds, and the peak
 Imports are not in the seconds, those aside that happen inside; "verified" is a second export of the same model, with the
 comparison that to_onnx makes by default.
 
-    python benchmarks/deploy.py [--model resnet18|distilbert|all] [--repeats 21] [--only NAME ...] [--no-cost]
-                                [--folder DIR] [--quick] [--json]
+    python benchmarks/deploy.py [--model resnet18|distilbert|all] [--repeats 21] [--only NAME ...]
+                                [--folder DIR [--reuse]] [--quick] [--json]
 """
 
 import argparse
@@ -287,7 +287,7 @@ def in_libtorch(case: Case) -> dict[str, Callable[[], object]]:
     model, batches = make(case)
     example = {key: x[:1] for key, x in batches[0].items()}
     plain, _ = make(case)
-    integer = rf.quantization.convert(calibrated(model, batches))
+    integer = rf.quantization.convert(calibrated(model, batches), example)
     return {"LibTorch FP32": call(plain, example), "LibTorch int8": call(integer, example)}
 
 
@@ -338,16 +338,22 @@ def latency(name: str, case: Case, folder: Path, made: dict[str, Path], repeats:
     return [{"benchmark": "deploy", "model": name, "what": "latency", **record} for record in records]
 
 
-def measure(name: str, case: Case, rows: list[str], folder: Path, repeats: int, warmup: int) -> list[dict]:
+def measure(
+    name: str, case: Case, rows: list[str], folder: Path, reuse: bool, repeats: int, warmup: int
+) -> list[dict]:
     import rarefy as rf
 
-    model, batches = make(case)
-    example = {key: x[:1] for key, x in batches[0].items()}
-    rf.export.to_onnx(model, example, folder / "float.onnx", verify=False)
-    del model
+    if not (reuse and (folder / "float.onnx").exists()):
+        model, batches = make(case)
+        example = {key: x[:1] for key, x in batches[0].items()}
+        rf.export.to_onnx(model, example, folder / "float.onnx", verify=False)
+        del model
     records: list[dict] = []
     made: dict[str, Path] = {}
     for row in rows:
+        if reuse and (folder / QUANTIZERS[row][0]).exists():
+            made[row] = folder / QUANTIZERS[row][0]
+            continue
         print(f"  {name}: {row}", file=sys.stderr)
         cost = run_child(row, name, folder)
         if "unavailable" not in cost:
@@ -362,8 +368,9 @@ def show(records: list[dict]) -> None:
     def cell(value: object) -> str:
         return "-" if value is None else f"{value:g}"
 
-    print(f"\n{records[0]['model']}: cost of making the file")
-    print(f"{'':28} {'seconds':>8} {'goal':>6} {'processor':>10} {'peak MiB':>9} {'goal':>6} {'verified':>9}")
+    if any(record["what"] == "cost" for record in records):
+        print(f"\n{records[0]['model']}: cost of making the file")
+        print(f"{'':28} {'seconds':>8} {'goal':>6} {'processor':>10} {'peak MiB':>9} {'goal':>6} {'verified':>9}")
     for r in records:
         if "unavailable" in r:
             print(f"{r['row']:28} {r['unavailable']}")
@@ -389,6 +396,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="quantizers whose name contains one of these")
     parser.add_argument("--folder", type=Path, help="where the files go, and stay")
+    parser.add_argument("--reuse", action="store_true", help="do not make files again that the folder has")
     parser.add_argument("--quick", action="store_true", help="three rounds")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of tables")
     parser.add_argument("--child", choices=QUANTIZERS, help=argparse.SUPPRESS)
@@ -418,7 +426,7 @@ def main() -> None:
             folder = folder / name
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                records = measure(name, case, rows, folder, repeats, warmup)
+                records = measure(name, case, rows, folder, arguments.reuse, repeats, warmup)
             except Unavailable as reason:
                 print(f"{name}: {reason}", file=sys.stderr)
                 continue
