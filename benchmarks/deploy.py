@@ -338,9 +338,7 @@ def latency(name: str, case: Case, folder: Path, made: dict[str, Path], repeats:
     return [{"benchmark": "deploy", "model": name, "what": "latency", **record} for record in records]
 
 
-def measure(
-    name: str, case: Case, rows: list[str], folder: Path, reuse: bool, repeats: int, warmup: int
-) -> list[dict]:
+def measure(name: str, case: Case, rows: list[str], folder: Path, reuse: bool, repeats: int, warmup: int) -> list[dict]:
     import rarefy as rf
 
     if not (reuse and (folder / "float.onnx").exists()):
