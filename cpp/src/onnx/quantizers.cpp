@@ -1,0 +1,32 @@
+// What becomes of fake quantizers.
+#include "onnx/translate.h"
+
+namespace rarefy::onnx {
+namespace {
+
+/// Of activations: those of weights are folded into integers before (Translator::integers).
+std::vector<Value*> fake_quantize(const Call& c) {
+  const auto scale = c.constant("scale"), zero_point = c.constant("zero_point");
+  if (!scale.defined() || !zero_point.defined()) {
+    c.refuse("scale and zero point must not depend on the input");
+  }
+  const auto qmin = c.integer("qmin"), qmax = c.integer("qmax");
+  if (qmin < -32768 || qmax > 65535 || (qmin < 0 && qmax > 32767)) {
+    c.refuse("the integers must fit into 16 bits");
+  }
+  const bool wide = qmin < -128 || qmax > (qmin < 0 ? 127 : 255);
+  auto* x = c.tensor("x");
+  if (x->dtype != at::kFloat) {
+    c.refuse("its input must be float32");
+  }
+  const auto integers = zero_point.to(qmin < 0 ? (wide ? at::kShort : at::kChar) : (wide ? at::kUInt16 : at::kByte));
+  const auto axis = c.has("axis") ? std::optional(c.integer("axis")) : std::nullopt;
+  return {c.t.quantize_dequantize(
+      x, {axis ? scale : scale.reshape({}), axis ? integers : integers.reshape({}), axis, qmin, qmax})};
+}
+
+}  // namespace
+
+void add_quantization_rules(Rules& rules) { rules["rarefy::fake_quantize"] = fake_quantize; }
+
+}  // namespace rarefy::onnx
