@@ -14,7 +14,7 @@ import rarefy as rf
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
-from rarefy.export import onnx_graph  # noqa: E402
+from rarefy.export import onnx_edit, onnx_targets  # noqa: E402
 
 Scheme, PerChannel = rf.quantization.Scheme, rf.quantization.PerChannel
 
@@ -387,6 +387,32 @@ def test_several_inputs_by_name_and_several_outputs(tmp_path):
     assert {d.output for d in report.differences} == {"scores", "best"}
 
 
+def test_constants_by_name_are_fixed_in_the_file(tmp_path):
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 5)
+
+        def forward(self, x, factor=1.0, use_cache=True):
+            y = factor * self.layer(x)
+            return {"scores": y, "cache": DynamicCache()} if use_cache else {"scores": y}
+
+    class DynamicCache:
+        pass
+
+    x = torch.randn(8, 6)
+    model = rf.quantization.prepare_qat(Cached(), rf.quantization.QConfig.int8(), {"x": x, "use_cache": False})
+    model(x, use_cache=False)
+    path = tmp_path / "m.onnx"
+    with pytest.raises(TypeError, match=r"must return tensors, got DynamicCache among them \(use_cache=False"):
+        rf.export.to_onnx(model, {"x": x}, path)
+    rf.export.to_onnx(model, {"x": x, "factor": 3.0, "use_cache": False}, path)
+    assert [i.name for i in onnx.load(path).graph.input] == ["x"]
+    with torch.no_grad():
+        expected = model.eval()(x, 3.0, use_cache=False)["scores"]
+    torch.testing.assert_close(run(path, x, False), expected)
+
+
 def test_a_single_example_and_a_fixed_batch(tmp_path):
     x = torch.randn(9, 12)
     model = prepared(mlp(), x)
@@ -441,9 +467,9 @@ def test_scales_must_be_positive(simple, tmp_path, scale):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"target": "tensorrt"}, ValueError, r"target must be one of onnxruntime, got 'tensorrt'"),
-        ({"opset": 17}, ValueError, r"opset must be between 18 and \d+ .*, got 17"),
-        ({"opset": 1000}, ValueError, r"opset must be between 18 and \d+ .*, got 1000"),
+        ({"target": "tflite"}, ValueError, r"target must be one of onnxruntime, openvino, tensorrt, qnn, got 'tflite'"),
+        ({"opset": 12}, ValueError, r"opset must be between 13 and \d+ .*, got 12"),
+        ({"opset": 1000}, ValueError, r"opset must be between 13 and \d+ .*, got 1000"),
         ({"opset": "21"}, TypeError, r"opset must be an integer, got '21'"),
         ({"input_names": ["a", "b"]}, ValueError, r"input_names must be 1 different names, got \['a', 'b'\]"),
         ({"output_names": []}, ValueError, r"output_names must be 1 different names, got \[\]"),
@@ -509,8 +535,8 @@ def spoil(op_type: str, index: int, factor: float):
 
     def fault(graph) -> None:
         node = [node for node in graph if node.op_type == op_type][-1]
-        array = onnx_graph.constant(node.inputs[index])
-        spoiled = onnx_graph._initializer(graph, "spoiled", (array * factor).astype(array.dtype))
+        array = onnx_edit.constant(node.inputs[index])
+        spoiled = onnx_edit.initializer(graph, "spoiled", (array * factor).astype(array.dtype))
         node.replace_input_with(index, spoiled)
 
     return fault
@@ -530,14 +556,14 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path, monkeypatch, f
     model = prepared(nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 7)), x)
     path = tmp_path / "m.onnx"
     path.write_bytes(b"the older file")
-    passes = onnx_graph.prepare_for_onnxruntime
+    passes = onnx_targets.place
 
-    def faulty(ir_model):
-        passes(ir_model)
+    def faulty(ir_model, profile):
+        passes(ir_model, profile)
         fault(ir_model.graph)
-        onnx_graph.remove_unused(ir_model.graph)
+        onnx_edit.remove_unused(ir_model.graph)
 
-    monkeypatch.setattr(onnx_graph, "prepare_for_onnxruntime", faulty)
+    monkeypatch.setattr(onnx_targets, "place", faulty)
     message = r"\[to_onnx\] verification failed: output 'output', optimizations off, batch 9, differs from the model by"
     with pytest.raises(RuntimeError, match=message):
         rf.export.to_onnx(model, x, path)
