@@ -91,9 +91,7 @@ std::vector<Value*> clamp(const Call& c) {
     }
     return {c.is_tensor("max") ? c.t.emit("Min", {x, c.t.cast(c.tensor("max"), x->dtype)}) : x};
   }
-  const auto limit = [&](const char* name) {
-    return c.has(name) ? std::optional(c.number(name)) : std::nullopt;
-  };
+  const auto limit = [&](const char* name) { return c.has(name) ? std::optional(c.number(name)) : std::nullopt; };
   return {clip(c, x, limit("min"), limit("max"))};
 }
 
@@ -216,20 +214,36 @@ std::vector<Value*> masked_fill(const Call& c) {
 }  // namespace
 
 void add_elementwise_rules(Rules& rules) {
-  for (const auto& [name, op] : {std::pair{"add", "Add"}, {"sub", "Sub"}, {"subtract", "Sub"}, {"mul", "Mul"},
-                                 {"multiply", "Mul"}, {"minimum", "Min"}, {"maximum", "Max"}}) {
+  for (const auto& [name, op] : {std::pair{"add", "Add"},
+                                 {"sub", "Sub"},
+                                 {"subtract", "Sub"},
+                                 {"mul", "Mul"},
+                                 {"multiply", "Mul"},
+                                 {"minimum", "Min"},
+                                 {"maximum", "Max"}}) {
     rules[name] = binary(op);
   }
   rules["rsub"] = binary("Sub", "other", "self");
   rules["div"] = rules["divide"] = rules["true_divide"] = divide;
-  for (const auto& [name, op] : {std::pair{"abs", "Abs"}, {"neg", "Neg"}, {"exp", "Exp"}, {"log", "Log"},
-                                 {"sqrt", "Sqrt"}, {"erf", "Erf"}, {"sin", "Sin"}, {"cos", "Cos"}, {"floor", "Floor"},
-                                 {"ceil", "Ceil"}, {"round", "Round"}, {"sign", "Sign"}, {"reciprocal", "Reciprocal"},
-                                 {"sigmoid", "Sigmoid"}, {"tanh", "Tanh"}}) {
+  for (const auto& [name, op] : {std::pair{"abs", "Abs"},
+                                 {"neg", "Neg"},
+                                 {"exp", "Exp"},
+                                 {"log", "Log"},
+                                 {"sqrt", "Sqrt"},
+                                 {"erf", "Erf"},
+                                 {"sin", "Sin"},
+                                 {"cos", "Cos"},
+                                 {"floor", "Floor"},
+                                 {"ceil", "Ceil"},
+                                 {"round", "Round"},
+                                 {"sign", "Sign"},
+                                 {"reciprocal", "Reciprocal"},
+                                 {"sigmoid", "Sigmoid"},
+                                 {"tanh", "Tanh"}}) {
     rules[name] = unary(op);
   }
-  for (const auto& [name, op] : {std::pair{"eq", "Equal"}, {"gt", "Greater"}, {"ge", "GreaterOrEqual"}, {"lt", "Less"},
-                                 {"le", "LessOrEqual"}}) {
+  for (const auto& [name, op] :
+       {std::pair{"eq", "Equal"}, {"gt", "Greater"}, {"ge", "GreaterOrEqual"}, {"lt", "Less"}, {"le", "LessOrEqual"}}) {
     rules[name] = comparison(op);
   }
   rules["ne"] = comparison("Equal", /*negated=*/true);

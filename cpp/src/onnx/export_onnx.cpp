@@ -43,12 +43,14 @@ void check_inputs(const std::vector<at::Tensor>& inputs, bool dynamic_batch) {
     TORCH_CHECK_VALUE(input.defined() && input.layout() == at::kStrided,
                       "[export_onnx] example_inputs must be dense tensors");
     shapes.push_back(fmt::format("[{}]", fmt::join(input.sizes(), ", ")));
-    shared = shared && input.dim() > 0 && inputs[0].dim() > 0 && input.size(0) == inputs[0].size(0) && input.size(0) > 0;
+    shared =
+        shared && input.dim() > 0 && inputs[0].dim() > 0 && input.size(0) == inputs[0].size(0) && input.size(0) > 0;
   }
-  TORCH_CHECK_VALUE(!dynamic_batch || shared,
-                    "[export_onnx] dynamic_batch needs inputs that share the size of their first dimension, at least 1, got "
-                    "shapes ",
-                    fmt::format("{}", fmt::join(shapes, ", ")), " (dynamic_batch = false fixes all sizes)");
+  TORCH_CHECK_VALUE(
+      !dynamic_batch || shared,
+      "[export_onnx] dynamic_batch needs inputs that share the size of their first dimension, at least 1, got "
+      "shapes ",
+      fmt::format("{}", fmt::join(shapes, ", ")), " (dynamic_batch = false fixes all sizes)");
 }
 
 void check_path(const std::filesystem::path& path) {
@@ -66,8 +68,8 @@ std::vector<std::string> names(const char* option, const std::vector<std::string
     out.push_back(count == 1 ? stem : fmt::format("{}_{}", stem, i));
   }
   const std::set<std::string> different(out.begin(), out.end());
-  TORCH_CHECK_VALUE(out.size() == count && different.size() == count && !different.contains(""), "[export_onnx] ", option,
-                    " must be ", count, " different names, got ", fmt::format("{}", fmt::join(given, ", ")));
+  TORCH_CHECK_VALUE(out.size() == count && different.size() == count && !different.contains(""), "[export_onnx] ",
+                    option, " must be ", count, " different names, got ", fmt::format("{}", fmt::join(given, ", ")));
   return out;
 }
 
@@ -102,12 +104,14 @@ void check_quantizers(const std::vector<NamedQuantizer>& quantizers, const quant
                       quantizers.size(), ": ", fmt::format("{}", fmt::join(wrong, ", ")));
   };
   // A weight is observed when the model runs.
-  refuse("have observed data (train a step, or calibrate), but these have not",
-         [](const auto& item) { return !item.quantizer->calibrated() && !(item.is_weight() && item.quantizer->observe); });
+  refuse("have observed data (train a step, or calibrate), but these have not", [](const auto& item) {
+    return !item.quantizer->calibrated() && !(item.is_weight() && item.quantizer->observe);
+  });
   refuse("quantize (rarefy::quantization::set_state), but these are switched off",
          [](const auto& item) { return !item.quantizer->quantize; });
   for (const auto& item : quantizers) {
-    const auto smallest = item.quantizer->scale.min().item<double>(), largest = item.quantizer->scale.max().item<double>();
+    const auto smallest = item.quantizer->scale.min().item<double>(),
+               largest = item.quantizer->scale.max().item<double>();
     TORCH_CHECK_VALUE(smallest > 0 && std::isfinite(largest), "[export_onnx] scales must be finite and positive, got ",
                       smallest, " to ", largest, " in ", item.name);
     if (!item.is_weight()) {
@@ -127,7 +131,7 @@ class Simulation {
         layer->execution = quantization::Execution::simulated;
       }
       if (auto* quantizer = dynamic_cast<FakeQuantizerImpl*>(module.get())) {
-        states_.push_back({quantizer, quantizer->observe, quantizer->quantize});
+        states_.push_back({quantizer, quantizer->observe});
       }
     }
   }
@@ -137,9 +141,8 @@ class Simulation {
     for (const auto& [layer, execution] : executions_) {
       layer->execution = execution;
     }
-    for (const auto& [quantizer, observe, quantize] : states_) {
+    for (const auto& [quantizer, observe] : states_) {
       quantizer->observe = observe;
-      quantizer->quantize = quantize;
     }
   }
 
@@ -154,34 +157,36 @@ class Simulation {
  private:
   struct State {
     FakeQuantizerImpl* quantizer;
-    bool observe, quantize;
+    bool observe;
   };
   std::vector<std::shared_ptr<torch::nn::Module>> modules_;
   std::vector<std::pair<nn::Quantizable*, std::optional<quantization::Execution>>> executions_;
   std::vector<State> states_;
 };
 
-/// The integers of prepared embeddings by the name of their weight. Their forward quantizes rows only; here it leaves them be.
-std::unordered_map<std::string, nn::IntegerWeight> take_tables(const torch::nn::Module& model) {
-  std::unordered_map<std::string, nn::IntegerWeight> tables;
-  for (const auto& item : model.named_modules("", /*include_self=*/false)) {
-    auto* layer = dynamic_cast<nn::EmbeddingImpl*>(item.value().get());
+/// Says what the tables of prepared embeddings are.
+void take_tables(const torch::nn::Module& model, onnx::TranslateOptions& options) {
+  const auto parameters = model.named_parameters(), buffers = model.named_buffers();
+  for (const auto& module : model.modules()) {
+    auto* layer = dynamic_cast<nn::EmbeddingImpl*>(module.get());
     if (layer == nullptr || layer->mode() != nn::Quantizable::Mode::prepared) {
       continue;
     }
+    const auto& quantizer = *layer->quant->find("weight");
     auto integers = layer->integer_weight();
-    auto* quantizer = layer->quant->find("weight");
-    quantizer->quantize = false;
-    if (!quantizer->options.scheme.axis().has_value()) {
-      integers.scale = quantizer->scale;
+    integers.scale = quantizer.options.scheme.axis().has_value() ? integers.scale : quantizer.scale;
+    // What has several names has the one in the recording that comes first.
+    for (const auto& item : parameters) {
+      if (item.value().is_same(layer->weight)) {
+        options.tables.emplace(item.key(), integers);
+      }
     }
-    for (const auto& parameter : model.named_parameters()) {
-      if (parameter.value().is_same(layer->weight)) {  // a tied weight has the name that the recording meets first
-        tables.emplace(parameter.key(), integers);
+    for (const auto& item : buffers) {
+      if (item.value().is_same(quantizer.scale)) {
+        options.table_scales.insert(item.key());
       }
     }
   }
-  return tables;
 }
 
 /// The passes of the target, in the order in which they feed each other. A model without integers stays as it is.
@@ -218,12 +223,12 @@ void place_quantizers(onnx::Model& model, const quantization::TargetProfile& pro
 std::string describe(const onnx::Value& value) {
   std::vector<std::string> sizes;
   for (const auto& dim : value.shape) {
-    sizes.push_back(dim.is_fixed()        ? std::to_string(dim.size)
-                    : dim.per_batch == 1  ? "batch"
-                    : dim.per_batch > 1   ? fmt::format("{}*batch", dim.per_batch)
-                                          : "?");
+    sizes.push_back(dim.is_fixed()       ? std::to_string(dim.size)
+                    : dim.per_batch == 1 ? "batch"
+                    : dim.per_batch > 1  ? fmt::format("{}*batch", dim.per_batch)
+                                         : "?");
   }
-  return fmt::format("{}: {} [{}]", value.name, c10::toString(value.dtype), fmt::join(sizes, ", "));
+  return fmt::format("{}: {} [{}]", value.name, c10::getDtypeNames(value.dtype).first, fmt::join(sizes, ", "));
 }
 
 }  // namespace
@@ -252,7 +257,7 @@ OnnxReport export_onnx(torch::nn::Module& model, const OnnxForward& forward,
                           translation.input_names.end(),
                       "[export_onnx] inputs and outputs must have different names, got '", name, "' for both");
   }
-  translation.tables = take_tables(model);
+  take_tables(model, translation);
   simulation.freeze();
   const auto recording = onnx::record_runs(model, forward, example_inputs, options.dynamic_batch);
   auto translated = onnx::Translator(recording, std::move(translation)).run();
@@ -265,7 +270,8 @@ OnnxReport export_onnx(torch::nn::Module& model, const OnnxForward& forward,
     ++counts[node->op];
   }
   report.nodes.assign(counts.begin(), counts.end());
-  std::stable_sort(report.nodes.begin(), report.nodes.end(), [](const auto& a, const auto& b) { return a.second > b.second; });
+  std::stable_sort(report.nodes.begin(), report.nodes.end(),
+                   [](const auto& a, const auto& b) { return a.second > b.second; });
   for (const auto* value : translated.inputs) {
     report.inputs.push_back(describe(*value));
   }
@@ -283,9 +289,9 @@ std::string OnnxReport::str() const {
   }
   const auto size = bytes < (1 << 20) ? fmt::format("{:.1f} KiB", static_cast<double>(bytes) / 1024)
                                       : fmt::format("{:.1f} MiB", static_cast<double>(bytes) / (1 << 20));
-  return fmt::format("OnnxReport\n  file     {} ({})\n  target   {}, opset {}\n  inputs   {}\n  outputs  {}\n  nodes    {}",
-                     path.string(), size, target, opset, fmt::join(inputs, "; "), fmt::join(outputs, "; "),
-                     fmt::join(counts, ", "));
+  return fmt::format(
+      "OnnxReport\n  file     {} ({})\n  target   {}, opset {}\n  inputs   {}\n  outputs  {}\n  nodes    {}",
+      path.string(), size, target, opset, fmt::join(inputs, "; "), fmt::join(outputs, "; "), fmt::join(counts, ", "));
 }
 
 std::ostream& operator<<(std::ostream& stream, const OnnxReport& report) { return stream << report.str(); }

@@ -177,10 +177,9 @@ Message tensor_head(const Stored& stored, const std::string& data_file) {
     out.announce(field::raw_data, stored.data.nbytes());
     return out;
   }
-  for (const auto& [key, value] :
-       {std::pair<std::string, std::string>{"location", data_file},
-        {"offset", std::to_string(*stored.offset)},
-        {"length", std::to_string(stored.data.nbytes())}}) {
+  for (const auto& [key, value] : {std::pair<std::string, std::string>{"location", data_file},
+                                   {"offset", std::to_string(*stored.offset)},
+                                   {"length", std::to_string(stored.data.nbytes())}}) {
     Message entry;
     entry.string(1, key);
     entry.string(2, value);
@@ -236,8 +235,8 @@ Message graph_message(const Model& model) {
 
 int64_t type_number(at::ScalarType dtype) {
   static const std::unordered_map<at::ScalarType, int64_t> numbers = {
-      {at::kFloat, 1},  {at::kByte, 2}, {at::kChar, 3},  {at::kShort, 5},   {at::kInt, 6},
-      {at::kUInt16, 4}, {at::kLong, 7},   {at::kBool, 9}, {at::kHalf, 10}, {at::kDouble, 11}, {at::kBFloat16, 16}};
+      {at::kFloat, 1}, {at::kByte, 2}, {at::kChar, 3},  {at::kShort, 5},   {at::kInt, 6},      {at::kUInt16, 4},
+      {at::kLong, 7},  {at::kBool, 9}, {at::kHalf, 10}, {at::kDouble, 11}, {at::kBFloat16, 16}};
   const auto found = numbers.find(dtype);
   TORCH_CHECK_TYPE(found != numbers.end(), "[export_onnx] ONNX has no tensors of ", dtype);
   return found->second;
@@ -270,8 +269,8 @@ int64_t write_file(const Model& model, const std::filesystem::path& path, const 
   begin.message(model_proto::opset_import, opset);
   begin.announce(model_proto::graph, static_cast<size_t>(graph_size));
   const auto model_size = static_cast<int64_t>(begin.text().size()) + graph_size;
-  TORCH_CHECK_VALUE(model_size <= kLargestMessage, "[export_onnx] one ONNX file holds up to ",
-                    kLargestMessage, " bytes beside its tensors' own file, got ", model_size);
+  TORCH_CHECK_VALUE(model_size <= kLargestMessage, "[export_onnx] one ONNX file holds up to ", kLargestMessage,
+                    " bytes beside its tensors' own file, got ", model_size);
 
   PendingFile file(path, "export_onnx");
   const auto write = [](PendingFile& to, const std::string& text) { to.write(text.data(), text.size()); };

@@ -118,7 +118,8 @@ std::vector<Value*> linear(const Call& c) {
 }
 
 Rule product(const char* first, const char* second) {
-  return [=](const Call& c) -> std::vector<Value*> { return {c.t.emit("MatMul", {c.tensor(first), c.tensor(second)})}; };
+  return
+      [=](const Call& c) -> std::vector<Value*> { return {c.t.emit("MatMul", {c.tensor(first), c.tensor(second)})}; };
 }
 
 /// beta * self + alpha * a b.
@@ -146,7 +147,8 @@ std::vector<Value*> embedding(const Call& c) {
   if (scale.numel() == 1) {
     return {c.t.emit("DequantizeLinear", {rows, c.t.constant(scale.reshape({}), "weight_scale")}, {}, at::kFloat)};
   }
-  auto* scales = c.t.emit("Gather", {c.t.constant(scale.reshape({-1, 1}), "weight_scale"), indices}, {{"axis", int64_t{0}}});
+  auto* scales =
+      c.t.emit("Gather", {c.t.constant(scale.reshape({-1, 1}), "weight_scale"), indices}, {{"axis", int64_t{0}}});
   return {c.t.emit("Mul", {c.t.cast(rows, at::kFloat), scales})};
 }
 
@@ -251,8 +253,8 @@ std::vector<Value*> layer_norm(const Call& c) {
     if (auto* bias = c.optional_tensor("bias")) {
       inputs.push_back(bias);
     }
-    return {c.t.emit("LayerNormalization", inputs,
-                     {{"axis", -count}, {"epsilon", static_cast<float>(c.number("eps"))}})};
+    return {
+        c.t.emit("LayerNormalization", inputs, {{"axis", -count}, {"epsilon", static_cast<float>(c.number("eps"))}})};
   }
   std::vector<int64_t> axes;
   for (int64_t i = -count; i < 0; ++i) {
@@ -274,10 +276,10 @@ std::vector<Value*> group_norm(const Call& c) {
   const auto groups = c.integer("num_groups");
   const auto options = at::TensorOptions().dtype(c.result_dtype());
   auto* grouped = c.t.emit("Reshape", {x, c.t.integers(std::vector<int64_t>{0, groups, -1})});
-  auto* result = c.t.emit("InstanceNormalization",
-                          {grouped, c.t.constant(at::ones({groups}, options), "ones"),
-                           c.t.constant(at::zeros({groups}, options), "zeros")},
-                          {{"epsilon", static_cast<float>(c.number("eps"))}});
+  auto* result = c.t.emit(
+      "InstanceNormalization",
+      {grouped, c.t.constant(at::ones({groups}, options), "ones"), c.t.constant(at::zeros({groups}, options), "zeros")},
+      {{"epsilon", static_cast<float>(c.number("eps"))}});
   result = c.t.reshape(result, shape);
   Shape per_channel(shape.size() - 1, Dim{1, 0});
   per_channel[0] = shape[1];
@@ -351,9 +353,9 @@ void add_layer_rules(Rules& rules) {
   rules["avg_pool1d"] = average_pool(1);
   rules["avg_pool2d"] = average_pool(2);
   rules["avg_pool3d"] = average_pool(3);
-  for (const auto& [name, kind, dims] :
-       {std::tuple{"adaptive_avg_pool1d", "AveragePool", 1}, {"adaptive_avg_pool2d", "AveragePool", 2},
-        {"adaptive_avg_pool3d", "AveragePool", 3}}) {
+  for (const auto& [name, kind, dims] : {std::tuple{"adaptive_avg_pool1d", "AveragePool", 1},
+                                         {"adaptive_avg_pool2d", "AveragePool", 2},
+                                         {"adaptive_avg_pool3d", "AveragePool", 3}}) {
     rules[name] = adaptive_pool(kind, static_cast<size_t>(dims));
   }
   rules["batch_norm"] = batch_norm;

@@ -237,13 +237,14 @@ Rule normalized(const char* op) {
 }  // namespace
 
 void add_movement_rules(Rules& rules) {
-  for (const auto* name : {"contiguous", "clone", "detach", "alias", "lift_fresh", "resolve_conj", "resolve_neg", "positive"}) {
+  for (const auto* name :
+       {"contiguous", "clone", "detach", "alias", "lift_fresh", "resolve_conj", "resolve_neg", "positive"}) {
     rules[name] = identity;
   }
   rules["dropout"] = rules["feature_dropout"] = rules["alpha_dropout"] = dropout;
   rules["to"] = rules["_to_copy"] = rules["type_as"] = rules["float"] = convert;
-  for (const auto* name : {"view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "ravel",
-                           "squeeze", "unsqueeze"}) {
+  for (const auto* name :
+       {"view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze"}) {
     rules[name] = reshape;
   }
   rules["permute"] = permute;

@@ -186,8 +186,9 @@ void mean_to_global_pool(Model& model) {
       continue;
     }
     auto* output = node->outputs[0];
-    auto* pooled = model.add_node(stem(node) + "GlobalAveragePool", "GlobalAveragePool", {source}, {}, source->dtype, 1, node)
-                       ->outputs[0];
+    auto* pooled =
+        model.add_node(stem(node) + "GlobalAveragePool", "GlobalAveragePool", {source}, {}, source->dtype, 1, node)
+            ->outputs[0];
     pooled->shape = {source->shape[0], source->shape[1], {1, 0}, {1, 0}};
     pooled->has_shape = true;
     if (node->integer("keepdims", 1) == 0) {
@@ -310,11 +311,13 @@ void limit_integers(Model& model, Node* quantize, const std::array<double, 2>& l
   }
   std::vector<Value*> inputs{output};
   for (size_t i = 0; i < 2; ++i) {
-    inputs.push_back(model.add_constant(stem(quantize) + (i == 0 ? "min" : "max"),
-                                        at::full({}, bounds[i], at::TensorOptions().dtype(at::kLong)).to(output->dtype)));
+    inputs.push_back(
+        model.add_constant(stem(quantize) + (i == 0 ? "min" : "max"),
+                           at::full({}, bounds[i], at::TensorOptions().dtype(at::kLong)).to(output->dtype)));
   }
   const auto readers = output->consumers;
-  auto* clipped = add_like(model, after(model, quantize), stem(quantize) + "Clip", "Clip", inputs, output->dtype, output);
+  auto* clipped =
+      add_like(model, after(model, quantize), stem(quantize) + "Clip", "Clip", inputs, output->dtype, output);
   for (auto* reader : readers) {
     model.set_input(reader, 0, clipped);
   }
@@ -363,8 +366,8 @@ void split_linear_bias(Model& model) {
     const bool to_gemm = product->has_shape && product->shape.size() == 2 && output->consumers.size() == 1 &&
                          only_readers(model, output, "QuantizeLinear");
     const std::string op = to_gemm ? "Gemm" : "Sum";
-    const auto inputs = to_gemm ? std::vector<Value*>{node->inputs[0], node->inputs[1], bias}
-                                : std::vector<Value*>{product, bias};
+    const auto inputs =
+        to_gemm ? std::vector<Value*>{node->inputs[0], node->inputs[1], bias} : std::vector<Value*>{product, bias};
     bypass(model, add, add_like(model, add, stem(add) + op, op, inputs, output->dtype, output));
     if (to_gemm) {
       model.remove(node);

@@ -4,8 +4,20 @@
 namespace rarefy::onnx {
 namespace {
 
+/// Whether it rounds rows of a table (nn::Embedding), which the lookup gave on the grid already.
+bool rounds_rows(const Call& c) {
+  auto scale = c.node().input(1);
+  if (const auto* maker = c.t.maker(scale); maker != nullptr && maker->op.name == "aten::index_select") {
+    scale = maker->input(0);
+  }
+  return c.t.options().table_scales.contains(c.t.graph().values[scale].name);
+}
+
 /// Of activations: those of weights are folded into integers before (Translator::integers).
 std::vector<Value*> fake_quantize(const Call& c) {
+  if (rounds_rows(c)) {
+    return {c.tensor("x")};
+  }
   const auto scale = c.constant("scale"), zero_point = c.constant("zero_point");
   if (!scale.defined() || !zero_point.defined()) {
     c.refuse("scale and zero point must not depend on the input");
@@ -21,8 +33,9 @@ std::vector<Value*> fake_quantize(const Call& c) {
   }
   const auto integers = zero_point.to(qmin < 0 ? (wide ? at::kShort : at::kChar) : (wide ? at::kUInt16 : at::kByte));
   const auto axis = c.has("axis") ? std::optional(c.integer("axis")) : std::nullopt;
-  return {c.t.quantize_dequantize(
-      x, {axis ? scale : scale.reshape({}), axis ? integers : integers.reshape({}), axis, qmin, qmax})};
+  const auto grid =
+      c.t.as_written({axis ? scale : scale.reshape({}), axis ? integers : integers.reshape({}), axis, qmin, qmax});
+  return {c.t.dequantize(c.t.quantize(x, grid), grid)};
 }
 
 }  // namespace

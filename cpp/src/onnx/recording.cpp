@@ -14,8 +14,8 @@ namespace {
 std::vector<at::Tensor> with_rows(const std::vector<at::Tensor>& inputs, int64_t count) {
   std::vector<at::Tensor> out;
   for (const auto& input : inputs) {
-    const auto rows = at::remainder(at::arange(count, at::TensorOptions().dtype(at::kLong).device(input.device())),
-                                    input.size(0));
+    const auto rows =
+        at::remainder(at::arange(count, at::TensorOptions().dtype(at::kLong).device(input.device())), input.size(0));
     out.push_back(input.index_select(0, rows));
   }
   return out;
@@ -26,10 +26,10 @@ void check_equal_runs(const graph::Graph& a, const graph::Graph& b, int64_t batc
   const auto hint = " (dynamic_batch = false fixes the size of the batch)";
   for (size_t i = 0; i < std::min(a.schedule.size(), b.schedule.size()); ++i) {
     const auto &x = a.nodes[a.schedule[i]], &y = b.nodes[b.schedule[i]];
-    TORCH_CHECK_VALUE(x.op == y.op && a.schedule[i] == b.schedule[i] && x.input_values == y.input_values &&
-                          x.outputs == y.outputs,
-                      "[export_onnx] the model must run the same operators for every batch, but runs ", x.describe(),
-                      " for ", batch, " samples where it runs ", y.describe(), " for ", batch + 1, hint);
+    TORCH_CHECK_VALUE(
+        x.op == y.op && a.schedule[i] == b.schedule[i] && x.input_values == y.input_values && x.outputs == y.outputs,
+        "[export_onnx] the model must run the same operators for every batch, but runs ", x.describe(), " for ", batch,
+        " samples where it runs ", y.describe(), " for ", batch + 1, hint);
   }
   TORCH_CHECK_VALUE(a.schedule.size() == b.schedule.size() && a.outputs == b.outputs,
                     "[export_onnx] the model must run the same operators for every batch, but runs ", a.schedule.size(),
@@ -41,15 +41,18 @@ void check_equal_runs(const graph::Graph& a, const graph::Graph& b, int64_t batc
 }
 
 /// Constants that do not have a size of the batch must be equal; the others are looked at where they are used.
-void check_equal_constants(const graph::Graph& a, const graph::Graph& b) {
+/// The second copy of what is equal is given free.
+void check_equal_constants(const graph::Graph& a, graph::Graph& b) {
   for (size_t i = 0; i < a.values.size(); ++i) {
-    const auto &x = a.values[i], &y = b.values[i];
+    const auto& x = a.values[i];
+    auto& y = b.values[i];
     if (x.origin != graph::Origin::constant || !x.tensor.defined() || x.sizes != y.sizes) {
       continue;
     }
     TORCH_CHECK_VALUE(y.tensor.defined() && at::equal(x.tensor, y.tensor),
                       "[export_onnx] constants must not depend on the size of the batch, but one of shape ",
                       x.tensor.sizes(), " does (dynamic_batch = false fixes it)");
+    y.tensor.reset();
   }
 }
 

@@ -66,6 +66,7 @@ const Rule* find_rule(const c10::OperatorName& op) {
     add_movement_rules(table);
     add_layer_rules(table);
     add_quantization_rules(table);
+    add_converted_rules(table);
     return table;
   }();
   std::string_view name = op.name;
@@ -99,7 +100,8 @@ const c10::IValue& Call::literal(std::string_view name) const {
   }
   const auto& value = node_.inputs[*index];
   if (other_ != nullptr && !(value == other_->inputs[*index])) {
-    refuse(fmt::format("argument '{}' must not depend on the size of the batch (dynamic_batch = false fixes it)", name));
+    refuse(
+        fmt::format("argument '{}' must not depend on the size of the batch (dynamic_batch = false fixes it)", name));
   }
   return value;
 }
@@ -222,8 +224,8 @@ std::string Translator::owner(int64_t id) const {
     if (const auto& name = graph().values[current].name; !name.empty()) {
       return layer_of(folder(name));
     }
-    if (const auto maker = makers_.find(current); maker != makers_.end()) {
-      const auto& inputs = graph().nodes[maker->second].input_values;
+    if (const auto* made_by = maker(current)) {
+      const auto& inputs = made_by->input_values;
       for (auto argument = inputs.rbegin(); argument != inputs.rend(); ++argument) {
         waiting.insert(waiting.end(), argument->rbegin(), argument->rend());
       }
@@ -241,7 +243,9 @@ std::string Translator::module_of(const graph::Node& node) const {
   }
   for (const auto& argument : node.input_values) {
     for (auto id : argument) {
-      if (id >= 0 && graph().values[id].origin == graph::Origin::constant) {
+      const bool is_constant = id >= 0 && graph().values[id].origin != graph::Origin::intermediate &&
+                               graph().values[id].origin != graph::Origin::input;
+      if (is_constant) {
         if (auto module = owner(id); !module.empty()) {
           return module;
         }
@@ -251,9 +255,9 @@ std::string Translator::module_of(const graph::Node& node) const {
   // An operation without weights quantizes its inputs itself.
   for (const auto& argument : node.input_values) {
     for (auto id : argument) {
-      const auto maker = id < 0 ? makers_.end() : makers_.find(id);
-      if (maker != makers_.end() && graph().nodes[maker->second].op.name == "rarefy::fake_quantize") {
-        const auto module = module_of(graph().nodes[maker->second]);
+      const auto* made_by = id < 0 ? nullptr : maker(id);
+      if (made_by != nullptr && made_by->op.name == "rarefy::fake_quantize") {
+        const auto module = module_of(*made_by);
         if (module.ends_with(".quant.input0") || module.ends_with(".quant.input1")) {
           return layer_of(module);
         }
@@ -265,6 +269,11 @@ std::string Translator::module_of(const graph::Node& node) const {
 
 std::string Translator::name_here(std::string_view what) const {
   return module_.empty() ? std::string(what) : fmt::format("{}/{}", module_, what);
+}
+
+const graph::Node* Translator::maker(int64_t id) const {
+  const auto found = makers_.find(id);
+  return found == makers_.end() ? nullptr : &graph().nodes[found->second];
 }
 
 Shape Translator::shape_of(int64_t id) const {
@@ -286,15 +295,18 @@ Value* Translator::value(int64_t id, std::string_view role) {
     return known->second;
   }
   const auto& recorded = graph().values[id];
-  TORCH_INTERNAL_ASSERT(recorded.tensor.defined() && recorded.origin != graph::Origin::intermediate);
+  if (!recorded.tensor.defined() || recorded.origin == graph::Origin::intermediate) {
+    refuse(fmt::format("argument '{}' must come from an operator that was recorded", role));
+  }
   const auto shape = shape_of(id);
   Value* result = nullptr;
   if (!std::all_of(shape.begin(), shape.end(), [](const Dim& dim) { return dim.is_fixed(); })) {
     result = batch_constant(id, role);
   } else if (const auto weight = integers(id)) {
-    result = dequantize(*weight, role);
+    result = this->weight(*weight, role);
   } else {
-    result = recorded.name.empty() ? constant(recorded.tensor, role) : model_.add_constant(recorded.name, recorded.tensor);
+    result =
+        recorded.name.empty() ? constant(recorded.tensor, role) : model_.add_constant(recorded.name, recorded.tensor);
   }
   values_[id] = result;
   return result;
@@ -320,14 +332,12 @@ Value* Translator::batch_constant(int64_t id, std::string_view role) {
 }
 
 std::optional<IntegerTensor> Translator::integers(int64_t id) const {
-  const auto maker = makers_.find(id);
-  if (graph().values[id].origin != graph::Origin::constant || maker == makers_.end()) {
+  const auto* made_by = maker(id);
+  if (graph().values[id].origin != graph::Origin::constant || made_by == nullptr ||
+      made_by->op.name != "rarefy::fake_quantize") {
     return std::nullopt;
   }
-  const auto& node = graph().nodes[maker->second];
-  if (node.op.name != "rarefy::fake_quantize") {
-    return std::nullopt;
-  }
+  const auto& node = *made_by;
   const auto scale = graph().values[node.input(1)].tensor, zero_point = graph().values[node.input(2)].tensor;
   if (!scale.defined() || !zero_point.defined()) {
     return std::nullopt;
@@ -337,7 +347,8 @@ std::optional<IntegerTensor> Translator::integers(int64_t id) const {
   // What is on the grid stays where it is: quantizing it again gives the integers that it was made of.
   const auto values = ops::quantize(graph().values[id].tensor, scale, zero_point, axis, qmin, qmax);
   const auto of_type = zero_point.to(values.scalar_type());
-  return IntegerTensor{values, {axis ? scale : scale.reshape({}), axis ? of_type : of_type.reshape({}), axis, qmin, qmax}};
+  return IntegerTensor{values,
+                       {axis ? scale : scale.reshape({}), axis ? of_type : of_type.reshape({}), axis, qmin, qmax}};
 }
 
 Value* Translator::transposed(int64_t id, std::string_view role) {
@@ -349,7 +360,7 @@ Value* Translator::transposed(int64_t id, std::string_view role) {
       if (weight->grid.axis.has_value() && *weight->grid.axis >= rank - 2) {
         weight->grid.axis = *weight->grid.axis == rank - 2 ? rank - 1 : rank - 2;
       }
-      result = dequantize(*weight, role);
+      result = this->weight(*weight, role);
     } else {
       const auto& recorded = graph().values[id];
       result = model_.add_constant(recorded.name.empty() ? name_here(role) : recorded.name,
@@ -407,7 +418,8 @@ Value* Translator::cast(Value* x, at::ScalarType dtype) {
 Value* Translator::batch() {
   if (batch_ == nullptr) {
     auto* sizes = model_.add_node("batch/Shape", "Shape", {model_.inputs.at(0)}, {}, at::kLong)->outputs[0];
-    batch_ = model_.add_node("batch/Gather", "Gather", {sizes, integers(std::vector<int64_t>{0})}, {}, at::kLong)->outputs[0];
+    batch_ = model_.add_node("batch/Gather", "Gather", {sizes, integers(std::vector<int64_t>{0})}, {}, at::kLong)
+                 ->outputs[0];
   }
   return batch_;
 }
@@ -429,7 +441,8 @@ Value* Translator::shape_value(const Shape& shape) {
       refuse("a size must be fixed or a multiple of the batch (dynamic_batch = false fixes it)");
     }
     flush();
-    pieces.push_back(dim.per_batch == 1 ? batch() : emit("Mul", {batch(), integers(std::vector<int64_t>{dim.per_batch})}));
+    pieces.push_back(dim.per_batch == 1 ? batch()
+                                        : emit("Mul", {batch(), integers(std::vector<int64_t>{dim.per_batch})}));
   }
   flush();
   if (pieces.empty()) {
@@ -459,7 +472,7 @@ Value* Translator::reshape(Value* x, const Shape& shape) {
   return result;
 }
 
-Value* Translator::dequantize(const IntegerTensor& weight, std::string_view role) {
+Value* Translator::weight(const IntegerTensor& weight, std::string_view role) {
   auto* values = constant(weight.values, role);
   auto* scale = constant(weight.grid.scale, fmt::format("{}_scale", role));
   std::vector<Value*> inputs{values, scale};
@@ -476,39 +489,52 @@ Value* Translator::dequantize(const IntegerTensor& weight, std::string_view role
   return result;
 }
 
-Value* Translator::quantize_dequantize(Value* x, const Grid& grid) {
-  auto zero_point = grid.zero_point;
-  auto qmin = grid.qmin, qmax = grid.qmax;
-  if (const bool wide = zero_point.scalar_type() == at::kShort;
-      options_.unsigned_activations && (wide || zero_point.scalar_type() == at::kChar)) {
-    const int64_t middle = wide ? 32768 : 128;
-    zero_point = (zero_point.to(at::kInt) + middle).to(wide ? at::kUInt16 : at::kByte);
-    qmin += middle;
-    qmax += middle;
-  }
-  const auto type = zero_point.scalar_type();
-  const bool wide = zero_point.element_size() > 1;
+Grid Translator::as_written(Grid grid) const {
+  const bool wide = grid.zero_point.element_size() > 1;
   if (wide && opset() < 21) {
     refuse("activations of 16 bits need operator set 21");
   }
-  Attributes attributes;
-  if (grid.axis.has_value()) {
-    attributes.emplace_back("axis", *grid.axis);
+  if (options_.unsigned_activations && at::isSignedType(grid.zero_point.scalar_type())) {
+    const int64_t middle = wide ? 32768 : 128;
+    grid.zero_point = (grid.zero_point.to(at::kInt) + middle).to(wide ? at::kUInt16 : at::kByte);
+    grid.qmin += middle;
+    grid.qmax += middle;
   }
-  auto *scale = constant(grid.scale, "scale"), *zero = constant(zero_point, "zero_point");
-  const auto shaped = [&](Value* y) {
-    y->shape = x->shape;
-    y->has_shape = x->has_shape;
-    return y;
+  return grid;
+}
+
+namespace {
+
+Attributes axis_of(const Grid& grid) { return grid.axis.has_value() ? Attributes{{"axis", *grid.axis}} : Attributes{}; }
+
+Value* shaped_like(Value* y, const Value* x) {
+  y->shape = x->shape;
+  y->has_shape = x->has_shape;
+  return y;
+}
+
+}  // namespace
+
+Value* Translator::quantize(Value* x, const Grid& grid) {
+  const auto type = grid.zero_point.scalar_type();
+  auto *scale = constant(grid.scale, "scale"), *zero_point = constant(grid.zero_point, "zero_point");
+  auto* q = shaped_like(emit("QuantizeLinear", {x, scale, zero_point}, axis_of(grid), type), x);
+  const int64_t levels = grid.zero_point.element_size() > 1 ? 65536 : 256;
+  const int64_t lowest = at::isSignedType(type) ? -levels / 2 : 0;
+  if (grid.qmin == lowest && grid.qmax == lowest + levels - 1) {
+    return q;
+  }
+  // The operator saturates at the limits of the type only.
+  const auto limit = [&](int64_t value, const char* role) {
+    return constant(at::full({}, value, at::kLong).to(type), role);
   };
-  auto* q = shaped(emit("QuantizeLinear", {x, scale, zero}, attributes, type));
-  const int64_t levels = wide ? 65536 : 256, lowest = at::isSignedType(type) ? -levels / 2 : 0;
-  if (qmin != lowest || qmax != lowest + levels - 1) {
-    // The operator saturates at the limits of the type only.
-    const auto limit = [&](int64_t value, const char* role) { return constant(at::full({}, value, at::kLong).to(type), role); };
-    q = shaped(emit("Clip", {q, limit(qmin, "qmin"), limit(qmax, "qmax")}));
-  }
-  return shaped(emit("DequantizeLinear", {q, scale, zero}, attributes, grid.scale.scalar_type()));
+  return shaped_like(emit("Clip", {q, limit(grid.qmin, "qmin"), limit(grid.qmax, "qmax")}), x);
+}
+
+Value* Translator::dequantize(Value* q, const Grid& grid) {
+  auto *scale = constant(grid.scale, "scale"), *zero_point = constant(grid.zero_point, "zero_point");
+  const auto type = grid.scale.scalar_type();
+  return shaped_like(emit("DequantizeLinear", {q, scale, zero_point}, axis_of(grid), type), q);
 }
 
 /// Whether the operator gave back what it was given, unchanged.
@@ -610,8 +636,10 @@ void Translator::check_views(int64_t written, size_t place) const {
 
 void Translator::set(int64_t id, Value* value) {
   const auto dtype = graph().values[id].dtype;
-  TORCH_INTERNAL_ASSERT(value->dtype == dtype, current_->op.name, " gives ", dtype, " and its form in ONNX ",
-                        value->dtype);
+  if (value->dtype != dtype) {
+    refuse(fmt::format("its result must have a type that ONNX gives it too, got {} and {}", c10::toString(dtype),
+                       c10::toString(value->dtype)));
+  }
   if (value->producer != nullptr && !value->has_shape) {
     value->shape = shape_of(id);
     value->has_shape = true;

@@ -10,6 +10,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "onnx/model.h"
@@ -36,8 +37,10 @@ struct TranslateOptions {
   bool unsigned_activations = true;
   /// Write the zero points of weights, which are all 0.
   bool weight_zero_points = true;
-  /// Embedding tables by the name of their parameter.
+  /// The integers of embedding tables by the name of their parameter. A scale of one element is that of the whole table.
   std::unordered_map<std::string, nn::IntegerWeight> tables;
+  /// The names of those tables' scales: what is rounded with them was looked up, and is on the grid already.
+  std::unordered_set<std::string> table_scales;
   std::vector<std::string> input_names, output_names;
 };
 
@@ -108,6 +111,7 @@ void add_elementwise_rules(Rules& rules);
 void add_movement_rules(Rules& rules);
 void add_layer_rules(Rules& rules);
 void add_quantization_rules(Rules& rules);
+void add_converted_rules(Rules& rules);
 
 class Translator {
  public:
@@ -139,10 +143,16 @@ class Translator {
   Value* reshape(Value* x, const Shape& shape);
   /// A shape as int64 values, computed from the batch where it follows that.
   Value* shape_value(const Shape& shape);
-  Value* dequantize(const IntegerTensor& weight, std::string_view role);
-  Value* quantize_dequantize(Value* x, const Grid& grid);
+  /// The integers of a weight behind DequantizeLinear.
+  Value* weight(const IntegerTensor& weight, std::string_view role);
+  /// A grid of activations in the types of the target.
+  Grid as_written(Grid grid) const;
+  Value* quantize(Value* x, const Grid& grid);
+  Value* dequantize(Value* q, const Grid& grid);
 
   const graph::Graph& graph() const { return recording_.graph; }
+  /// The node that made a value of the recording, also where constants were folded since; null when none did.
+  const graph::Node* maker(int64_t id) const;
   Shape shape_of(int64_t id) const;
   /// Throws c10::ValueError, naming the operator that is translated and its module.
   [[noreturn]] void refuse(const std::string& why) const;

@@ -85,7 +85,8 @@ struct SignalsImpl : torch::nn::Module {
 
   SignalsImpl()
       : first(register_module("first", rnn::Conv1d(rnn::Conv1dOptions(3, 6, 4).padding(torch::kSame)))),
-        second(register_module("second", rnn::Conv1d(rnn::Conv1dOptions(6, 6, 3).padding(1).padding_mode(torch::kReflect)))),
+        second(register_module("second",
+                               rnn::Conv1d(rnn::Conv1dOptions(6, 6, 3).padding(1).padding_mode(torch::kReflect)))),
         volume(register_module("volume", rnn::ConvBn3d(2, 4, 3))),
         volume2(register_module("volume2", rnn::Conv3d(4, 6, 2))),
         cat(register_module("cat", rnn::Cat(1))),
@@ -105,8 +106,8 @@ TORCH_MODULE(Signals);
 
 /// [N, 10] to [N, 4], of torch's own layers in a Sequential.
 inline torch::nn::Sequential make_mlp() {
-  return torch::nn::Sequential(torch::nn::Linear(10, 16), torch::nn::ReLU(), torch::nn::Linear(16, 16), torch::nn::Tanh(),
-                               torch::nn::Linear(16, 4));
+  return torch::nn::Sequential(torch::nn::Linear(10, 16), torch::nn::ReLU(), torch::nn::Linear(16, 16),
+                               torch::nn::Tanh(), torch::nn::Linear(16, 4));
 }
 
 /// Images [N, 3, 8, 8] to scores [N, 4]: patches, a class token, torch's attention.
@@ -183,14 +184,16 @@ inline std::vector<std::pair<std::string, Tensor>> every_operator(const Tensor& 
       {"adaptive_one", torch::adaptive_avg_pool2d(x, {1, 1})},
       {"layer_norm", torch::layer_norm(x, {6, 6})},
       {"group_norm", torch::group_norm(x, 2, torch::linspace(0.5, 2, 4), torch::linspace(-1, 1, 4))},
-      {"batch_norm", torch::batch_norm(x, {}, {}, torch::linspace(-1, 1, 4), torch::linspace(0.5, 2, 4), false, 0.1, 1e-5,
-                                       false)},
+      {"batch_norm",
+       torch::batch_norm(x, {}, {}, torch::linspace(-1, 1, 4), torch::linspace(0.5, 2, 4), false, 0.1, 1e-5, false)},
       {"conv_transpose", torch::conv_transpose2d(x, weight, {}, 2, 1, 1)},
       {"matmul", x.matmul(x.transpose(-1, -2))},
-      {"bmm", flat.bmm(flat.transpose(1, 2)) + torch::baddbmm(torch::ones({4, 4}), flat, flat.transpose(1, 2), 0.5, 2.0)},
+      {"bmm",
+       flat.bmm(flat.transpose(1, 2)) + torch::baddbmm(torch::ones({4, 4}), flat, flat.transpose(1, 2), 0.5, 2.0)},
       {"addmm", torch::addmm(torch::ones({3}), flat.select(1, 0), torch::linspace(-1, 1, 108).view({36, 3}))},
       {"causal", torch::scaled_dot_product_attention(x, x, x, {}, 0.0, /*is_causal=*/true)},
-      {"masked", torch::scaled_dot_product_attention(x, x, x, torch::ones({6, 6}, torch::kBool).tril(1), 0.0, false, 0.7)},
+      {"masked",
+       torch::scaled_dot_product_attention(x, x, x, torch::ones({6, 6}, torch::kBool).tril(1), 0.0, false, 0.7)},
       {"zeros", torch::cat({torch::zeros({x.size(0), 1, 6, 6}), x}, 1)},
       {"prelu", torch::prelu(x, torch::linspace(0.1, 0.4, 4))},
       {"to_rows", x.view({-1, 36}).reshape({x.size(0), 2, 72}) * 1},

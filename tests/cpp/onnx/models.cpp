@@ -1,7 +1,7 @@
-// rarefy_onnx_models FOLDER: what tests/python/test_cpp_onnx.py runs. Writes, for each network of onnx_models.h, each target and
+// rarefy_onnx_models FOLDER: what tests/python/test_cpp_onnx.py runs. Writes, for each network of models.h, each target and
 // several operator sets, FOLDER/<case>.onnx, and FOLDER/<case>.safetensors with inputs "input.<n>" and outputs "output.<n>" of
 // the simulated model on more samples than the example had.
-#include "onnx_models.h"
+#include "models.h"
 
 #include <filesystem>
 #include <iostream>
@@ -12,8 +12,8 @@ namespace quantization = rarefy::quantization;
 using torch::Tensor;
 
 quantization::QConfig config_for(const std::string& target, bool is_signed) {
-  auto config = quantization::QConfig::int8();
-  if (is_signed || target == "tensorrt") {
+  auto config = quantization::QConfig::int8(target);
+  if (is_signed) {
     config.activation = quantization::Scheme{.bits = 8, .symmetric = true};
   }
   config.execution = quantization::Execution::simulated;
