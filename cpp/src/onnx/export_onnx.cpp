@@ -124,15 +124,10 @@ void check_quantizers(const std::vector<NamedQuantizer>& quantizers, const quant
 /// For as long as it lives, the layers compute in floating point on the grid, and their quantizers stay as they are.
 class Simulation {
  public:
-  explicit Simulation(const torch::nn::Module& model) : modules_(model.modules(/*include_self=*/true)) {
+  explicit Simulation(torch::nn::Module& model) : modules_(model.modules(/*include_self=*/false)) {
+    add(model);
     for (const auto& module : modules_) {
-      if (auto* layer = dynamic_cast<nn::Quantizable*>(module.get())) {
-        executions_.emplace_back(layer, layer->execution);
-        layer->execution = quantization::Execution::simulated;
-      }
-      if (auto* quantizer = dynamic_cast<FakeQuantizerImpl*>(module.get())) {
-        states_.push_back({quantizer, quantizer->observe});
-      }
+      add(*module);
     }
   }
   Simulation(const Simulation&) = delete;
@@ -159,6 +154,17 @@ class Simulation {
     FakeQuantizerImpl* quantizer;
     bool observe;
   };
+
+  void add(torch::nn::Module& module) {
+    if (auto* layer = dynamic_cast<nn::Quantizable*>(&module)) {
+      executions_.emplace_back(layer, layer->execution);
+      layer->execution = quantization::Execution::simulated;
+    }
+    if (auto* quantizer = dynamic_cast<FakeQuantizerImpl*>(&module)) {
+      states_.push_back({quantizer, quantizer->observe});
+    }
+  }
+
   std::vector<std::shared_ptr<torch::nn::Module>> modules_;
   std::vector<std::pair<nn::Quantizable*, std::optional<quantization::Execution>>> executions_;
   std::vector<State> states_;
@@ -167,7 +173,7 @@ class Simulation {
 /// Says what the tables of prepared embeddings are.
 void take_tables(const torch::nn::Module& model, onnx::TranslateOptions& options) {
   const auto parameters = model.named_parameters(), buffers = model.named_buffers();
-  for (const auto& module : model.modules()) {
+  for (const auto& module : model.modules(/*include_self=*/false)) {
     auto* layer = dynamic_cast<nn::EmbeddingImpl*>(module.get());
     if (layer == nullptr || layer->mode() != nn::Quantizable::Mode::prepared) {
       continue;

@@ -7,6 +7,8 @@
 #include <rarefy/graph/constants.h>
 #include <rarefy/graph/record.h>
 
+#include <set>
+
 namespace rarefy::onnx {
 namespace {
 
@@ -43,9 +45,16 @@ void check_equal_runs(const graph::Graph& a, const graph::Graph& b, int64_t batc
 /// Constants that do not have a size of the batch must be equal; the others are looked at where they are used.
 /// The second copy of what is equal is given free.
 void check_equal_constants(const graph::Graph& a, graph::Graph& b) {
-  for (size_t i = 0; i < a.values.size(); ++i) {
-    const auto& x = a.values[i];
-    auto& y = b.values[i];
+  std::set<int64_t> read(a.outputs.begin(), a.outputs.end());  // inside of operators there are others, without data even
+  for (auto index : a.schedule) {
+    for (const auto& argument : a.nodes[index].input_values) {
+      read.insert(argument.begin(), argument.end());
+    }
+  }
+  read.erase(-1);
+  for (auto id : read) {
+    const auto& x = a.values[id];
+    auto& y = b.values[id];
     if (x.origin != graph::Origin::constant || !x.tensor.defined() || x.sizes != y.sizes) {
       continue;
     }

@@ -37,6 +37,7 @@ struct Case {
   bool is_signed = false;
   bool exact = false;
   bool quantized = true;
+  bool converted = false;
 };
 
 class Exporter {
@@ -54,6 +55,9 @@ class Exporter {
     }
     if (c.exact) {
       make_exact(*model);
+    }
+    if (c.converted) {
+      quantization::convert(*model);
     }
     std::vector<Tensor> example;
     for (const auto& input : whole) {
@@ -116,6 +120,8 @@ void write_networks(const std::string& folder) {
   write_all({.name = "-signed", .target = "onnxruntime", .is_signed = true});
   write_all({.name = "-exact", .target = "onnxruntime", .exact = true});
   write_all({.name = "-float", .target = "onnxruntime", .quantized = false});
+  write_all({.name = "-converted", .target = "onnxruntime", .converted = true});
+  write_all({.name = "-converted", .target = "tensorrt", .converted = true});
 }
 
 /// Outputs are called after the operators.
@@ -146,6 +152,43 @@ void write_operators(const std::filesystem::path& folder) {
   rarefy::save_safetensors(tensors, folder / "operators.safetensors");
 }
 
+/// Layers that hand bytes to each other, of signed and of unsigned grids: images [N, 3, 8, 8] to [N, 4].
+Tensor forward_bytes(const Tensor& x) {
+  namespace ops = rarefy::ops;
+  const auto grid = [](double scale, int32_t zero_point, bool is_signed) {
+    return ops::ByteGrid{torch::tensor({scale}, torch::kFloat), torch::tensor({zero_point}, torch::kInt),
+                         is_signed ? -127 : 0, is_signed ? 127 : 255};
+  };
+  const auto integers = [](at::IntArrayRef sizes) {
+    const auto count = c10::multiply_integers(sizes);
+    return (torch::arange(count) * 37 % 251 - 125).to(torch::kChar).view(sizes);
+  };
+  const auto input = grid(1.0 / 32, 3, true), middle = grid(1.0 / 16, 0, false), sum = grid(1.0 / 8, -5, true);
+  const auto scales = torch::tensor({1.0 / 256, 1.0 / 512, 1.0 / 256, 1.0 / 1024}, torch::kFloat);
+  const auto bias = torch::tensor({0.5, -0.25, 0.0, 1.0}, torch::kFloat);
+  auto a = ops::quantized_conv(x, integers({4, 3, 3, 3}), scales, bias, input, {1, 1}, {1, 1}, {1, 1}, 1, /*relu=*/true,
+                               middle);
+  a = torch::max_pool2d(a, 2);
+  const auto b = ops::requantize(x.slice(2, 0, 4).slice(3, 0, 4).sum({1}, /*keepdim=*/true), input, sum);
+  const auto c = ops::quantized_add(a, b, middle, sum, /*relu=*/false, sum);
+  const auto d = ops::quantized_conv(c, integers({4, 4, 2, 2}), torch::tensor({1.0 / 256}, torch::kFloat), {}, sum,
+                                     {2, 2}, {0, 1, 1, 0}, {1, 1}, 1, false, sum);
+  return ops::quantized_linear(d.flatten(1), integers({4, 16}), scales, bias, sum);
+}
+
+void write_bytes(const std::filesystem::path& folder) {
+  const auto x = torch::randn({5, 3, 8, 8});
+  torch::nn::Identity model;
+  const rarefy::OnnxForward forward = [](const std::vector<Tensor>& inputs) {
+    return std::vector{forward_bytes(inputs[0])};
+  };
+  rarefy::export_onnx(*model, forward, {x.slice(0, 0, 2)}, folder / "bytes.onnx");
+  rarefy::NamedTensors tensors;
+  tensors.insert("input.0", x);
+  tensors.insert("output.0", forward_bytes(x));
+  rarefy::save_safetensors(tensors, folder / "bytes.safetensors");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -157,5 +200,6 @@ int main(int argc, char** argv) {
   torch::set_num_threads(1);
   write_networks(argv[1]);
   write_operators(argv[1]);
+  write_bytes(argv[1]);
   return 0;
 }

@@ -164,7 +164,7 @@ inline std::vector<std::pair<std::string, Tensor>> every_operator(const Tensor& 
       {"argmax", x.argmax(1)},
       {"softmax", torch::softmax(x, 1) + torch::log_softmax(x, -1)},
       {"chunk", torch::cat({x.chunk(2, 1)[1], x.split(3, 1)[0]}, 1)},
-      {"unbind", x.unbind(1)[2] + x.select(2, -1)},
+      {"unbind", x.unbind(2)[2] + x.select(2, -1)},
       {"stack", torch::stack({x, positive}, 1)},
       {"slice", x.slice(2, 1, 5, 2) + x.narrow(2, 2, 2)},
       {"negative_slice", x.slice(3, -4)},

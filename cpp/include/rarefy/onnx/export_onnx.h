@@ -86,9 +86,8 @@ std::vector<at::Tensor> onnx_outputs(Result&& result) {
 
 }  // namespace detail
 
-/// The same for a module whose forward takes tensors: export_onnx(model, {x}, "model.onnx"). It may return a tensor, a vector or
-/// a tuple of tensors.
-///   Inputs  as many as forward takes
+/// The same for a module whose forward takes tensors: export_onnx(model, std::tuple{ids, mask}, "model.onnx"). It may return a
+/// tensor, a vector or a tuple of tensors.
 template <typename Holder, std::same_as<at::Tensor>... Inputs>
   requires requires(Holder& model, const Inputs&... inputs) { model->forward(inputs...); }
 OnnxReport export_onnx(Holder& model, const std::tuple<Inputs...>& example_inputs, const std::filesystem::path& path,
