@@ -67,7 +67,8 @@ def test_runs_as_the_model(folder, case):
     # Float sums in another order: 1e-5, and 1e-6 where those before the quantizers are exact. A value on the other side
     # of a tie is a step of 8 bits, and it spreads.
     exact = case == "bytes" or "exact" in case
-    for optimized, tolerance in ((False, 1e-6 if exact else 5e-3), (True, 2e-2)):
+    rounded = 0.1 if case == "bytes" else 2e-2  # its steps are 1/8, and many of its sums lie on ties
+    for optimized, tolerance in ((False, 1e-6 if exact else 5e-3), (True, rounded)):
         tolerance = 1e-5 if "float" in case else tolerance
         for got, want in zip(run(path, inputs, optimized), outputs, strict=True):
             assert distance(got, want) <= tolerance, f"optimized={optimized}"

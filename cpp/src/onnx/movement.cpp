@@ -65,6 +65,17 @@ std::vector<Value*> expand(const Call& c) {
   return {to == c.shape_of("self") ? c.tensor("self") : c.t.emit("Expand", {c.tensor("self"), c.t.shape_value(to)})};
 }
 
+/// One number everywhere: zeros_like, new_full, fill_ and the like. What is empty is zeros.
+Rule filled(double number, const char* argument = nullptr) {
+  return [=](const Call& c) -> std::vector<Value*> {
+    const auto dtype = c.result_dtype();
+    auto* value = argument == nullptr      ? c.t.scalar(number, dtype)
+                  : c.is_tensor(argument) ? c.t.cast(c.tensor(argument), dtype)
+                                          : c.t.scalar(c.number(argument), dtype);
+    return {c.t.emit("Expand", {value, c.t.shape_value(c.result_shape())})};
+  };
+}
+
 std::vector<Value*> repeat(const Call& c) {
   auto* x = c.tensor("self");
   const auto times = c.integers("repeats");
@@ -253,6 +264,10 @@ void add_movement_rules(Rules& rules) {
   rules["swapdims"] = swap("dim0", "dim1");
   rules["t"] = rules["mT"] = swap_last;
   rules["expand"] = expand;
+  rules["empty_like"] = rules["zeros_like"] = rules["new_zeros"] = rules["new_empty"] = rules["zero"] = filled(0);
+  rules["ones_like"] = rules["new_ones"] = filled(1);
+  rules["full_like"] = rules["new_full"] = filled(0, "fill_value");
+  rules["fill"] = filled(0, "value");
   rules["repeat"] = repeat;
   rules["select"] = select;
   rules["slice"] = slice;

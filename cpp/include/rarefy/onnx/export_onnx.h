@@ -53,8 +53,8 @@ RAREFY_API std::ostream& operator<<(std::ostream& stream, const OnnxReport& repo
 using OnnxForward = std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>&)>;
 
 /// Writes what `forward` computes with `model` as an ONNX file, with neither an ONNX nor a protobuf library. Float models,
-/// and models that prepare_qat or prepare (after calibrate) made: their weights are the trained integers behind
-/// DequantizeLinear, with batch normalization folded in, their fake quantizers QuantizeLinear and DequantizeLinear.
+/// and models that prepare_qat, prepare (after calibrate) or convert made: their weights are the trained integers behind
+/// DequantizeLinear, with batch normalization folded in, their quantizers QuantizeLinear and DequantizeLinear.
 ///
 /// `forward` runs in evaluation mode three times: the operators that it calls are recorded, with batches of two sizes, and
 /// what differs between the two follows the batch in the file. Code that takes another way for other values is not seen.
