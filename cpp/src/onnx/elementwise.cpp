@@ -19,14 +19,13 @@ Rule unary(const char* op) {
   };
 }
 
-/// a (op) alpha * b, where there is an alpha.
+/// first (op) alpha * second, where there is an alpha.
 Rule binary(const char* op, const char* first = "self", const char* second = "other") {
   return [=](const Call& c) -> std::vector<Value*> {
     const auto dtype = c.result_dtype();
     auto *a = operand(c, first, dtype), *b = operand(c, second, dtype);
     if (c.has("alpha") && c.number("alpha") != 1.0) {
-      auto*& scaled = std::string_view(second) == "other" ? b : a;
-      scaled = c.t.emit("Mul", {scaled, c.t.scalar(c.number("alpha"), dtype)});
+      b = c.t.emit("Mul", {b, c.t.scalar(c.number("alpha"), dtype)});
     }
     return {c.t.emit(op, {a, b})};
   };

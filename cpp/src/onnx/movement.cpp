@@ -69,7 +69,7 @@ std::vector<Value*> expand(const Call& c) {
 Rule filled(double number, const char* argument = nullptr) {
   return [=](const Call& c) -> std::vector<Value*> {
     const auto dtype = c.result_dtype();
-    auto* value = argument == nullptr      ? c.t.scalar(number, dtype)
+    auto* value = argument == nullptr     ? c.t.scalar(number, dtype)
                   : c.is_tensor(argument) ? c.t.cast(c.tensor(argument), dtype)
                                           : c.t.scalar(c.number(argument), dtype);
     return {c.t.emit("Expand", {value, c.t.shape_value(c.result_shape())})};
@@ -253,7 +253,7 @@ void add_movement_rules(Rules& rules) {
     rules[name] = identity;
   }
   rules["dropout"] = rules["feature_dropout"] = rules["alpha_dropout"] = dropout;
-  rules["to"] = rules["_to_copy"] = rules["type_as"] = rules["float"] = convert;
+  rules["to"] = rules["_to_copy"] = rules["type_as"] = convert;
   for (const auto* name :
        {"view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze"}) {
     rules[name] = reshape;

@@ -45,7 +45,8 @@ void check_equal_runs(const graph::Graph& a, const graph::Graph& b, int64_t batc
 /// Constants that do not have a size of the batch must be equal; the others are looked at where they are used.
 /// The second copy of what is equal is given free.
 void check_equal_constants(const graph::Graph& a, graph::Graph& b) {
-  std::set<int64_t> read(a.outputs.begin(), a.outputs.end());  // inside of operators there are others, without data even
+  std::set<int64_t> read(a.outputs.begin(),
+                         a.outputs.end());  // inside of operators there are others, without data even
   for (auto index : a.schedule) {
     for (const auto& argument : a.nodes[index].input_values) {
       read.insert(argument.begin(), argument.end());

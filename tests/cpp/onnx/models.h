@@ -141,7 +141,7 @@ inline std::vector<std::pair<std::string, Tensor>> every_operator(const Tensor& 
   return {
       {"sub", x.sub(positive, 2.0)},
       {"rsub", 1.0 - x},
-      {"number_minus", 1.0 - x + 1.0 / positive},
+      {"number_minus", 1.0 - x + 1.0 / positive + torch::rsub(x, positive, 0.5)},
       {"filled", x * torch::full_like(x, 2.0) + torch::ones_like(x) + x.new_zeros({x.size(0), 1, 6, 6})},
       {"div", x / positive},
       {"divide_int", i / 2},

@@ -148,12 +148,10 @@ TEST_CASE("export_onnx refuses quantizers that have no numbers to write", "[onnx
 TEST_CASE("export_onnx names every operator that it does not know", "[onnx]") {
   onnx_models::Residual model;
   const auto x = torch::randn({4, 3, 12, 12});
-  CHECK_THAT(
-      refusal(*model, of([&](const Tensor& input) { return torch::cumsum(model(torch::flip(input, {1})), 1).i0(); }),
-              {x}),
-      ContainsSubstring("every operator must have a form in ONNX that is known here, but aten::flip, aten::cumsum "
-                        "(after fc), aten::special_i0 (after fc) have none") ||
-          ContainsSubstring("aten::flip, aten::cumsum (after fc), aten::i0 (after fc) have none"));
+  const auto around = of([&](const Tensor& input) { return torch::cumsum(model(input.flip({1})), 1).flip({1}); });
+  CHECK_THAT(refusal(*model, around, {x}),
+             ContainsSubstring("every operator must have a form in ONNX that is known here, but aten::flip, "
+                               "aten::cumsum (after fc), aten::flip (after fc) have none"));
   CHECK_THAT(refusal(*model, of([&](const Tensor& input) { return torch::max_pool2d(input[0], 2); }), {x}),
              ContainsSubstring("aten::max_pool2d: its input must have a batch dimension"));
 }
