@@ -29,8 +29,8 @@ _REFERENCE_MACS, _REFERENCE_BYTES, _REFERENCE_OPSET = 200_000_000, 32 << 20, 19
 # effect, measured on the same inputs, is the unit. On untrained networks of 9 and 21 layers, 2 to 8 bits, the
 # differences were at most 1.3 (rms) and 1.8 (largest) of it.
 _NOISE_FACTOR = 4.0
-_RELATIVE_RMS, _RELATIVE_MAX = 1e-4, 1e-3  # for float networks: sums in another order
-_ROUNDED_RMS, _ROUNDED_MAX = 2e-2, 5e-2  # for MatMulNBits, which rounds its float input to 8 bits by blocks
+RELATIVE = (1e-4, 1e-3)  # rms and largest, for float networks: sums in another order
+_ROUNDED = (2e-2, 5e-2)  # for MatMulNBits, which rounds its float input to 8 bits by blocks
 
 #: The operators whose execution is worth a line in the report.
 _COUNTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "AveragePool", "GlobalAveragePool"})
@@ -75,15 +75,20 @@ def check_operators(path: Path, model: onnx.ModelProto) -> tuple[Operator, ...]:
         name = re.sub(r"^fused |_token_\d+$|/\w+Fusion\w*$", "", node.name)
         runtime.setdefault(name, []).append(node.op_type)
 
-    constants = {tensor.name for tensor in model.graph.initializer}
     operators = []
-    for node in model.graph.node:
-        if node.op_type not in _COUNTED or (node.op_type == "Add" and any(name in constants for name in node.input)):
-            continue
+    for node in counted_operators(model):
         made = runtime.get(node.name, [])
         integer = any(op.startswith("QLinear") or op in _INTEGER for op in made)
         operators.append(Operator(node.name, node.op_type, " + ".join(made) or "fused", integer))
     return tuple(operators)
+
+
+def counted_operators(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """The operators that a runtime could execute in integers; additions of constants are biases."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type in _COUNTED and not (node.op_type == "Add" and any(name in constants for name in node.input)):
+            yield node
 
 
 def output_scales(model: onnx.ModelProto) -> dict[str, float]:
@@ -192,7 +197,7 @@ class Subject:
 
 
 @contextmanager
-def _exposed_file(subject: Subject, graph: QuantizedGraph) -> Iterator[tuple[Path, list[str]]]:
+def exposed_file(subject: Subject, graph: QuantizedGraph) -> Iterator[tuple[Path, list[str]]]:
     """A file beside the first that also returns the integers of all activations, and the names of its outputs."""
     import onnx
 
@@ -264,7 +269,7 @@ def check_by_reference(
             reason = f"it does not implement the graph ({str(error).splitlines()[0]})"
     if reason is not None:
         return (), (f"reference evaluator: {reason}",)
-    found = check_nodes(subject, graph, names, values, "reference evaluator", EXACT, (_RELATIVE_RMS, _RELATIVE_MAX))
+    found = check_nodes(subject, graph, names, values, "reference evaluator", EXACT, RELATIVE)
     return found.checks, ()
 
 
@@ -281,13 +286,13 @@ def check_in_onnxruntime(
     """
     runtime = f"ONNX Runtime with optimizations {'on' if optimized else 'off'}"
     rounded = optimized and rounds_itself
-    relative = (_ROUNDED_RMS, _ROUNDED_MAX) if rounded else (_RELATIVE_RMS, _RELATIVE_MAX)
+    relative = _ROUNDED if rounded else RELATIVE
     checks: tuple[NodeCheck, ...] = ()
     skipped: list[str] = []
     if rounded:
         skipped.append(f"nodes in {runtime}: MatMulNBits rounds activations that the model leaves in float")
     elif graph.activations:
-        with _exposed_file(subject, graph) as (path, names):
+        with exposed_file(subject, graph) as (path, names):
             values = _session(path, optimized).run(names, subject.feed(subject.cases[0]))
         tolerance = FUSED if optimized else EXACT
         replayed = check_nodes(subject, graph, names, values, runtime, tolerance, relative)
@@ -307,7 +312,7 @@ def compare_outputs(
     run: Callable[[Case], Sequence[np.ndarray]],
     runtime: str,
     optimized: bool,
-    relative: tuple[float, float] = (_RELATIVE_RMS, _RELATIVE_MAX),
+    relative: tuple[float, float] = RELATIVE,
 ) -> tuple[Difference, ...]:
     """Compares every output of every case with the model's.
 
