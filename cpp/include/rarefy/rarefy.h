@@ -56,4 +56,5 @@
 #include <rarefy/quantization/qconfig.h>
 #include <rarefy/quantization/schedule.h>
 #include <rarefy/quantization/scheme.h>
+#include <rarefy/quantization/target.h>
 #include <rarefy/version.h>

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from rarefy._core.quantization import TargetProfile, target_names, target_profile
 from rarefy.export.files import Staged, staged
 from rarefy.export.lowering import check_quantizers, lower, without_rounding
 from rarefy.export.report import ExportReport
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 
     from rarefy.export.onnx_verify import Case
 
-_TARGETS = ("onnxruntime",)
-_STATIC_TARGETS = ("qnn",)
-_OPSET, _OLDEST_OPSET = 21, 18  # torch's exporter starts at 18; from 21 on every integer type is in the standard
 _LARGEST_FILE = 1536 << 20  # bytes of tensors in one protobuf message, which must stay below 2 GiB
 
 
@@ -63,8 +61,9 @@ def to_onnx(
         example_inputs: what the model is called with: a tensor, a sequence of tensors, or tensors by argument name.
             Truth values, numbers, strings and None by argument name (`use_cache=False`) are fixed in the file.
         path: the file to write. It is written under another name in the same folder and renamed when all checks passed.
-        target: the runtime. "onnxruntime" is known.
-        opset: version of the ONNX operator set, 21 unless given, 18 or more.
+        target: the runtime: "onnxruntime", "openvino", "tensorrt" or "qnn".
+        opset: version of the ONNX operator set, 13 or more, and 21 or more for 16-bit activations; 21 unless given, 19 for
+            TensorRT. From 21 on 4-bit weights of layers with a float input take half a byte.
         dynamic_batch: the file takes any size of the first dimension, which all inputs must share. True unless the target
             needs fixed sizes.
         dynamic_shapes: further axes of any size, by input and axis, with their names in the file:
@@ -93,17 +92,20 @@ def to_onnx(
     import onnx
     from torch.utils.flop_counter import FlopCounterMode
 
-    from rarefy.export import onnx_graph, onnx_verify
+    from rarefy.export import onnx_graph, onnx_opset, onnx_targets, onnx_verify, targets
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"[to_onnx] model must be a torch.nn.Module, got {type(model).__name__}")
-    if target not in _TARGETS:
-        raise ValueError(f"[to_onnx] target must be one of {', '.join(_TARGETS)}, got {target!r}")
-    opset = _check_opset(opset, onnx.defs.onnx_opset_version())
+    if target not in target_names():
+        raise ValueError(f"[to_onnx] target must be one of {', '.join(target_names())}, got {target!r}")
+    profile = target_profile(target)
+    wide = targets.needs_wide_types(model)
+    opset = onnx_opset.choose_opset("to_onnx", opset, profile, onnx.defs.onnx_opset_version(), wide)
     inputs, keywords, constants = _check_inputs(example_inputs)
     input_names = _names("input_names", input_names, keywords or _numbered("input", len(inputs)), len(inputs))
-    axes = free_axes(inputs, input_names, _check_dynamic(target, dynamic_batch, dynamic_shapes), dynamic_shapes)
+    axes = free_axes(inputs, input_names, _check_dynamic(profile, dynamic_batch, dynamic_shapes), dynamic_shapes)
     check_quantizers("to_onnx", model)
+    targets.check_target("to_onnx", model, profile)
 
     with staged("to_onnx", path) as stage:
         name = stage.path.name
@@ -112,11 +114,14 @@ def to_onnx(
         output_count = len(cases[0].expected)
         output_names = _names("output_names", output_names, _numbered("output", output_count), output_count)
 
-        lowered = lower(model, unsigned=True)
+        lowered = lower(model, unsigned=profile.unsigned_activations)
         del model
-        program = _translate(lowered, inputs, keywords, axes, opset, input_names, output_names)
+        overflow = targets.pairwise_overflow(lowered)
+        program_opset = max(opset, onnx_opset.EXPORTER_OPSET)
+        program = _translate(lowered, inputs, keywords, axes, program_opset, input_names, output_names)
         onnx_graph.tidy(program.model)
-        onnx_graph.prepare_for_onnxruntime(program.model)
+        onnx_targets.place(program.model, profile)
+        onnx_opset.lower_opset(program.model, opset)
         _check_free(program.model, axes)
         proto, files = _write(program.model, stage)
         del program
@@ -151,6 +156,7 @@ def to_onnx(
         differences=found.differences,
         nodes_checked=found.nodes,
         skipped=found.skipped,
+        overflow=overflow,
         seconds=time.perf_counter() - start,
     )
 
@@ -162,19 +168,6 @@ def _require(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"[to_onnx] needs {', '.join(missing)}: pip install rarefy[onnx]")
-
-
-def _check_opset(opset: int | None, newest: int) -> int:
-    if opset is None:
-        return _OPSET
-    if isinstance(opset, bool) or not isinstance(opset, int):
-        raise TypeError(f"[to_onnx] opset must be an integer, got {opset!r}")
-    if not _OLDEST_OPSET <= opset <= newest:
-        raise ValueError(
-            f"[to_onnx] opset must be between {_OLDEST_OPSET} and {newest} (the newest that the installed onnx knows), "
-            f"got {opset}"
-        )
-    return opset
 
 
 def _check_inputs(example: Any) -> tuple[list[Tensor], list[str], dict[str, object]]:
@@ -199,14 +192,14 @@ def _check_inputs(example: Any) -> tuple[list[Tensor], list[str], dict[str, obje
     return [value.detach().cpu() for value in values], keywords, constants
 
 
-def _check_dynamic(target: str, dynamic_batch: bool | None, dynamic_shapes: Any) -> bool:
+def _check_dynamic(profile: TargetProfile, dynamic_batch: bool | None, dynamic_shapes: Any) -> bool:
     """Whether the batch is free."""
-    if target not in _STATIC_TARGETS:
+    if profile.dynamic_shapes:
         return True if dynamic_batch is None else bool(dynamic_batch)
     for argument, value in (("dynamic_batch", dynamic_batch), ("dynamic_shapes", dynamic_shapes)):
         if value:
             raise ValueError(
-                f"[to_onnx] {argument} must not be set for {target}, which needs fixed sizes, got {value!r}"
+                f"[to_onnx] {argument} must not be set for {profile.name}, which needs fixed sizes, got {value!r}"
             )
     return False
 

@@ -23,6 +23,7 @@ class QuantizedLayer(nn.Module):
 
     bias: Tensor | None
     quant: QuantState
+    target: str | None = None  #: as in QConfig
 
     def __init__(self, layer: WeightedLayer) -> None:
         super().__init__()
@@ -32,6 +33,7 @@ class QuantizedLayer(nn.Module):
         self.quant = layer.quant
         self.relu = layer.relu
         self.channel_axis = layer.channel_axis
+        self.target = layer.target
         self._packed: Tensor | None = None
         self._packed_from: tuple[Tensor, int] | None = None  # the integers and their version
         self.train(layer.training)

@@ -62,6 +62,8 @@ class RAREFY_API Quantizable {
   /// How the configuration wants the layer to compute; see quantization::LayerConfig.
   std::optional<quantization::Execution> execution;
   c10::ScalarType gradient_dtype = c10::ScalarType::Float;
+  /// The runtime that the layer was prepared for (quantization::QConfig::target); empty when none was chosen.
+  std::string target;
   /// Why the layer stays in floating point, for report(); empty when nothing is known.
   std::string note;
 
