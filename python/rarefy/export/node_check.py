@@ -221,10 +221,11 @@ class _Replay:
             return expected * scale
         activation, got, found = best
         maker, op_type = self.graph.maker(activation.tensor, self.known)
-        self.known.add(activation.tensor)
-        self.checks.append(
-            NodeCheck(maker, op_type, activation.dequantizer, self.runtime, found.steps, found.differing, x.numel())
-        )
+        if activation.tensor not in self.known:  # else another quantizer of the model that the file has merged with one
+            self.known.add(activation.tensor)
+            self.checks.append(
+                NodeCheck(maker, op_type, activation.dequantizer, self.runtime, found.steps, found.differing, x.numel())
+            )
         if not found.ok:
             self.errors.append(
                 f"node {maker!r} ({op_type}), {self.runtime}: its integers, read by {activation.dequantizer!r}, differ from "

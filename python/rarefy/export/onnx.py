@@ -92,7 +92,7 @@ def to_onnx(
     import onnx
     from torch.utils.flop_counter import FlopCounterMode
 
-    from rarefy.export import onnx_graph, onnx_opset, onnx_targets, onnx_verify, targets
+    from rarefy.export import onnx_graph, onnx_opset, onnx_targets, onnx_verify, openvino_verify, targets
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"[to_onnx] model must be a torch.nn.Module, got {type(model).__name__}")
@@ -100,6 +100,8 @@ def to_onnx(
         raise ValueError(f"[to_onnx] target must be one of {', '.join(target_names())}, got {target!r}")
     profile = target_profile(target)
     wide = targets.needs_wide_types(model)
+    if verify and target == "openvino":
+        openvino_verify.require("to_onnx")
     opset = onnx_opset.choose_opset("to_onnx", opset, profile, onnx.defs.onnx_opset_version(), wide)
     inputs, keywords, constants = _check_inputs(example_inputs)
     input_names = _names("input_names", input_names, keywords or _numbered("input", len(inputs)), len(inputs))

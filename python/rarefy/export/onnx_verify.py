@@ -39,7 +39,9 @@ _COUNTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Average
 _INTEGER = frozenset({"QGemm", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger", "MatMulNBits"})
 
 
-def _session(path: Path, optimized: bool, save_to: Path | None = None) -> onnxruntime.InferenceSession:
+def _session(
+    path: Path, optimized: bool, save_to: Path | None = None, function: str = "to_onnx"
+) -> onnxruntime.InferenceSession:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -57,17 +59,17 @@ def _session(path: Path, optimized: bool, save_to: Path | None = None) -> onnxru
     except Exception as error:
         state = "on" if optimized else "off"
         raise RuntimeError(
-            f"[to_onnx] ONNX Runtime cannot load the file with optimizations {state}: {error}"
+            f"[{function}] ONNX Runtime cannot load the file with optimizations {state}: {error}"
         ) from error
 
 
-def check_operators(path: Path, model: onnx.ModelProto) -> tuple[Operator, ...]:
+def check_operators(path: Path, model: onnx.ModelProto, function: str = "to_onnx") -> tuple[Operator, ...]:
     """Which operators of the file ONNX Runtime runs in integers, read from its optimized graph."""
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
         optimized_path = Path(folder) / "optimized.onnx"
-        _session(path, optimized=True, save_to=optimized_path)
+        _session(path, optimized=True, save_to=optimized_path, function=function)
         optimized = onnx.load(optimized_path, load_external_data=False)
     runtime: dict[str, list[str]] = {}
     for node in optimized.graph.node:
@@ -369,4 +371,21 @@ def verify(subject: Subject, target: str, opset: int) -> Verification:
         rounds_itself = any("MatMulNBits" in operator.runtime for operator in operators)
         fused = check_in_onnxruntime(subject, graph, True, rounds_itself)
         nodes, differences, skipped = nodes + fused[0], differences + fused[1], skipped + fused[2]
+    elif target == "openvino":
+        from rarefy.export.openvino_verify import check_in_openvino
+
+        operators, more_nodes, more = check_in_openvino(subject, graph)
+        nodes, differences = nodes + more_nodes, differences + more
+    else:
+        from rarefy.export.lint import lint
+
+        report = lint(subject.path, target)
+        if report.errors:
+            first = report.errors[0]
+            count = f" (and {len(report.errors) - 1} more findings)" if len(report.errors) > 1 else ""
+            raise RuntimeError(f"[to_onnx] verification failed: node {first.node!r}, rules of {target}: {first}{count}")
+        skipped += (
+            f"{target} does not run here: its rules were checked, {len(report.warnings)} warnings",
+            *report.notes,
+        )
     return Verification(operators, differences, nodes, skipped)
