@@ -58,7 +58,7 @@ def free_axes(inputs: list[Tensor], names: list[str], dynamic_batch: bool, dynam
                     "[to_onnx] dynamic_shapes: axes of one name must have one size, at least 1, "
                     f"got {size} for {name!r} in {names[index]!r} and {sizes[name]} in the first input that has it"
                 )
-    return tuple(axes)
+    return tuple(dict(sorted(named.items())) for named in axes)
 
 
 def _by_input(names: list[str], given: Any) -> Iterator[tuple[int, Mapping[int, str]]]:
