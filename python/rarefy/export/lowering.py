@@ -220,8 +220,10 @@ _LOWERED: dict[type[nn.Module], Callable[[nn.Module, Form], nn.Module]] = {
     rnn.Embedding: _LoweredEmbedding,
     rnn.QuantizedEmbedding: _LoweredEmbedding,
     rnn.Add: _LoweredAdd,
+    rnn.QuantizedAdd: _LoweredAdd,
     rnn.Mul: _LoweredMul,
     rnn.Cat: _LoweredCat,
+    rnn.QuantizedCat: _LoweredCat,
     rnn.ReLU: _LoweredReLU,
     FakeQuantizer: QuantizeDequantize,
 }

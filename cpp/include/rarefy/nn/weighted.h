@@ -2,6 +2,7 @@
 
 #include <rarefy/nn/quantizable.h>
 #include <rarefy/ops/integer.h>
+#include <rarefy/ops/quantized.h>
 #include <rarefy/ops/relu.h>
 
 namespace rarefy::nn {
@@ -64,7 +65,6 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     }
     weight = this->register_buffer("weight", integers.values);
     bias = integers.bias.defined() ? this->register_buffer("bias", integers.bias) : torch::Tensor();
-    weight_scale_ = integers.scale;
     after_convert();
     mode_ = Mode::converted;
   }
@@ -117,8 +117,6 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   }
   /// The float weight and bias that are quantized.
   virtual std::pair<torch::Tensor, torch::Tensor> folded() { return {weight, bias}; }
-  /// The weight packed for inputs like x.
-  virtual torch::Tensor pack(const torch::Tensor& x) = 0;
   /// Called by convert() while the layer still counts as prepared.
   virtual void after_convert() {}
 
@@ -175,20 +173,17 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     return {relu, gradient_dtype == c10::ScalarType::BFloat16, std::nullopt};
   }
 
-  /// The packed weight, made anew when the weight was written to (a checkpoint was loaded).
-  const torch::Tensor& packed(const torch::Tensor& x) {
-    const auto version = weight._version();
-    if (!packed_.defined() || packed_version_ != version) {
-      weight_scale_ = quant->find("weight")->scale.expand({weight.size(0)}).contiguous();
-      packed_ = pack(x);
-      packed_version_ = version;
-    }
-    return packed_;
+  /// A scale for every output channel, or one; as the quantizer has it, so that a loaded checkpoint's holds.
+  torch::Tensor weight_scale() const { return quant->find("weight")->scale; }
+
+  /// The grid that the converted layer's input lies on.
+  ops::ByteGrid input_grid() const {
+    const auto* input = quant->find("input");
+    return {input->scale, input->zero_point, input->options.scheme.qmin(), input->options.scheme.qmax()};
   }
 
   /// The float weight of the integers, for layers whose input stays in floating point.
   torch::Tensor dequantized_weight() {
-    packed_.reset();
     std::vector<int64_t> shape(static_cast<size_t>(weight.dim()), 1);
     shape[0] = weight.size(0);
     return weight.to(torch::kFloat32) * quant->find("weight")->scale.expand({weight.size(0)}).view(shape);
@@ -197,7 +192,6 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   std::optional<torch::Tensor> optional_bias() const { return bias.defined() ? std::optional(bias) : std::nullopt; }
 
   QuantStateImpl::Specs specs_;
-  torch::Tensor weight_scale_;
 
  private:
   void register_converted() {
@@ -205,13 +199,10 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     if (bias.defined()) {
       bias = this->register_buffer("bias", torch::empty_like(bias));
     }
-    packed_.reset();
   }
 
   bool relu_ = false;
   std::optional<std::string> float_reason_;
-  torch::Tensor packed_;
-  uint32_t packed_version_ = 0;
 };
 
 }  // namespace rarefy::nn
