@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from rarefy.export.onnx_verify import Case
 
+_SMALL_TENSOR = 1024  # bytes
 _LARGEST_FILE = 1536 << 20  # bytes of tensors in one protobuf message, which must stay below 2 GiB
 
 
@@ -131,9 +132,7 @@ def to_onnx(
 
         found = onnx_verify.Verification()
         if verify:
-            with FlopCounterMode(display=False) as counter:
-                _run(lowered, inputs, keywords)
-            with without_rounding(lowered):
+            with without_rounding(lowered), FlopCounterMode(display=False) as counter:
                 unrounded = _run(lowered, inputs, keywords)
             subject = onnx_verify.Subject(
                 path=stage / name,
@@ -346,17 +345,32 @@ def _write(model: ir.Model, stage: Staged) -> tuple[onnx.ModelProto, list[str]]:
     """Writes the model, with its large tensors in a second file where one protobuf message cannot hold them.
 
     Returns:
-        What is in the file that has the graph, and the names of the files in the order in which they become visible.
+        What is in the file that has the graph, with large tensors in a file beside it either way, and the names of the
+        files in the order in which they become visible.
     """
     import onnx
     import onnx_ir as ir
 
     name = stage.path.name
     tensors = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    if tensors <= _LARGEST_FILE:
-        proto = ir.to_proto(model)
-        onnx.save(proto, stage / name)
-        return proto, [name]
-    data = f"{name}.data"
-    ir.save(model, stage / name, external_data=data)
-    return onnx.load(stage / name, load_external_data=False), [data, name]
+    if tensors > _LARGEST_FILE:
+        data = f"{name}.data"
+        ir.save(model, stage / name, external_data=data)
+        return onnx.load(stage / name, load_external_data=False), [data, name]
+    proto = ir.to_proto(model)
+    onnx.save(proto, stage / name)
+    _move_out(proto, stage / "tensors")
+    return proto, [name]
+
+
+def _move_out(model: onnx.ModelProto, path: Path) -> None:
+    """Moves large tensors into a file, so that they are in memory once, and copies of the model in files are small."""
+    from onnx import external_data_helper
+
+    with path.open("wb") as file:
+        for tensor in model.graph.initializer:
+            if len(tensor.raw_data) > _SMALL_TENSOR:
+                offset = file.seek(-file.tell() % 4096, os.SEEK_CUR)  # aligned, so that runtimes map them
+                file.write(tensor.raw_data)
+                external_data_helper.set_external_data(tensor, path.name, offset, len(tensor.raw_data))
+                tensor.ClearField("raw_data")
