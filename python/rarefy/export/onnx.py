@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rarefy._core.quantization import TargetProfile, target_names, target_profile
+from rarefy.export.decompose import decomposing_where_needed
 from rarefy.export.files import Staged, staged
 from rarefy.export.lowering import check_quantizers, lower, without_rounding
 from rarefy.export.report import ExportReport
@@ -310,7 +311,7 @@ def _translate(
         shapes = dict(zip(keywords, axes, strict=True)) if keywords else axes
         inputs = traceable(inputs, axes)
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), decomposing_where_needed():
             return torch.onnx.export(
                 lowered,
                 () if keywords else tuple(inputs),
