@@ -221,7 +221,6 @@ class TargetProfile:
         """
         Whether inputs may have axes of any size.
         """
-
     @property
     def families(self) -> list[str]:
         """
