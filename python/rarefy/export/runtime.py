@@ -31,6 +31,8 @@ ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, object]
 _NOISE_FACTOR = 4.0
 _RELATIVE_RMS, _RELATIVE_MAX = 1e-4, 1e-3
 
+_RUNTIMES = {"to_openvino": "OpenVINO", "to_executorch": "ExecuTorch", "to_litert": "LiteRT"}
+
 
 @dataclass(frozen=True)
 class Example:
@@ -247,6 +249,7 @@ def compare(
             f"[{function}] verification failed: the file has {len(got)} outputs, the model {len(prepared.expected)}"
         )
     differences = []
+    where = _RUNTIMES.get(function, function)
     for index, (mine, want, free) in enumerate(zip(got, prepared.expected, prepared.unrounded, strict=True)):
         name = f"output_{index}"
         failed = f"[{function}] verification failed: {name}"
@@ -258,7 +261,7 @@ def compare(
             if differing > allowed:
                 raise RuntimeError(f"{failed} differs from the model in {differing:.1%} of its values")
             gap = mine.astype(np.float64) - want.astype(np.float64)
-            differences.append(Difference(name, True, None, _largest(gap), _rms(gap), allowed, None, differing))
+            differences.append(Difference(name, where, True, (), _largest(gap), _rms(gap), allowed, None, differing))
             continue
         finite = np.isfinite(want)
         if not np.array_equal(np.isfinite(mine), finite):
@@ -281,5 +284,5 @@ def compare(
         edge = 0.5 * scale if scale else 1e-5 * _largest(want)
         differing = float(np.mean(np.abs(gap) > edge)) if gap.size else 0.0
         steps = _largest(gap) / scale if scale else None
-        differences.append(Difference(name, True, None, _largest(gap), _rms(gap), allowed, steps, differing))
+        differences.append(Difference(name, where, True, (), _largest(gap), _rms(gap), allowed, steps, differing))
     return tuple(differences)
