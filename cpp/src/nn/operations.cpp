@@ -10,13 +10,13 @@ namespace rarefy::nn {
 void AddImpl::pretty_print(std::ostream& stream) const { stream << "rarefy::nn::Add()"; }
 
 torch::Tensor AddImpl::forward(const torch::Tensor& a, const torch::Tensor& b) {
-  return quantized("input0", a) + quantized("input1", b);
+  return finished(quantized("input0", a) + quantized("input1", b));
 }
 
 void MulImpl::pretty_print(std::ostream& stream) const { stream << "rarefy::nn::Mul()"; }
 
 torch::Tensor MulImpl::forward(const torch::Tensor& a, const torch::Tensor& b) {
-  return quantized("input0", a) * quantized("input1", b);
+  return finished(quantized("input0", a) * quantized("input1", b));
 }
 
 void CatImpl::pretty_print(std::ostream& stream) const { stream << "rarefy::nn::Cat(dim=" << dim_ << ")"; }

@@ -4,20 +4,43 @@
 
 namespace rarefy::nn {
 
+void ByteGridImpl::reset() {
+  scale = register_buffer("scale", torch::ones({1}));
+  zero_point = register_buffer("zero_point", torch::full({1}, qmin, torch::kInt32));
+}
+
+void ByteGridImpl::pretty_print(std::ostream& stream) const {
+  stream << "rarefy::nn::ByteGrid([" << qmin << ", " << qmax << "])";
+}
+
 QuantStateImpl::QuantStateImpl(Specs specs) : specs_(std::move(specs)) { QuantStateImpl::reset(); }
 
 void QuantStateImpl::reset() {
+  quantizers_.clear();
   for (const auto& [name, options] : specs_) {
-    register_module(name, quantization::FakeQuantizer(options));
+    quantizers_.emplace_back(name, register_module(name, quantization::FakeQuantizer(options)));
+  }
+  if (next_ != nullptr) {
+    next_ = register_module("next", std::make_shared<ByteGridImpl>(next_->qmin, next_->qmax));
+  }
+}
+
+void QuantStateImpl::set_next(std::shared_ptr<ByteGridImpl> grid) {
+  if (next_ != nullptr) {
+    unregister_module("next");
+  }
+  next_ = std::move(grid);
+  if (next_ != nullptr) {
+    register_module("next", next_);
   }
 }
 
 void QuantStateImpl::pretty_print(std::ostream& stream) const { stream << "rarefy::nn::QuantState"; }
 
 quantization::FakeQuantizerImpl* QuantStateImpl::find(const std::string& name) const {
-  for (const auto& child : named_children()) {
-    if (child.key() == name) {
-      return child.value()->as<quantization::FakeQuantizerImpl>();
+  for (const auto& [key, quantizer] : quantizers_) {
+    if (key == name) {
+      return quantizer.get();
     }
   }
   return nullptr;

@@ -44,8 +44,8 @@ std::vector<Layer> prepared_layers(const char* function, const torch::nn::Module
 
 std::vector<std::pair<std::string, FakeQuantizerImpl*>> quantizers_of(const Layer& layer) {
   std::vector<std::pair<std::string, FakeQuantizerImpl*>> quantizers;
-  for (const auto& child : layer.layer->quant_state()->named_children()) {
-    quantizers.emplace_back(layer.name + ".quant." + child.key(), child.value()->as<FakeQuantizerImpl>());
+  for (const auto& [name, quantizer] : layer.layer->quant_state()->quantizers()) {
+    quantizers.emplace_back(layer.name + ".quant." + name, quantizer.get());
   }
   return quantizers;
 }
@@ -182,9 +182,8 @@ void prepare_layers(const char* function, torch::nn::Module& model, const QConfi
       candidate->layer->note = "the configuration quantizes weights only";
       continue;
     }
-    for (const auto& child : state->named_children()) {
-      auto* quantizer = child.value()->as<FakeQuantizerImpl>();
-      quantizer->name = candidate->name + ".quant." + child.key();
+    for (const auto& [name, quantizer] : state->quantizers()) {
+      quantizer->name = candidate->name + ".quant." + name;
       if (!quantize) {
         quantizer->quantize = std::holds_alternative<Latest>(quantizer->options.observer);
         quantizer->observe = quantizer->quantize;

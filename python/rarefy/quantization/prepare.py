@@ -456,7 +456,7 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         if integer is not None:
             swaps[id(module)] = integer(module)
             if isinstance(module, rnn.ConvBnLayer):
-                swaps[id(module.bn)] = nn.Identity()
+                swaps[id(module.bn)] = rnn.SpentBatchNorm()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in swaps:
             _replace(model, name, swaps[id(module)])

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <rarefy/nn/quantizable.h>
+#include <rarefy/ops/relu.h>
 
 namespace rarefy::nn {
 
@@ -31,12 +32,24 @@ class OperationModule : public torch::nn::Cloneable<Derived>, public Quantizable
   /// The operation stays simulated.
   void convert() override { mode_ = Mode::converted; }
 
+  void restore(const ConvertedState& state) override {
+    TORCH_CHECK_VALUE(mode_ == Mode::floating, "[restore] ", kind(), " must be floating point");
+    specs_ = state.quantizers;
+    quant = this->register_module("quant", QuantState(specs_));
+    quant->set_next(state.next);
+    quant->train(this->is_training());
+    relu_ = state.relu;
+    mode_ = Mode::converted;
+  }
+
  protected:
   /// The names of the quantizers.
   virtual std::vector<std::string> inputs() const { return {"input0", "input1"}; }
   torch::Tensor quantized(const std::string& name, const torch::Tensor& x) const {
     return mode_ == Mode::floating ? x : quant->apply(name, x);
   }
+
+  torch::Tensor finished(const torch::Tensor& y) const { return with_output_grid(relu() ? ops::relu(y) : y); }
 
  private:
   QuantStateImpl::Specs specs_;
