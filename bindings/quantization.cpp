@@ -1,4 +1,5 @@
 #include <rarefy/ops/integer.h>
+#include <rarefy/ops/quantized.h>
 #include <rarefy/quantization/qconfig.h>
 #include <rarefy/quantization/schedule.h>
 #include <rarefy/quantization/scheme.h>
@@ -60,6 +61,10 @@ void init_quantization(py::module_& parent) {
   m.attr("LONGEST_INTEGER_SUM") = ops::kLongestSum;
   m.def("has_exact_integer_products", &ops::has_exact_integer_products,
         "Whether the processor sums products of bytes in 32 bits, without saturating (AVX512-VNNI, AVX-VNNI).");
+  m.def("packed_weight_count", &ops::packed_weight_count,
+        "How many weights of converted layers are kept packed for the CPU's int8 kernels.");
+  m.def("clear_packed_weights", &ops::clear_packed_weights,
+        "Drop the packed forms of all weights; they are made again when they are needed.");
   m.def(
       "averaging_constant", [](const Observer& observer) { return averaging_constant(observer); }, py::arg("observer"),
       "The averaging constant that torch.ops.rarefy.observe takes for an observer.");

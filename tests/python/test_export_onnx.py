@@ -387,6 +387,32 @@ def test_several_inputs_by_name_and_several_outputs(tmp_path):
     assert {d.output for d in report.differences} == {"scores", "best"}
 
 
+def test_constants_by_name_are_fixed_in_the_file(tmp_path):
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 5)
+
+        def forward(self, x, factor=1.0, use_cache=True):
+            y = factor * self.layer(x)
+            return {"scores": y, "cache": DynamicCache()} if use_cache else {"scores": y}
+
+    class DynamicCache:
+        pass
+
+    x = torch.randn(8, 6)
+    model = rf.quantization.prepare_qat(Cached(), rf.quantization.QConfig.int8(), {"x": x, "use_cache": False})
+    model(x, use_cache=False)
+    path = tmp_path / "m.onnx"
+    with pytest.raises(TypeError, match=r"must return tensors, got DynamicCache among them \(use_cache=False"):
+        rf.export.to_onnx(model, {"x": x}, path)
+    rf.export.to_onnx(model, {"x": x, "factor": 3.0, "use_cache": False}, path)
+    assert [i.name for i in onnx.load(path).graph.input] == ["x"]
+    with torch.no_grad():
+        expected = model.eval()(x, 3.0, use_cache=False)["scores"]
+    torch.testing.assert_close(run(path, x, False), expected)
+
+
 def test_a_single_example_and_a_fixed_batch(tmp_path):
     x = torch.randn(9, 12)
     model = prepared(mlp(), x)

@@ -96,9 +96,9 @@ def test_relabelling_is_the_same_grid():
 
 def test_relabelled_layers_of_rarefy_agree():
     x, w = torch.randn(33, 24), torch.from_numpy(random_integers((7, 24), -127, 127)).to(torch.int8)
-    packed, s_w = torch.ops.rarefy.pack_linear_weight(w), torch.full((7,), 0.01)
+    s_w = torch.full((7,), 0.01)
     results = [
-        torch.ops.rarefy.quantized_linear(x, packed, s_w, None, torch.tensor([0.02]), torch.tensor([z], dtype=torch.int32),
+        torch.ops.rarefy.quantized_linear(x, w, s_w, None, torch.tensor([0.02]), torch.tensor([z], dtype=torch.int32),
                                           qmin, qmin + 255, False)
         for qmin, z in ((0, 121), (-128, -7))
     ]  # fmt: skip
@@ -142,8 +142,7 @@ def test_linear(shape, scales, signed):
     x_hat = torch.ops.rarefy.fake_quantize(x, s_x, zero, None, qmin, qmax)
     w_hat = w * s_w[:, None]
     in_float = F.linear(x_hat.double(), w_hat.double(), bias.double()).numpy()
-    packed = torch.ops.rarefy.pack_linear_weight(w)
-    y = torch.ops.rarefy.quantized_linear(x, packed, s_w, bias, s_x, zero, qmin, qmax, False)
+    y = torch.ops.rarefy.quantized_linear(x, w, s_w, bias, s_x, zero, qmin, qmax, False)
     if scales is EXACT:
         assert np.array_equal(in_float, expected)
         assert np.array_equal(y.double().numpy(), expected)
@@ -153,7 +152,7 @@ def test_linear(shape, scales, signed):
         np.testing.assert_allclose(y.double().numpy(), expected, rtol=0, atol=3e-7 * size)
     on_grid = ref.quantize(expected.astype(np.float32), np.float32(s_y), 100, 0, 255)
     steps_apart(ref.quantize(y.numpy(), np.float32(s_y), 100, 0, 255), on_grid, 0 if scales is EXACT else 1e-3)
-    relu = torch.ops.rarefy.quantized_linear(x, packed, s_w, bias, s_x, zero, qmin, qmax, True)
+    relu = torch.ops.rarefy.quantized_linear(x, w, s_w, bias, s_x, zero, qmin, qmax, True)
     assert torch.equal(relu, torch.relu(y))
 
 
@@ -175,8 +174,7 @@ def test_conv2d(name, scales, signed):
 
     x_hat = torch.ops.rarefy.fake_quantize(x, s_x, zero, None, qmin, qmax)
     in_float = F.conv2d(x_hat.double(), (w * s_w.view(-1, 1, 1, 1)).double(), bias.double(), *geometry, groups).numpy()
-    packed = torch.ops.rarefy.pack_conv2d_weight(w, s_w, *geometry, groups, x.shape, z + (128 if signed else 0))
-    y = torch.ops.rarefy.quantized_conv2d(x, packed, s_w, bias, s_x, zero, qmin, qmax, *geometry, groups, False)
+    y = torch.ops.rarefy.quantized_conv(x, w, s_w, bias, s_x, zero, qmin, qmax, *geometry, groups, False)
     if scales is EXACT:
         assert np.array_equal(in_float, expected)
         assert np.array_equal(y.double().numpy(), expected)

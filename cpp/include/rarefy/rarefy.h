@@ -38,7 +38,7 @@
 #include <rarefy/ops/inverse_std.h>
 #include <rarefy/ops/linear_distillation_loss.h>
 #include <rarefy/ops/mask.h>
-#include <rarefy/ops/quantized_linear.h>
+#include <rarefy/ops/quantized.h>
 #include <rarefy/ops/relu.h>
 #include <rarefy/ops/top_k_distillation_loss.h>
 #include <rarefy/pruning/choice.h>

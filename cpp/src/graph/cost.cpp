@@ -81,7 +81,7 @@ class Counter {
   std::optional<int64_t> contraction(const Node& node) const {
     const auto name = short_name(node);
     const auto last = [&](int64_t id) { return sizes(id).empty() ? 1 : sizes(id).back(); };
-    if (name == "rarefy::integer_conv" || name == "rarefy::integer_conv_forward") {
+    if (name == "rarefy::integer_conv" || name == "rarefy::integer_conv_forward" || name == "rarefy::quantized_conv") {
       return convolution(node, false);
     }
     if (name == "rarefy::integer_linear" || name == "rarefy::integer_linear_forward" ||

@@ -6,12 +6,13 @@
 #include <ATen/ops/conv3d.h>
 #include <ATen/ops/pad.h>
 #include <rarefy/nn/conv.h>
-#include <rarefy/ops/quantized_linear.h>
+#include <rarefy/ops/quantized.h>
 #include <torch/nn/init.h>
 
 #include <algorithm>
 #include <cmath>
 #include <ostream>
+#include <string_view>
 
 namespace rarefy::nn {
 
@@ -24,6 +25,19 @@ struct Geometry {
 
   /// x with what the convolution does not pad by itself. Values on a grid stay on it, as it holds 0.
   torch::Tensor padded(const torch::Tensor& x) const { return pad.empty() ? x : at::pad(x, pad, mode); }
+
+  /// Zeros before and after every dimension; for a padding of zeros.
+  std::vector<int64_t> sides() const {
+    if (pad.empty()) {
+      return padding;
+    }
+    std::vector<int64_t> out;
+    for (size_t i = pad.size(); i > 0; i -= 2) {  // pad has the last dimension first
+      out.push_back(pad[i - 2]);
+      out.push_back(pad[i - 1]);
+    }
+    return out;
+  }
 
   torch::Tensor convolve(const torch::Tensor& x, const torch::Tensor& weight, const torch::Tensor& bias) const {
     const auto input = padded(x);
@@ -132,26 +146,16 @@ torch::Tensor ConvModule<D, Derived>::compute_integer(const torch::Tensor& x, co
 }
 
 template <size_t D, typename Derived>
-torch::Tensor ConvModule<D, Derived>::pack(const torch::Tensor& x) {
-  const auto* input = this->quant->find("input");
-  const int64_t as_uint8 = input->options.scheme.signed_range() ? 128 : 0;
-  const auto g = geometry_of(options);
-  return ops::pack_conv2d_weight(this->weight, this->weight_scale_, g.stride, g.padding, g.dilation, g.groups,
-                                 x.sizes(), input->zero_point.template item<int64_t>() + as_uint8);
-}
-
-template <size_t D, typename Derived>
 torch::Tensor ConvModule<D, Derived>::execute(const torch::Tensor& x) {
   if (x.dim() == static_cast<int64_t>(D) + 1) {  // one sample without a batch dimension
     return execute(x.unsqueeze(0)).squeeze(0);
   }
   const auto g = geometry_of(options);
-  const auto padded = g.padded(x);
-  const auto* input = this->quant->find("input");
-  const auto& packed_weight = this->packed(padded);
-  return ops::quantized_conv2d(padded, packed_weight, this->weight_scale_, this->optional_bias(), input->scale,
-                               input->zero_point, input->options.scheme.qmin(), input->options.scheme.qmax(), g.stride,
-                               g.padding, g.dilation, g.groups, this->relu());
+  // Zeros around bytes are the zero point's, which the operator knows.
+  const bool zeros = std::string_view(g.mode) == "constant";
+  return ops::quantized_conv(zeros ? x : g.padded(x), this->weight, this->weight_scale(), this->optional_bias(),
+                             this->quant->grid("input"), g.stride, zeros ? g.sides() : g.padding, g.dilation, g.groups,
+                             this->relu(), this->quant->output_grid());
 }
 
 }  // namespace rarefy::nn

@@ -1,6 +1,6 @@
 #include <ATen/ops/linear.h>
 #include <rarefy/nn/linear.h>
-#include <rarefy/ops/quantized_linear.h>
+#include <rarefy/ops/quantized.h>
 #include <torch/nn/init.h>
 
 #include <cmath>
@@ -49,13 +49,9 @@ torch::Tensor LinearImpl::compute_integer(const torch::Tensor& x, const torch::T
                              options_);
 }
 
-torch::Tensor LinearImpl::pack(const torch::Tensor&) { return ops::pack_linear_weight(weight); }
-
 torch::Tensor LinearImpl::execute(const torch::Tensor& x) {
-  const auto* input = quant->find("input");
-  const auto& packed_weight = packed(x);
-  return ops::quantized_linear(x, packed_weight, weight_scale_, optional_bias(), input->scale, input->zero_point,
-                               input->options.scheme.qmin(), input->options.scheme.qmax(), relu());
+  return ops::quantized_linear(x, weight, weight_scale(), optional_bias(), quant->grid("input"), relu(),
+                               quant->output_grid());
 }
 
 }  // namespace rarefy::nn

@@ -46,6 +46,16 @@ quantization::FakeQuantizerImpl* QuantStateImpl::find(const std::string& name) c
   return nullptr;
 }
 
+ops::ByteGrid QuantStateImpl::grid(const std::string& name) const {
+  const auto& quantizer = *find(name);
+  return {quantizer.scale, quantizer.zero_point, quantizer.options.scheme.qmin(), quantizer.options.scheme.qmax()};
+}
+
+std::optional<ops::ByteGrid> QuantStateImpl::output_grid() const {
+  return next_ == nullptr ? std::nullopt
+                          : std::optional(ops::ByteGrid{next_->scale, next_->zero_point, next_->qmin, next_->qmax});
+}
+
 torch::Tensor QuantStateImpl::apply(const std::string& name, const torch::Tensor& x) const {
   auto* quantizer = find(name);
   return quantizer == nullptr ? x : quantizer->forward(x);

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +22,33 @@ from rarefy import nn as rnn
 from rarefy.quantization import FakeQuantizer, Latest
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a lowered program is written; every form computes the same values. The fields are `lower`'s arguments."""
+
+    unsigned: bool
+    weights: Literal["integers", "quantize"] = "integers"
+    linear: Literal["matmul", "linear"] = "matmul"
+
+
 class QuantizeDequantize(nn.Module):
     """`clamp(round(x / scale) + zero_point, qmin, qmax)` as integers, and back; per tensor or per channel.
 
-    With `unsigned`, an int8 quantizer is written as uint8: zero point and range move by 128, and no value changes.
+    An 8-bit quantizer is written in the type that the form asks for, uint8 or int8: zero point and range move by 128,
+    and no value changes.
     """
 
-    def __init__(self, quantizer: FakeQuantizer, unsigned: bool) -> None:
+    def __init__(self, quantizer: FakeQuantizer, form: Form) -> None:
         super().__init__()
         self.rounds = True
         self.dtype = quantizer.dtype
         self.qmin, self.qmax = int(quantizer.qmin), int(quantizer.qmax)
         self.axis = quantizer.axis
         zero_point = quantizer.zero_point.detach().to(torch.int64)
-        if unsigned and self.dtype == torch.int8:
-            self.dtype = torch.uint8
-            self.qmin, self.qmax, zero_point = self.qmin + 128, self.qmax + 128, zero_point + 128
+        move = {(torch.int8, True): 128, (torch.uint8, False): -128}.get((self.dtype, form.unsigned), 0)
+        if move:
+            self.dtype = torch.uint8 if form.unsigned else torch.int8
+            self.qmin, self.qmax, zero_point = self.qmin + move, self.qmax + move, zero_point + move
         if self.axis is None:
             self.scale, self.zero_point = float(quantizer.scale), int(zero_point)
         else:
@@ -70,7 +83,7 @@ class QuantizeDequantize(nn.Module):
 class _Lowered(nn.Module):
     """What the lowered modules share: the numbers of the layer, the quantizers under their names, and the epilogue."""
 
-    def __init__(self, module: nn.Module, unsigned: bool) -> None:
+    def __init__(self, module: nn.Module, form: Form) -> None:
         super().__init__()
         for name, value in vars(module).items():  # sizes and the like, which models read in their forward
             if not name.startswith("_") and isinstance(value, (bool, int, float, str, tuple)):
@@ -79,17 +92,17 @@ class _Lowered(nn.Module):
         self.quant = nn.Module()
         for name in ("input", "input0", "input1", "output"):
             quantizer = getattr(module.quant, name, None)
-            self.quant.add_module(name, nn.Identity() if quantizer is None else QuantizeDequantize(quantizer, unsigned))
+            self.quant.add_module(name, nn.Identity() if quantizer is None else QuantizeDequantize(quantizer, form))
 
     def finish(self, y: Tensor) -> Tensor:
         return self.quant.output(torch.relu(y) if self.relu else y)
 
 
 class _LoweredWeighted(_Lowered):
-    """A layer whose weight is an int8 buffer behind a dequantize operator."""
+    """A layer whose weight is an int8 buffer behind a dequantize operator, or a float one behind both operators."""
 
-    def __init__(self, module: nn.Module, unsigned: bool, transposed: bool) -> None:
-        super().__init__(module, unsigned)
+    def __init__(self, module: nn.Module, form: Form, transposed: bool) -> None:
+        super().__init__(module, form)
         quantizer = module.quant.weight
         if isinstance(module, rnn.WeightedLayer):
             integers = module.integer_weight()
@@ -103,12 +116,16 @@ class _LoweredWeighted(_Lowered):
             self.axis = None if self.axis is None else 1 - self.axis
         self._buffers["weight"] = values.contiguous().clone()  # register_buffer refuses a name that is a property
         self.limits = (int(quantizer.qmin), int(quantizer.qmax), values.dtype)
+        self.quantizes = False
         if self.axis is None:
             self.scale, self.zero_point = float(integers.scale), int(integers.zero_point)
         else:
             self.register_buffer("scale", integers.scale.detach().clone())
             self.register_buffer("zero_point", integers.zero_point.detach().to(torch.int64))
         self.register_buffer("bias", None if integers.bias is None else integers.bias.detach().clone())
+        if form.weights == "quantize":  # (q * s) / s is less than half a step from q: quantizing gives q back
+            self._buffers["weight"] = self.float_weight()
+            self.quantizes = True
 
     @property
     def weight(self) -> Tensor:
@@ -117,25 +134,36 @@ class _LoweredWeighted(_Lowered):
 
     def float_weight(self) -> Tensor:
         ops, integers = torch.ops.quantized_decomposed, self._buffers["weight"]
+        if self.quantizes and self.axis is None:
+            integers = ops.quantize_per_tensor(integers, self.scale, self.zero_point, *self.limits)
+        elif self.quantizes:
+            integers = ops.quantize_per_channel(integers, self.scale, self.zero_point, self.axis, *self.limits)
         if self.axis is None:
             return ops.dequantize_per_tensor(integers, self.scale, self.zero_point, *self.limits)
         return ops.dequantize_per_channel(integers, self.scale, self.zero_point, self.axis, *self.limits)
 
 
 class _LoweredLinear(_LoweredWeighted):
-    """Stores the weight as [in, out], as formats multiply: no transpose stands between its integers and the product."""
+    """Stores the weight as the product reads it: no transpose stands between its integers and the product.
 
-    def __init__(self, module: nn.Module, unsigned: bool) -> None:
-        super().__init__(module, unsigned, transposed=module.channel_axis == 0)
+    That is [in, out] for `matmul`, and [out, in] for `linear`.
+    """
+
+    def __init__(self, module: nn.Module, form: Form) -> None:
+        matmul = form.linear == "matmul"
+        super().__init__(module, form, transposed=(module.channel_axis == 0) == matmul)
+        self.matmul = matmul
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.matmul:
+            return self.finish(F.linear(self.quant.input(x), self.float_weight(), self.bias))
         y = torch.matmul(self.quant.input(x), self.float_weight())
         return self.finish(y if self.bias is None else y + self.bias)
 
 
 class _LoweredConv(_LoweredWeighted):
-    def __init__(self, module: nn.Module, unsigned: bool) -> None:
-        super().__init__(module, unsigned, transposed=False)
+    def __init__(self, module: nn.Module, form: Form) -> None:
+        super().__init__(module, form, transposed=False)
         self.geometry = module.geometry() if isinstance(module, rnn.ConvLayer) else module.geometry
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,8 +171,8 @@ class _LoweredConv(_LoweredWeighted):
 
 
 class _LoweredEmbedding(_LoweredWeighted):
-    def __init__(self, module: nn.Module, unsigned: bool) -> None:
-        super().__init__(module, unsigned, transposed=False)
+    def __init__(self, module: nn.Module, form: Form) -> None:
+        super().__init__(module, form, transposed=False)
 
     def forward(self, indices: Tensor) -> Tensor:
         return F.embedding(indices, self.float_weight())
@@ -163,8 +191,8 @@ class _LoweredMul(_Lowered):
 class _LoweredCat(_Lowered):
     """Quantizes before and after with the same parameters, between which runtimes concatenate integers."""
 
-    def __init__(self, module: nn.Module, unsigned: bool) -> None:
-        super().__init__(module, unsigned)
+    def __init__(self, module: nn.Module, form: Form) -> None:
+        super().__init__(module, form)
         self.dim = module.dim
 
     def forward(self, *tensors: Tensor) -> Tensor:
@@ -172,11 +200,11 @@ class _LoweredCat(_Lowered):
 
 
 class _LoweredReLU(nn.ReLU):
-    def __init__(self, module: nn.Module, unsigned: bool) -> None:
+    def __init__(self, module: nn.Module, form: Form) -> None:
         super().__init__()
 
 
-_LOWERED: dict[type[nn.Module], Callable[[nn.Module, bool], nn.Module]] = {
+_LOWERED: dict[type[nn.Module], Callable[[nn.Module, Form], nn.Module]] = {
     rnn.ConvLayer: _LoweredConv,
     rnn.QuantizedConv: _LoweredConv,
     rnn.Linear: _LoweredLinear,
@@ -185,8 +213,10 @@ _LOWERED: dict[type[nn.Module], Callable[[nn.Module, bool], nn.Module]] = {
     rnn.Embedding: _LoweredEmbedding,
     rnn.QuantizedEmbedding: _LoweredEmbedding,
     rnn.Add: _LoweredAdd,
+    rnn.QuantizedAdd: _LoweredAdd,
     rnn.Mul: _LoweredMul,
     rnn.Cat: _LoweredCat,
+    rnn.QuantizedCat: _LoweredCat,
     rnn.ReLU: _LoweredReLU,
     FakeQuantizer: QuantizeDequantize,
 }
@@ -244,15 +274,25 @@ def _is_float(module: nn.Module) -> bool:
     return isinstance(module, rnn.QuantizableLayer) and not module.prepared
 
 
-def lower(model: nn.Module, unsigned: bool) -> nn.Module:
+def lower(
+    model: nn.Module,
+    unsigned: bool,
+    *,
+    weights: Literal["integers", "quantize"] = "integers",
+    linear: Literal["matmul", "linear"] = "matmul",
+) -> nn.Module:
     """Replaces every quantized module of `model` by its integer form, in place, and returns the model.
 
     Args:
         model: a copy that the caller owns, in evaluation mode. May itself be one of the modules that are replaced.
-        unsigned: write int8 activations as uint8 with zero point + 128, which changes no value.
+        unsigned: write 8-bit activations as uint8, otherwise as int8; a zero point moves by 128, and no value changes.
+        weights: "integers" stores int8 behind a dequantize operator; "quantize" stores the float values that they stand
+            for behind a quantize and a dequantize operator, for converters that want to find the integers themselves.
+        linear: linear layers as "matmul" with a weight [in, out] and an addition, or as "linear" with [out, in].
     """
     from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers torch.ops.quantized_decomposed)
 
+    form = Form(unsigned, weights, linear)
     done: dict[nn.Module, nn.Module] = {}  # a module that occurs twice stays one module
 
     def replace(name: str, module: nn.Module) -> nn.Module:
@@ -266,7 +306,7 @@ def lower(model: nn.Module, unsigned: bool) -> nn.Module:
                         f"[lower] a subclass of {kind.__name__} with its own forward cannot be exported, "
                         f"got {type(module).__name__} at {name or 'the root'}"
                     )
-                result = lowered(module, unsigned)
+                result = lowered(module, form)
                 break
         else:
             done[module] = module

@@ -32,7 +32,7 @@ _LARGEST_FILE = 2**31 - 1  # of one protobuf message
 
 def to_onnx(
     model: nn.Module,
-    example_inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+    example_inputs: Tensor | Sequence[Tensor] | Mapping[str, object],
     path: str | os.PathLike[str],
     *,
     target: str = "onnxruntime",
@@ -54,6 +54,7 @@ def to_onnx(
     Args:
         model: any module; parts that are not quantized are exported in float.
         example_inputs: what the model is called with: a tensor, a sequence of tensors, or tensors by argument name.
+            Truth values, numbers, strings and None by argument name (`use_cache=False`) are fixed in the file.
         path: the file to write. It is written under another name in the same folder and renamed when all checks passed.
         target: the runtime. "onnxruntime" is known.
         opset: version of the ONNX operator set, 21 unless given, 18 or more.
@@ -86,13 +87,13 @@ def to_onnx(
     if target not in _TARGETS:
         raise ValueError(f"[to_onnx] target must be one of {', '.join(_TARGETS)}, got {target!r}")
     opset = _check_opset(opset, onnx.defs.onnx_opset_version())
-    inputs, keywords = _check_inputs(example_inputs)
+    inputs, keywords, constants = _check_inputs(example_inputs)
     batch = _check_batch(inputs) if dynamic_batch else None
     input_names = _names("input_names", input_names, keywords or _numbered("input", len(inputs)), len(inputs))
     check_quantizers("to_onnx", model)
 
     with _reserved(path) as temporary:
-        model = copy.deepcopy(model).cpu().eval()
+        model = _with_constants(copy.deepcopy(model).cpu().eval(), constants)
         cases = [(batch, inputs)]
         if batch is not None and verify:
             more = batch + 1
@@ -158,11 +159,14 @@ def _check_opset(opset: int | None, newest: int) -> int:
     return opset
 
 
-def _check_inputs(example: Any) -> tuple[list[Tensor], list[str]]:
-    """The tensors, and the argument names where they were given by name."""
+def _check_inputs(example: Any) -> tuple[list[Tensor], list[str], dict[str, object]]:
+    """The tensors, the argument names where they were given by name, and the arguments that are constants."""
     keywords: list[str] = []
+    constants: dict[str, object] = {}
     if isinstance(example, Mapping):
-        keywords, values = list(example), list(example.values())
+        constants = {k: v for k, v in example.items() if v is None or isinstance(v, (bool, int, float, str))}
+        keywords = [name for name in example if name not in constants]
+        values = [example[name] for name in keywords]
     elif isinstance(example, Tensor):
         values = [example]
     elif isinstance(example, Sequence):
@@ -174,7 +178,7 @@ def _check_inputs(example: Any) -> tuple[list[Tensor], list[str]]:
             raise TypeError(f"[to_onnx] example_inputs must be tensors, got {type(value).__name__} among them")
     if not values:
         raise ValueError("[to_onnx] example_inputs must hold at least one tensor, got none")
-    return [value.detach().cpu() for value in values], keywords
+    return [value.detach().cpu() for value in values], keywords, constants
 
 
 def _check_batch(inputs: list[Tensor]) -> int:
@@ -220,13 +224,21 @@ def _reserved(path: str | os.PathLike[str]) -> Iterator[Path]:
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 
+def _with_constants(model: nn.Module, constants: dict[str, object]) -> nn.Module:
+    """Gives the arguments to every call of the model itself, so that nothing that follows has to carry them."""
+    if constants:
+        model.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | constants), with_kwargs=True)
+    return model
+
+
 def _run(model: nn.Module, inputs: list[Tensor], keywords: list[str]) -> list[np.ndarray]:
     with torch.no_grad():
         outputs = model(**dict(zip(keywords, inputs, strict=True))) if keywords else model(*inputs)
     leaves = [leaf for leaf in pytree.tree_leaves(outputs) if leaf is not None]
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
-            raise TypeError(f"[to_onnx] the model must return tensors, got {type(leaf).__name__} among them")
+            hint = " (use_cache=False among the example inputs leaves it out)" if "Cache" in type(leaf).__name__ else ""
+            raise TypeError(f"[to_onnx] the model must return tensors, got {type(leaf).__name__} among them{hint}")
     return [leaf.detach().cpu().numpy() for leaf in leaves]
 
 

@@ -1,6 +1,6 @@
 """Layers: in quantization-aware training (Linear, Conv2d, ConvBn2d, Add, ...) and in integers (QuantizedLinear, ...)."""
 
-from rarefy.nn._base import IntegerWeight, QuantizableLayer, QuantState, WeightedLayer
+from rarefy.nn._base import ByteGrid, IntegerWeight, QuantizableLayer, QuantState, WeightedLayer
 from rarefy.nn.add import Add
 from rarefy.nn.attention import MultiheadAttention
 from rarefy.nn.cat import Cat
@@ -20,6 +20,7 @@ from rarefy.nn.embedding import Embedding
 from rarefy.nn.linear import Linear
 from rarefy.nn.mul import Mul
 from rarefy.nn.quantized import (
+    IntegerLayer,
     QuantizedConv,
     QuantizedConv1d,
     QuantizedConv2d,
@@ -28,11 +29,13 @@ from rarefy.nn.quantized import (
     QuantizedLayer,
     QuantizedLinear,
 )
+from rarefy.nn.quantized_operations import QuantizedAdd, QuantizedCat
 from rarefy.nn.relu import ReLU
 from rarefy.nn.transposed_linear import TransposedLinear
 
 __all__ = [
     "Add",
+    "ByteGrid",
     "Cat",
     "Conv1d",
     "Conv2d",
@@ -47,12 +50,15 @@ __all__ = [
     "FoldedBatchNorm1d",
     "FoldedBatchNorm2d",
     "FoldedBatchNorm3d",
+    "IntegerLayer",
     "IntegerWeight",
     "Linear",
     "Mul",
     "MultiheadAttention",
     "QuantState",
     "QuantizableLayer",
+    "QuantizedAdd",
+    "QuantizedCat",
     "QuantizedConv",
     "QuantizedConv1d",
     "QuantizedConv2d",

@@ -18,14 +18,39 @@ if TYPE_CHECKING:
 _EXACT_PRODUCTS = has_exact_integer_products()
 
 
+class ByteGrid(nn.Module):
+    """The grid on which a converted layer hands its result on, as bytes: the input grid of the layers that read it.
+
+    Buffers ``scale`` (float32 [1]) and ``zero_point`` (int32 [1]); the integer q of a grid with ``qmin`` < 0 is stored as
+    q + 128, so that bytes are always uint8.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, qmin: int, qmax: int, scale: Tensor, zero_point: Tensor) -> None:
+        super().__init__()
+        self.qmin, self.qmax = qmin, qmax
+        self.register_buffer("scale", scale.detach().clone())
+        self.register_buffer("zero_point", zero_point.detach().clone())
+
+    def extra_repr(self) -> str:
+        """The range."""
+        return f"[{self.qmin}, {self.qmax}]"
+
+
 class QuantState(nn.Module):
-    """The fake quantizers of one layer: its child ``quant``. A name that is absent stays in floating point."""
+    """The fake quantizers of one layer: its child ``quant``. A name that is absent stays in floating point.
+
+    ``next`` is no quantizer, but the grid of the bytes that a converted layer gives; None where it gives floats.
+    """
 
     input: FakeQuantizer | None
     input0: FakeQuantizer | None
     input1: FakeQuantizer | None
     weight: FakeQuantizer | None
     output: FakeQuantizer | None
+    next: ByteGrid | None
 
     def __init__(self, **quantizers: FakeQuantizer) -> None:
         super().__init__()
@@ -34,6 +59,16 @@ class QuantState(nn.Module):
                 self.add_module(name, quantizers[name])
             else:
                 self.__dict__[name] = None
+        self.__dict__["next"] = None
+
+    def set_next(self, grid: ByteGrid | None) -> None:
+        """Set or take away ``next``."""
+        self.__dict__.pop("next", None)
+        self._modules.pop("next", None)
+        if grid is None:
+            self.__dict__["next"] = None
+        else:
+            self.add_module("next", grid)
 
 
 class IntegerWeight(NamedTuple):

@@ -29,6 +29,14 @@ class Geometry(NamedTuple):
         """``x`` with what the convolution does not pad by itself. Values on a grid stay on it, as it holds 0."""
         return F.pad(x, self.pad, self.mode) if self.pad else x
 
+    @property
+    def zeros(self) -> tuple[int, ...]:
+        """The zeros around the input: a number for each dimension, or before and after each."""
+        if not self.pad:
+            return self.padding
+        dims = len(self.stride)
+        return tuple(self.pad[2 * (dims - 1 - i) + side] for i in range(dims) for side in (0, 1))
+
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution, in as many dimensions as the weight has."""
         function = _CONVOLVE[weight.dim() - 2]

@@ -12,9 +12,33 @@ from rarefy.nn.dequantized import DequantizedWeight
 from rarefy.nn.embedding import Embedding
 from rarefy.nn.linear import Linear
 from rarefy.nn.transposed_linear import TransposedLinear
+from rarefy.quantization.fake_quantizer import FakeQuantizer
 
 
-class QuantizedLayer(nn.Module):
+class IntegerLayer(nn.Module):
+    """What ``convert`` makes: a layer that executes in integers and gives floats, or bytes to the layers that read it.
+
+    Its input is floating point, or uint8 that lies on the layer's input grid already.
+    """
+
+    quant: QuantState
+    relu: bool
+
+    def _output(self) -> tuple[Tensor, Tensor, int, int] | tuple[()]:
+        """The grid of the bytes that are handed on, as the operators take it."""
+        grid = self.quant.next
+        return () if grid is None else (grid.scale, grid.zero_point, grid.qmin, grid.qmax)
+
+    def _finish(self, y: Tensor) -> Tensor:
+        return y if self.quant.output is None else self.quant.output(y)
+
+
+def grid_arguments(quantizer: FakeQuantizer) -> tuple[Tensor, Tensor, int, int]:
+    """A quantizer's grid as the operators take it."""
+    return quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax
+
+
+class QuantizedLayer(IntegerLayer):
     """An int8 weight, a float bias, and the parameters of input and weight under ``quant``.
 
     ``integer_weight`` are the integers: the buffer that ``state_dict`` calls ``weight``. The attribute ``weight`` is what
@@ -22,7 +46,6 @@ class QuantizedLayer(nn.Module):
     """
 
     bias: Tensor | None
-    quant: QuantState
 
     def __init__(self, layer: WeightedLayer) -> None:
         super().__init__()
@@ -32,8 +55,6 @@ class QuantizedLayer(nn.Module):
         self.quant = layer.quant
         self.relu = layer.relu
         self.channel_axis = layer.channel_axis
-        self._packed: Tensor | None = None
-        self._packed_from: tuple[Tensor, int] | None = None  # the integers and their version
         self.train(layer.training)
 
     @property
@@ -59,10 +80,6 @@ class QuantizedLayer(nn.Module):
             )
         super().__setattr__(name, value)  # type: ignore[arg-type]
 
-    def _weight_scale(self) -> Tensor:
-        assert self.quant.weight is not None
-        return self.quant.weight.scale.expand(self.integer_weight.shape[self.channel_axis]).contiguous()
-
     def _broadcast_scale(self) -> Tensor:
         assert self.quant.weight is not None
         shape = [1] * self.integer_weight.dim()
@@ -72,32 +89,14 @@ class QuantizedLayer(nn.Module):
     def _dequantized_weight(self) -> Tensor:
         return self.integer_weight.float() * self._broadcast_scale()
 
-    def _pack(self, x: Tensor) -> Tensor:
-        """The weight packed for inputs like ``x``: what a subclass gives."""
-        raise NotImplementedError
-
-    def _packed_weight(self, x: Tensor) -> Tensor:
-        # The packed form is opaque: made on first use, and again when a checkpoint has written to the integers or put
-        # others in their place.
-        weight, made = self.integer_weight, self._packed_from
-        if self._packed is None or made is None or made[0] is not weight or made[1] != weight._version:
-            self._packed, self._packed_from = self._pack(x), (weight, weight._version)
-        return self._packed
-
-    def _apply(self, fn: object, recurse: bool = True) -> nn.Module:
-        self._packed = self._packed_from = None
-        return super()._apply(fn, recurse)  # type: ignore[arg-type]
-
-    def __getstate__(self) -> dict[str, object]:
-        """Everything but the packed weight, which cannot be copied or pickled."""
-        return {**self.__dict__, "_packed": None, "_packed_from": None}
-
-    def _finish(self, y: Tensor) -> Tensor:
-        return y if self.quant.output is None else self.quant.output(y)
+    def _weighted(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weight, scale and bias as the operators take them."""
+        assert self.quant.weight is not None
+        return self.integer_weight, self.quant.weight.scale, self.bias
 
 
 class QuantizedLinear(QuantizedLayer):
-    """A linear layer on int8 kernels: x [..., in] (float) to [..., out] (float32). For inference, on the CPU."""
+    """A linear layer on int8 kernels: x [..., in] to [..., out]. For inference."""
 
     def __init__(self, layer: Linear | TransposedLinear) -> None:
         super().__init__(layer)
@@ -106,27 +105,16 @@ class QuantizedLinear(QuantizedLayer):
     def _out_in(self, weight: Tensor) -> Tensor:
         return weight if self.channel_axis == 0 else weight.t()
 
-    def _pack(self, x: Tensor) -> Tensor:
-        return torch.ops.rarefy.pack_linear_weight(self._out_in(self.integer_weight))
-
     def forward(self, x: Tensor) -> Tensor:
         """The layer in integers; with float input where the activation was not quantized."""
         quantizer = self.quant.input
         if quantizer is None:
             y = F.linear(x, self._out_in(self._dequantized_weight()), self.bias)
             return self._finish(torch.relu(y) if self.relu else y)
+        weight, *rest = self._weighted()
+        grid = grid_arguments(quantizer)
         return self._finish(
-            torch.ops.rarefy.quantized_linear(
-                x,
-                self._packed_weight(x),
-                self._weight_scale(),
-                self.bias,
-                quantizer.scale,
-                quantizer.zero_point,
-                quantizer.qmin,
-                quantizer.qmax,
-                self.relu,
-            )
+            torch.ops.rarefy.quantized_linear(x, self._out_in(weight), *rest, *grid, self.relu, *self._output())
         )
 
     def extra_repr(self) -> str:
@@ -145,20 +133,6 @@ class QuantizedConv(QuantizedLayer):
         self.dilation, self.groups = layer.dilation, layer.groups
         self.geometry = layer.geometry()
 
-    def _is_channels_last(self) -> bool:
-        weight = self.integer_weight
-        return (
-            weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
-        )
-
-    def _pack(self, x: Tensor) -> Tensor:
-        quantizer = self.quant.input
-        assert quantizer is not None
-        zero_point = int(quantizer.zero_point) + (128 if quantizer.qmin < 0 else 0)
-        return torch.ops.rarefy.pack_conv2d_weight(
-            self.integer_weight, self._weight_scale(), *self.geometry[:4], x.shape, zero_point
-        )
-
     def forward(self, x: Tensor) -> Tensor:
         """The layer in integers; with float input where the activation was not quantized."""
         if x.dim() == self.integer_weight.dim() - 1:  # one sample without a batch dimension
@@ -167,22 +141,15 @@ class QuantizedConv(QuantizedLayer):
         if quantizer is None:
             y = self.geometry.convolve(x, self._dequantized_weight(), self.bias)
             return self._finish(torch.relu(y) if self.relu else y)
-        x = self.geometry.padded(x)
-        if self._is_channels_last():
-            x = x.contiguous(memory_format=torch.channels_last)
+        stride, padding, dilation, groups, _, mode = self.geometry
+        if mode == "constant":  # the operator knows which byte stands for 0
+            padding = self.geometry.zeros
+        else:
+            x = self.geometry.padded(x)
+        movement = (stride, padding, dilation, groups)
+        grid = grid_arguments(quantizer)
         return self._finish(
-            torch.ops.rarefy.quantized_conv2d(
-                x,
-                self._packed_weight(x),
-                self._weight_scale(),
-                self.bias,
-                quantizer.scale,
-                quantizer.zero_point,
-                quantizer.qmin,
-                quantizer.qmax,
-                *self.geometry[:4],
-                self.relu,
-            )
+            torch.ops.rarefy.quantized_conv(x, *self._weighted(), *grid, *movement, self.relu, *self._output())
         )
 
     def extra_repr(self) -> str:
@@ -196,15 +163,15 @@ class QuantizedConv(QuantizedLayer):
 
 
 class QuantizedConv1d(QuantizedConv):
-    """A convolution on int8 kernels: x [N, in, L] (float) to [N, out, l] (float32). For inference, on the CPU."""
+    """A convolution on int8 kernels: x [N, in, L] to [N, out, l]. For inference."""
 
 
 class QuantizedConv2d(QuantizedConv):
-    """A convolution on int8 kernels: x [N, in, H, W] (float) to [N, out, h, w] (float32). For inference, on the CPU."""
+    """A convolution on int8 kernels: x [N, in, H, W] to [N, out, h, w]. For inference."""
 
 
 class QuantizedConv3d(QuantizedConv):
-    """A convolution on int8 kernels: x [N, in, D, H, W] (float) to [N, out, d, h, w] (float32). For inference, on the CPU."""
+    """A convolution on int8 kernels: x [N, in, D, H, W] to [N, out, d, h, w]. For inference."""
 
 
 class QuantizedEmbedding(QuantizedLayer):

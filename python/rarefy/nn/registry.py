@@ -24,6 +24,7 @@ from rarefy.nn.embedding import Embedding
 from rarefy.nn.linear import Linear
 from rarefy.nn.mul import Mul
 from rarefy.nn.quantized import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d, QuantizedEmbedding, QuantizedLinear
+from rarefy.nn.quantized_operations import QuantizedAdd, QuantizedCat
 from rarefy.nn.transposed_linear import TransposedLinear
 
 
@@ -56,9 +57,9 @@ _ROWS = (
     Row(ConvBn1d, ConvBn1d, QuantizedConv1d),
     Row(ConvBn2d, ConvBn2d, QuantizedConv2d),
     Row(ConvBn3d, ConvBn3d, QuantizedConv3d),
-    Row(Add, Add),
+    Row(Add, Add, QuantizedAdd),
     Row(Mul, Mul),
-    Row(Cat, Cat),
+    Row(Cat, Cat, QuantizedCat),
 )
 _BY_TYPE = {row.floating: row for row in _ROWS}
 _INTEGER = {row.layer: row.integer for row in _ROWS}

@@ -22,6 +22,7 @@ _PASS_THROUGH = {
 }  # fmt: skip
 _RELU = {"relu", "relu_"}
 # Reading a tensor's facts is not computing with it.
+_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 _NO_USE = {"size", "dim", "numel", "__get__", "is_floating_point", "stride", "__len__", "is_contiguous"}
 
 Key = tuple[int, int]  # identity of a tensor and its version, as in-place operations make a new value
@@ -35,6 +36,7 @@ class Event:
     module: str | None
     inputs: tuple[Key, ...]
     outputs: tuple[Key, ...]
+    by_name: bool = False  # tensors were passed by name, so that ``inputs`` are not in the order of the parameters
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Flow:
 
     events: list[Event] = field(default_factory=list)
     results: set[Key] = field(default_factory=set)  # what the model returned
+    typed: set[Key] = field(default_factory=set)  # whose type of number the model asked for
     called: set[str] = field(default_factory=set)  # watched layers that ran, also inside of another one
     _kept: list[Tensor] = field(default_factory=list)  # alive, so that no identity is used twice
 
@@ -89,6 +92,10 @@ class Flow:
                     consumers.append(consumer)
         return consumers, returned
 
+    def consumers(self, key: Key) -> list[Event]:
+        """The calls that use a value, in order."""
+        return self._consumers[key]
+
     def is_relu(self, event: Event | None) -> bool:
         """True for a ReLU, as a function or a module."""
         return event is not None and event.kind in _RELU
@@ -116,6 +123,8 @@ class _Recorder(TorchFunctionMode):
         finally:
             self.inside -= 1
         name = getattr(func, "__name__", str(func))
+        if name == "is_floating_point" or func == _DTYPE:
+            self.flow.typed.update(inputs)
         if name not in _NO_USE:
             self.flow.add(Event(name, None, inputs, self.keys(out)))
         return out
@@ -132,12 +141,13 @@ def record(model: nn.Module, example_inputs: object, watched: Callable[[nn.Modul
     flow = Flow()
     recorder = _Recorder(flow)
     handles = []
-    pending: list[tuple[str, tuple[Key, ...]]] = []
+    pending: list[tuple[str, tuple[Key, ...], bool]] = []
 
     def before(name: str):
         def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             flow.called.add(name)
-            pending.append((name, recorder.keys((args, kwargs)) if not recorder.inside else ()))
+            by_name = any(isinstance(leaf, Tensor) for leaf in tree_leaves(kwargs))
+            pending.append((name, recorder.keys((args, kwargs)) if not recorder.inside else (), by_name))
             recorder.inside += 1
 
         return hook
@@ -145,9 +155,9 @@ def record(model: nn.Module, example_inputs: object, watched: Callable[[nn.Modul
     def after(kind: str):
         def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], out: object) -> None:
             recorder.inside -= 1
-            name, inputs = pending.pop()
+            name, inputs, by_name = pending.pop()
             if not recorder.inside:
-                flow.add(Event(kind, name, inputs, recorder.keys(out)))
+                flow.add(Event(kind, name, inputs, recorder.keys(out), by_name))
 
         return hook
 

@@ -21,6 +21,7 @@ from rarefy.quantization.distributed import RangeSync
 from rarefy.quantization.fake_quantizer import FakeQuantizer, Observer
 from rarefy.quantization.fast_path import leave_fast_path
 from rarefy.quantization.flow import Flow, record
+from rarefy.quantization.link import link
 from rarefy.quantization.memory_format import ChannelsLast
 from rarefy.quantization.qconfig import QConfig
 from rarefy.quantization.report import QuantizationReport, report
@@ -422,14 +423,21 @@ def feed(function: str, model: nn.Module, batch: object, forward: Callable[[nn.M
         )
 
 
-def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """A model whose prepared layers execute in integers, on LibTorch's oneDNN int8 kernels. For inference, on the CPU.
+def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: bool = False) -> nn.Module:
+    """A model whose prepared layers execute in integers: on LibTorch's oneDNN int8 kernels on the CPU, and with the same
+    integers in float kernels elsewhere. For inference.
+
+    With example inputs the layers hand bytes on where they can: a layer whose result reaches integer layers alone, all on one
+    grid, rounds it itself, so that no float tensor is written between them. Values stay the same. ``report`` says which
+    layers give bytes, and why others do not.
 
     Layers over one Parameter hold one int8 tensor where their integers and scales are equal, as those of a table and a head
     with scales per row are; ``report`` says which do.
 
     Args:
         model: prepared, and trained or calibrated.
+        example_inputs: as ``prepare_qat`` takes them; the converted model runs once with them. The links are those of this
+            run: a model that takes another way through its layers for other inputs must go without.
         inplace: swap the layers of ``model`` itself.
 
     Returns:
@@ -457,10 +465,17 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             swaps[id(module)] = integer(module)
             if isinstance(module, rnn.ConvBnLayer):
                 swaps[id(module.bn)] = rnn.SpentBatchNorm()
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in swaps:
-            _replace(model, name, swaps[id(module)])
+    before = [item for item in model.named_modules(remove_duplicate=False) if id(item[1]) in swaps]
+    for name, module in before:
+        _replace(model, name, swaps[id(module)])
+    try:
+        unlinked = {} if example_inputs is None else link(model, example_inputs)
+    except BaseException:
+        for name, module in before:
+            _replace(model, name, module)
+        raise
     share_integers(model, tied)
+    model._rarefy_unlinked = unlinked  # read by report()
     return model.eval()
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from rarefy import nn as rnn
 from rarefy.nn.registry import is_layer, is_prepared, unsupported
+from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.tied import tied_note
 
 
@@ -62,7 +63,9 @@ class QuantizationReport:
         return f"<table><caption>{html.escape(summary)}</caption><tr>{cells}</tr>{lines}</table>"
 
 
-def _prepared(name: str, module: nn.Module, state: str, tied: str, contiguous: str = "") -> LayerReport:
+def _prepared(
+    name: str, module: nn.Module, state: str, tied: str, contiguous: str = "", floats: str = ""
+) -> LayerReport:
     quant: rnn.QuantState = module.quant  # type: ignore[assignment]
     first = quant.input if quant.input is not None else quant.input0
     notes = []
@@ -72,6 +75,8 @@ def _prepared(name: str, module: nn.Module, state: str, tied: str, contiguous: s
         notes.append("ReLU fused")
     if quant.output is not None:
         notes.append("output quantized")
+    if isinstance(module, rnn.Mul):
+        notes.append("simulated: there is no integer product of two activations")
     if isinstance(module, rnn.WeightedLayer) and not isinstance(module, rnn.Embedding):
         reason = "as configured" if module.execution == "simulated" else module.float_reason
         notes.append("executes in integers" if reason is None else f"simulated: {reason}")
@@ -79,9 +84,14 @@ def _prepared(name: str, module: nn.Module, state: str, tied: str, contiguous: s
         notes.append(tied)
     if contiguous and isinstance(module, rnn.ConvLayer) and module.weight.dim() == 4:
         notes.append(f"not channels-last: {contiguous}")
-    if any(not quantizer.calibrated for quantizer in quant.children() if quantizer is not quant.weight):
+    if quant.next is not None:
+        notes.append("gives bytes")
+    elif floats:
+        notes.append(f"gives floats: {floats}")
+    quantizers = {child: q for child, q in quant.named_children() if isinstance(q, FakeQuantizer)}
+    if any(not quantizer.calibrated for quantizer in quantizers.values() if quantizer is not quant.weight):
         notes.append("not calibrated")
-    for child, quantizer in quant.named_children():
+    for child, quantizer in quantizers.items():
         if count := int(quantizer.skipped):
             notes.append(
                 f"{count} batches not finite at {child}" if child != "weight" else f"weight not finite {count} times"
@@ -99,12 +109,14 @@ def _prepared(name: str, module: nn.Module, state: str, tied: str, contiguous: s
 def report(model: nn.Module) -> QuantizationReport:
     """What ``prepare_qat``, ``prepare`` or ``convert`` did to a model: a table that prints itself, also in notebooks."""
     skipped: dict[str, str] = getattr(model, "_rarefy_skipped", {})
+    unlinked: dict[str, str] = getattr(model, "_rarefy_unlinked", {})
     layers = []
     contiguous = getattr(model, "_rarefy_contiguous", "")
     holders: dict[int, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, rnn.QuantizedLayer):
-            layers.append(_prepared(name, module, "integer", tied_note(model, name, holders)))
+        if isinstance(module, rnn.IntegerLayer):
+            floats = unlinked.get(name, "")
+            layers.append(_prepared(name, module, "integer", tied_note(model, name, holders), floats=floats))
         elif is_prepared(module):
             layers.append(_prepared(name, module, "prepared", tied_note(model, name, holders), contiguous))
         elif is_layer(module):

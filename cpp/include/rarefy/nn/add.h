@@ -29,7 +29,7 @@ class OperationModule : public torch::nn::Cloneable<Derived>, public Quantizable
     mode_ = Mode::prepared;
   }
 
-  /// The operation stays simulated.
+  /// Add and Cat compute on integers from here on; a product of two activations stays simulated.
   void convert() override { mode_ = Mode::converted; }
 
   void restore(const ConvertedState& state) override {

@@ -33,7 +33,6 @@ class RAREFY_API ConvModule : public WeightedModule<Derived> {
                                 const ops::IntegerOptions& options) override;
   std::optional<std::string> why_never_integer(const quantization::LayerConfig& config) const override;
   torch::Tensor execute(const torch::Tensor& x) override;
-  torch::Tensor pack(const torch::Tensor& x) override;
 
  private:
   std::string name_;

@@ -37,7 +37,6 @@ class RAREFY_API EmbeddingImpl : public WeightedModule<EmbeddingImpl> {
   torch::Tensor compute(const torch::Tensor& indices, const torch::Tensor& w, const torch::Tensor& b) override;
   torch::Tensor run_prepared(const torch::Tensor& indices) override;
   torch::Tensor execute(const torch::Tensor& indices) override;
-  torch::Tensor pack(const torch::Tensor&) override { return weight; }
 };
 TORCH_MODULE(Embedding);
 

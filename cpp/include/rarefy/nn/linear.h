@@ -33,7 +33,6 @@ class RAREFY_API LinearImpl : public WeightedModule<LinearImpl> {
     return device == c10::DeviceType::CPU || device == c10::DeviceType::CUDA;
   }
   torch::Tensor execute(const torch::Tensor& x) override;
-  torch::Tensor pack(const torch::Tensor& x) override;
 };
 TORCH_MODULE(Linear);
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <rarefy/export.h>
+#include <rarefy/ops/quantized.h>
 #include <rarefy/quantization/fake_quantizer.h>
 #include <rarefy/quantization/qconfig.h>
 #include <torch/nn/cloneable.h>
@@ -48,6 +49,11 @@ class RAREFY_API QuantStateImpl : public torch::nn::Cloneable<QuantStateImpl> {
   /// The child `next`: the grid of the bytes that a converted layer gives; null where it gives floats.
   const std::shared_ptr<ByteGridImpl>& next() const { return next_; }
   void set_next(std::shared_ptr<ByteGridImpl> grid);
+
+  /// The grid of the quantizer called `name`, which must be there, as the operators of converted layers take it.
+  ops::ByteGrid grid(const std::string& name) const;
+  /// The grid of the bytes to give; unset where the result is floating point.
+  std::optional<ops::ByteGrid> output_grid() const;
 
  private:
   Specs specs_;

@@ -2,6 +2,7 @@
 
 #include <rarefy/nn/quantizable.h>
 #include <rarefy/ops/integer.h>
+#include <rarefy/ops/quantized.h>
 #include <rarefy/ops/relu.h>
 
 namespace rarefy::nn {
@@ -58,7 +59,6 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
 
   void convert() override {
     auto integers = integer_weight();
-    weight_scale_ = integers.scale;
     become_integer(integers.values, integers.bias);
   }
 
@@ -116,8 +116,6 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   }
   /// The float weight and bias that are quantized.
   virtual std::pair<torch::Tensor, torch::Tensor> folded() { return {weight, bias}; }
-  /// The weight packed for inputs like x.
-  virtual torch::Tensor pack(const torch::Tensor& x) = 0;
   /// Called by convert() and restore() while the layer does not yet count as converted.
   virtual void after_convert() {}
 
@@ -174,20 +172,11 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     return {relu, gradient_dtype == c10::ScalarType::BFloat16, std::nullopt};
   }
 
-  /// The packed weight, made anew when the weight was written to (a checkpoint was loaded).
-  const torch::Tensor& packed(const torch::Tensor& x) {
-    const auto version = weight._version();
-    if (!packed_.defined() || packed_version_ != version) {
-      weight_scale_ = quant->find("weight")->scale.expand({weight.size(0)}).contiguous();
-      packed_ = pack(x);
-      packed_version_ = version;
-    }
-    return packed_;
-  }
+  /// A scale for every output channel, or one; as the quantizer has it, so that a loaded checkpoint's holds.
+  torch::Tensor weight_scale() const { return quant->find("weight")->scale; }
 
   /// The float weight of the integers, for layers whose input stays in floating point.
   torch::Tensor dequantized_weight() {
-    packed_.reset();
     std::vector<int64_t> shape(static_cast<size_t>(weight.dim()), 1);
     shape[0] = weight.size(0);
     return weight.to(torch::kFloat32) * quant->find("weight")->scale.expand({weight.size(0)}).view(shape);
@@ -196,7 +185,6 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   std::optional<torch::Tensor> optional_bias() const { return bias.defined() ? std::optional(bias) : std::nullopt; }
 
   QuantStateImpl::Specs specs_;
-  torch::Tensor weight_scale_;
 
  private:
   void become_integer(const torch::Tensor& values, const torch::Tensor& float_bias) {
@@ -215,12 +203,9 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     if (bias.defined()) {
       bias = this->register_buffer("bias", torch::empty_like(bias));
     }
-    packed_.reset();
   }
 
   std::optional<std::string> float_reason_;
-  torch::Tensor packed_;
-  uint32_t packed_version_ = 0;
 };
 
 }  // namespace rarefy::nn

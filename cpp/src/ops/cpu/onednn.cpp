@@ -47,6 +47,12 @@ Movement::Movement(const char* function, int64_t dims, at::IntArrayRef stride_, 
                     " and ", dilation_);
 }
 
+bool is_available() {
+  auto& dispatcher = c10::Dispatcher::singleton();
+  return dispatcher.findSchema({"onednn::qlinear_pointwise", ""}).has_value() &&
+         dispatcher.findSchema({"onednn::qconv_pointwise", ""}).has_value();
+}
+
 at::Tensor with_height(const at::Tensor& x) { return x.dim() == 3 ? x.unsqueeze(2) : x; }
 
 at::Tensor pack_linear(const at::Tensor& weight) {

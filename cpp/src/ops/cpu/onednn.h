@@ -19,6 +19,9 @@ struct Movement {
            at::IntArrayRef dilation, int64_t groups);
 };
 
+/// Whether this LibTorch has the operators.
+bool is_available();
+
 /// [N, C, L] as [N, C, 1, L], without a copy; other tensors as they are.
 at::Tensor with_height(const at::Tensor& x);
 

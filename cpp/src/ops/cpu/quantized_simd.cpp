@@ -1,0 +1,39 @@
+#include "ops/cpu/quantized_simd.h"
+
+#include "ops/cpu/simd.h"
+#include "ops/cpu/simd_walk.h"
+
+namespace rarefy::cpu::RAREFY_ISA {
+namespace {
+
+/// Calls write(i, count, sum) for vectors of sums.
+template <typename Write>
+void for_each_sum(const Terms& t, int64_t begin, int64_t end, Write write) {
+  const Vec a_scale(t.a_scale), a_zero(t.a_zero_point), b_scale(t.b_scale), b_zero(t.b_zero_point);
+  for (int64_t i = begin; i < end; i += Vec::size) {
+    const int count = end - i < Vec::size ? static_cast<int>(end - i) : Vec::size;
+    const bool whole = count == Vec::size;
+    const Vec a = whole ? Vec::load_bytes(t.a + i) : load_bytes_first(t.a + i, count);
+    const Vec b = whole ? Vec::load_bytes(t.b + i) : load_bytes_first(t.b + i, count);
+    write(i, count, (a - a_zero) * a_scale + (b - b_zero) * b_scale);
+  }
+}
+
+}  // namespace
+
+void add_bytes(Terms terms, bool relu, float* y, int64_t begin, int64_t end) {
+  const Vec zero(0.0f);
+  for_each_sum(terms, begin, end,
+               [&](int64_t i, int count, Vec sum) { store_some(relu ? max(zero, sum) : sum, y + i, count); });
+}
+
+void add_bytes_to_grid(Terms terms, Grid grid, uint8_t* y, int64_t begin, int64_t end) {
+  Parameters p(grid);
+  p.set(grid, 0);
+  for_each_sum(terms, begin, end, [&](int64_t i, int count, Vec sum) {
+    const Vec q = max(p.qmin, min(to_grid(sum, p), p.qmax));
+    count == Vec::size ? q.store_bytes(y + i) : q.store_bytes_first(y + i, count);
+  });
+}
+
+}  // namespace rarefy::cpu::RAREFY_ISA

@@ -1,0 +1,146 @@
+"""Bytes between converted layers: which layer may give its result as the bytes that its readers take.
+
+A layer is linked when everything that reads its result, on every way through operations that only move values, is an
+integer layer, all of them on one grid. It then rounds to that grid itself, as its readers would have done: no number of the
+model changes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.nn._base import ByteGrid
+from rarefy.nn.quantized import IntegerLayer, QuantizedConv, QuantizedEmbedding, QuantizedLinear
+from rarefy.nn.quantized_operations import QuantizedAdd, QuantizedCat
+from rarefy.quantization.fake_quantizer import FakeQuantizer
+from rarefy.quantization.flow import Event, Flow, Key, record
+
+# Operations that do with the bytes of a grid what they do with its values: they move them, or take the largest.
+_MOVES_BYTES = {
+    "max_pool2d", "max_pool3d", "flatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze",
+    "unsqueeze", "dropout", "clone", "detach", "chunk", "split",
+}  # fmt: skip
+
+
+class NotLinked(Exception):
+    """Why a layer gives floats."""
+
+
+def link(model: nn.Module, example_inputs: object) -> dict[str, str]:
+    """Link the converted layers of a model, in place, and fuse the ReLUs that follow them.
+
+    Args:
+        model: converted, none of its layers linked.
+        example_inputs: as ``prepare_qat`` takes them; the model runs once.
+
+    Returns:
+        Why a layer gives floats, for each integer layer that does.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, IntegerLayer)}
+    flow = _record_channels_last(model, example_inputs)
+    for name, layer in layers.items():
+        if _takes_relu(layer, flow.only_call(name), flow):
+            layer.relu = True
+    reasons: dict[str, str] = {}
+    grids: dict[str, ByteGrid] = {}
+    for name, layer in layers.items():
+        try:
+            grids[name] = _grid_of_readers(layer, flow.only_call(name), flow, layers)
+        except NotLinked as reason:
+            reasons[name] = str(reason)
+    for name, grid in grids.items():  # when nothing can fail any more
+        layers[name].quant.set_next(grid)
+    return reasons
+
+
+def _record_channels_last(model: nn.Module, example_inputs: object) -> Flow:
+    """The example run, with channels-last weights, which no integer convolution has to copy its input for, when the model
+    runs with them: ``Tensor.view``, say, may refuse."""
+    before: list[tuple[QuantizedConv, Tensor]] = []
+    changed: dict[int, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, QuantizedConv) and module.integer_weight.dim() == 4:
+            weight = module.integer_weight
+            before.append((module, weight))
+            new = changed.setdefault(id(weight), weight.contiguous(memory_format=torch.channels_last))
+            module.weight = new
+    try:
+        return record(model, example_inputs, _is_watched)
+    except RuntimeError:
+        for module, weight in before:
+            module.weight = weight
+        return record(model, example_inputs, _is_watched)  # raises if the layout was not the cause
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return isinstance(module, (IntegerLayer, nn.ReLU))
+
+
+def _takes_relu(layer: IntegerLayer, event: Event | None, flow: Flow) -> bool:
+    """Whether a ReLU, and nothing else, reads a result that is not rounded before."""
+    return (
+        isinstance(layer, (QuantizedLinear, QuantizedConv, QuantizedAdd))
+        and not layer.relu
+        and layer.quant.output is None
+        and event is not None
+        and flow.is_relu(flow.sole_consumer(event))
+    )
+
+
+def _grid_of_readers(layer: IntegerLayer, event: Event | None, flow: Flow, layers: dict[str, IntegerLayer]) -> ByteGrid:
+    """The one grid on which all readers of a layer's result take it."""
+    if isinstance(layer, QuantizedEmbedding):
+        raise NotLinked("a table's rows lie on grids of their own")
+    if not isinstance(layer, QuantizedCat) and layer.quant.input is None and layer.quant.input0 is None:
+        raise NotLinked("its input is floating point")
+    if layer.quant.output is not None:
+        raise NotLinked("its result is rounded for what reads it in floating point")
+    if event is None:
+        raise NotLinked("the example inputs call it not once")
+    quantizers: list[FakeQuantizer] = []
+    todo, seen = list(event.outputs), set()
+    while todo:
+        key = todo.pop()
+        if key in seen:
+            continue
+        seen.add(key)
+        if key in flow.results:
+            raise NotLinked("the model returns its result")
+        if key in flow.typed:
+            raise NotLinked("the model asks for the dtype of its result")
+        for reader in flow.consumers(key):
+            if reader.module in layers:
+                quantizers += _quantizers_of(layers[reader.module], reader, key)
+            elif reader.kind in _MOVES_BYTES or (flow.is_relu(reader) and layer.relu):  # nothing is below zero
+                todo.extend(reader.outputs)
+            else:
+                raise NotLinked(f"{reader.kind} reads its result in floating point")
+    if not quantizers:
+        raise NotLinked("nothing reads its result")
+    first, *others = quantizers
+    if any(not _is_same_grid(first, other) for other in others):
+        raise NotLinked("its readers have different grids")
+    return ByteGrid(first.qmin, first.qmax, first.scale, first.zero_point)
+
+
+def _quantizers_of(reader: IntegerLayer, event: Event, key: Key) -> list[FakeQuantizer]:
+    """The quantizers with which a layer reads a value."""
+    if event.by_name and len(event.inputs) > 1:
+        raise NotLinked(f"{event.module} takes its inputs by name")
+    if isinstance(reader, QuantizedAdd):
+        given = zip((reader.quant.input0, reader.quant.input1), event.inputs, strict=True)
+        found = [quantizer for quantizer, value in given if value == key]
+    else:
+        found = [reader.quant.input]
+    if isinstance(reader, QuantizedConv) and reader.geometry.mode != "constant":
+        raise NotLinked(f"{event.module} pads its input with values")
+    quantizers = [quantizer for quantizer in found if quantizer is not None]
+    if len(quantizers) != len(found):
+        raise NotLinked(f"{event.module} reads its result in floating point")
+    return quantizers
+
+
+def _is_same_grid(a: FakeQuantizer, b: FakeQuantizer) -> bool:
+    same = (a.qmin, a.qmax) == (b.qmin, b.qmax)
+    return same and torch.equal(a.scale, b.scale) and torch.equal(a.zero_point, b.zero_point)
