@@ -141,7 +141,9 @@ Examples draw_digits(int64_t count) {
   for (int64_t place = 0; place < 5; ++place) {
     const auto index = (places == place).nonzero().squeeze(1);
     auto images = x.index_select(0, index);
-    images.narrow(2, place % 2, 7).narrow(3, place, 4).copy_(glyphs.index_select(0, y.index_select(0, index)).unsqueeze(1));
+    images.narrow(2, place % 2, 7)
+        .narrow(3, place, 4)
+        .copy_(glyphs.index_select(0, y.index_select(0, index)).unsqueeze(1));
     x.index_copy_(0, index, images);
   }
   return {x + 0.5 * torch::randn_like(x), y};

@@ -60,12 +60,15 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(4, 3, 8, 8), torch.randint(11, (4, 5))
 
 
-def converted(model: nn.Module | None = None, example: bool = True, **changes: object) -> nn.Module:
+def converted(
+    model: nn.Module | None = None, example: bool = True, linked: bool = False, **changes: object
+) -> nn.Module:
     model = Net() if model is None else model
     model.train()
     model(*batch())  # statistics that are not the initial ones
     prepared = prepare(model, QConfig.int8(**changes), batch() if example else None)
-    return convert(calibrate(prepared, [batch()], forward=lambda m, b: m(*b)))
+    calibrate(prepared, [batch()], forward=lambda m, b: m(*b))
+    return convert(prepared, batch() if linked else None)
 
 
 @pytest.fixture(autouse=True)
@@ -85,11 +88,13 @@ def assert_same_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("example", [True, False])
-@pytest.mark.parametrize("activation", ["uint8", "none"])
-def test_a_fresh_model_gives_the_same_outputs(tmp_path, example, activation):
-    changes = {} if activation == "uint8" else {"activation": None}
-    model = converted(example=example, **changes)
+@pytest.mark.parametrize(
+    ("example", "linked", "changes"),
+    [(True, True, {}), (True, False, {}), (False, True, {}), (False, False, {}), (True, False, {"activation": None})],
+)
+def test_a_fresh_model_gives_the_same_outputs(tmp_path, example, linked, changes):
+    model = converted(example=example, linked=linked, **changes)
+    assert any(".quant.next." in name for name in model.state_dict()) == linked
     save_quantized(model, tmp_path / "int8")
     assert sorted(os.listdir(tmp_path / "int8")) == ["model.safetensors", "quantization.json"]
     assert os.listdir(tmp_path) == ["int8"]
@@ -349,7 +354,9 @@ DESCRIPTIONS = {
     ),
     "layer left out": (lambda d: d["layers"].pop("stem"), "missing are: none; unexpected are: .*stem.quant"),
     "kind": (lambda d: d["layers"]["stem"].update(kind="Linear"), "layer stem must be a Linear in the model, got a Conv2d"),
-    "kind of an operation": (lambda d: d["layers"]["add"].update(kind="Mul"), "layer add must be a Mul in the model, got a Add"),
+    "kind of an operation": (
+        lambda d: d["layers"]["add"].update(kind="Mul"), "layer add must be a Mul in the model, got a Add",
+    ),
     "no kind": (lambda d: d["layers"]["stem"].pop("kind"), "must say the kind of layer stem"),
     "no quantizers": (lambda d: d["layers"]["stem"].update(quantizers={}), "must say the quantizers of layer stem"),
     "no weight": (lambda d: d["layers"]["stem"]["quantizers"].pop("weight"), r"layer stem \(Conv2d\) must have a weight"),
@@ -423,7 +430,8 @@ TENSORS = {
     "rest missing": (lambda t: t.pop("loose.weight"), "missing are: loose.weight; unexpected are: none"),
     "rest unexpected": (lambda t: t.update({"x": torch.ones(1)}), "missing are: none; unexpected are: x"),
     "rest of another shape": (
-        lambda t: t.update({"offset": torch.ones(10)}), r"are not for: offset \(torch.float32 \[10\] into torch.float32 \[11\]\)",
+        lambda t: t.update({"offset": torch.ones(10)}),
+        r"are not for: offset \(torch.float32 \[10\] into torch.float32 \[11\]\)",
     ),
 }  # fmt: skip
 
@@ -441,29 +449,33 @@ def test_models_that_are_others(folder):
     without = Net()
     del without.block
     refused(folder, r"layer block.0 \(Conv2d\) must be of the model, which has none", without)
-    refused(folder, "layer add must be floating point in the model, but is already prepared", prepare(Net(), QConfig.int8()))
+    refused(
+        folder, "layer add must be floating point in the model, but is already prepared", prepare(Net(), QConfig.int8())
+    )
     refused(folder, "layer add must be floating point in the model, but is already converted", converted())
     subclass = Net()
     subclass.stem = type("Padded", (nn.Conv2d,), {})(3, 8, 3, padding=1, bias=False)
-    refused(folder, r"layer stem must be a Conv2d in the model, got a Padded \(Padded is a subclass of Conv2d\)", subclass)
+    refused(
+        folder, r"layer stem must be a Conv2d in the model, got a Padded \(Padded is a subclass of Conv2d\)", subclass
+    )
 
 
 # ---- both languages -------------------------------------------------------------------------------------------------
 
 
-def trained(example: bool) -> nn.Module:
+def trained(example: bool, linked: bool) -> nn.Module:
     model = prepare_qat(EveryLayer(), QConfig.int8(), make_batch() if example else None)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(3):
         model(*make_batch()).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return convert(model)
+    return convert(model, make_batch() if linked else None)
 
 
-@pytest.mark.parametrize("example", [True, False])
-def test_cpp_serves_a_model_of_python_and_gives_it_back(parity_program, tmp_path, example):
-    model = trained(example)
+@pytest.mark.parametrize(("example", "linked"), [(True, True), (True, False), (False, True), (False, False)])
+def test_cpp_serves_a_model_of_python_and_gives_it_back(parity_program, tmp_path, example, linked):  # noqa: F811
+    model = trained(example, linked)
     ids, volumes = make_batch()
     save_quantized(model, tmp_path / "python")
     save_file({"ids": ids, "volumes": volumes}, tmp_path / "data")
@@ -477,7 +489,7 @@ def test_cpp_serves_a_model_of_python_and_gives_it_back(parity_program, tmp_path
     assert_same_state(returned, state_of(model))
 
 
-def test_python_loads_a_model_that_cpp_converted(parity_program, tmp_path):
+def test_python_loads_a_model_that_cpp_converted(parity_program, tmp_path):  # noqa: F811
     ids, volumes = make_batch()
     save_file({"ids0": ids, "volumes0": volumes, "labels0": torch.randint(3, (8,))}, tmp_path / "data")
     safetensors.torch.save_model(EveryLayer(), tmp_path / "float")

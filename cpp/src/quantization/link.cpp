@@ -61,7 +61,8 @@ struct NotLinked {
 
 class Linker {
  public:
-  Linker(std::map<std::string, Quantizable*> layers, Graph graph) : layers_(std::move(layers)), graph_(std::move(graph)) {
+  Linker(std::map<std::string, Quantizable*> layers, Graph graph)
+      : layers_(std::move(layers)), graph_(std::move(graph)) {
     for (size_t i = 0; i < graph_.nodes.size(); ++i) {
       const auto& node = graph_.nodes[i];
       if (node.parent == -1 && !operands_of(node).empty()) {

@@ -118,8 +118,8 @@ IntegerRange read_range(JsonReader& reader, const std::string& name) {
                    field, "'");
     (field == "qmin" ? qmin : qmax) = read_integer(reader, "an end of a range");
   });
-  const bool fits = qmin.has_value() && qmax.has_value() && *qmin < *qmax && *qmin >= -128 &&
-                    *qmax <= (*qmin < 0 ? 127 : 255);
+  const bool fits =
+      qmin.has_value() && qmax.has_value() && *qmin < *qmax && *qmin >= -128 && *qmax <= (*qmin < 0 ? 127 : 255);
   reader.require(fits, "must have a range inside of int8 or uint8 at ", name, ", got ", qmin.value_or(0), " to ",
                  qmax.value_or(0));
   return {*qmin, *qmax};
@@ -179,8 +179,8 @@ SavedLayer read_layer(JsonReader& reader, const std::string& name) {
         layer.quantizers[quantizer] = read_scheme(reader, fmt::format("{}.quant.{}", name, quantizer));
       });
     } else {
-      reader.require(false, "must describe a layer by kind, relu, channels_last, next and quantizers, got '", field, "' at ",
-                     name);
+      reader.require(false, "must describe a layer by kind, relu, channels_last, next and quantizers, got '", field,
+                     "' at ", name);
     }
   });
   reader.require(!layer.kind.empty(), "must say the kind of layer ", name);

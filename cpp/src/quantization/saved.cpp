@@ -164,8 +164,8 @@ class Loader {
     if (module == modules_.end()) {
       return;  // a ConvBn has it
     }
-    require(is_batch_norm(*module->second), name, " must be a batch normalization in the model, as it was folded, got a ",
-            module->second->name());
+    require(is_batch_norm(*module->second), name,
+            " must be a batch normalization in the model, as it was folded, got a ", module->second->name());
     const auto reason = why_not_removable(model_, name);
     require(!reason.has_value(), "the batch normalization ", reason.value_or(""));
     norms_.insert(module->second.get());
@@ -224,16 +224,16 @@ class Loader {
     // The class may have the ReLU, where the model that was saved computed it beside the layer.
     state.relu = step.saved->relu || step.layer->relu();
     if (auto weight = saved_tensor(step.name + ".weight"); weight.defined()) {
-      state.weight = weight.to(step.device).contiguous(
-          step.saved->channels_last && weight.dim() == 4 ? c10::MemoryFormat::ChannelsLast : c10::MemoryFormat::Contiguous);
+      state.weight = weight.to(step.device)
+                         .contiguous(step.saved->channels_last && weight.dim() == 4 ? c10::MemoryFormat::ChannelsLast
+                                                                                    : c10::MemoryFormat::Contiguous);
       const auto bias = saved_tensor(step.name + ".bias");
       state.bias = bias.defined() ? bias.to(step.device) : bias;
     }
     for (const auto& [name, scheme] : step.saved->quantizers) {
       const int64_t channels = scheme.axis().has_value() ? state.weight.size(*scheme.axis()) : 1;
       const bool is_weight = name == "weight";
-      state.quantizers.push_back(
-          {name, {scheme, is_weight ? Observer(Latest{}) : Observer(MinMax{}), channels}});
+      state.quantizers.push_back({name, {scheme, is_weight ? Observer(Latest{}) : Observer(MinMax{}), channels}});
     }
     if (const auto& next = step.saved->next) {
       state.next = std::make_shared<nn::ByteGridImpl>(next->qmin, next->qmax);

@@ -184,9 +184,7 @@ class _Loader:
         self._check_tensors(name, module, saved, row.layer)
         return module
 
-    def _check_tensors(
-        self, name: str, module: nn.Module, saved: SavedLayer, kind: type[rnn.QuantizableLayer]
-    ) -> None:
+    def _check_tensors(self, name: str, module: nn.Module, saved: SavedLayer, kind: type[rnn.QuantizableLayer]) -> None:
         if kind.has_weight != ("weight" in saved.quantizers):
             raise self.fail(f"layer {name} ({saved.kind}) must have {'a' if kind.has_weight else 'no'} weight")
         if not issubclass(kind, rnn.WeightedLayer):
@@ -198,7 +196,9 @@ class _Loader:
             )
         axis = saved.quantizers["weight"].axis
         if axis not in (None, kind.channel_axis):
-            raise self.fail(f"the weight of layer {name} must have channels in axis {kind.channel_axis}, got axis {axis}")
+            raise self.fail(
+                f"the weight of layer {name} must have channels in axis {kind.channel_axis}, got axis {axis}"
+            )
         has_bias, bias = getattr(module, "bias", None) is not None, self.tensors.get(f"{name}.bias")
         folds = saved.kind.startswith("Conv")  # a batch normalization that is folded gives a bias
         if has_bias != (bias is not None) and not (folds and bias is not None):
@@ -228,7 +228,9 @@ class _Loader:
         if saved.next is not None:
             prefix = f"{name}.quant.next"
             quant.set_next(
-                rnn.ByteGrid(*saved.next, self.tensors[f"{prefix}.scale"], self.tensors[f"{prefix}.zero_point"]).to(device)
+                rnn.ByteGrid(*saved.next, self.tensors[f"{prefix}.scale"], self.tensors[f"{prefix}.zero_point"]).to(
+                    device
+                )
             )
         layer = row.layer.with_quantizers(module, quant, relu=saved.relu)
         if isinstance(layer, rnn.WeightedLayer):
@@ -247,9 +249,7 @@ class _Loader:
         """The file's tensors that are of no converted layer, after every check against the model."""
         changing = tuple(f"{name}." for name, module in self.modules.items() if id(module) in swaps)
         expected = {n: t for n, t in _state("load_quantized", self.model).items() if not n.startswith(changing)}
-        of_layers = tuple(
-            f"{name}.{part}" for name in self.layers for part in ("quant.", "weight", "bias")
-        )
+        of_layers = tuple(f"{name}.{part}" for name in self.layers for part in ("quant.", "weight", "bias"))
         given = {n: t for n, t in self.tensors.items() if not _is_of(n, of_layers)}
         by_identity = {id(expected[name]): name for name in given if name in expected}
         missing = [n for n, t in expected.items() if n not in given and id(t) not in by_identity]

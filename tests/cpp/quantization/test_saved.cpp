@@ -225,11 +225,13 @@ TEST_CASE("loading checks everything before the model changes", "[saved]") {
                ContainsSubstring("layer 9 must be a Conv2d in the model, got a Linear"));
   REQUIRE_THAT(with([](auto& c) { c.folded.insert("5"); }), ContainsSubstring("5 must be a batch normalization"));
   REQUIRE_THAT(with([](auto& c) { c.folded.erase("1"); }), ContainsSubstring("missing are: 1.weight"));
-  REQUIRE_THAT(with([](auto& c) { c.tensors.insert("more", torch::ones(1)); }), ContainsSubstring("unexpected are: more"));
+  REQUIRE_THAT(with([](auto& c) { c.tensors.insert("more", torch::ones(1)); }),
+               ContainsSubstring("unexpected are: more"));
   REQUIRE_THAT(with([](auto& c) { c.tensors["9.weight"] = c.tensors["9.weight"].slice(1, 1).contiguous(); }),
                ContainsSubstring("the weight of layer 9 must have the model's shape [10, 54], got [10, 53]"));
-  REQUIRE_THAT(message_of([&] { with([](auto& c) { c.tensors["9.weight"] = c.tensors["9.weight"].to(torch::kFloat32); }); }),
-               ContainsSubstring("[save_quantized] layer 9: weight must be Char, got Float [10, 54]"));
+  REQUIRE_THAT(
+      message_of([&] { with([](auto& c) { c.tensors["9.weight"] = c.tensors["9.weight"].to(torch::kFloat32); }); }),
+      ContainsSubstring("[save_quantized] layer 9: weight must be Char, got Float [10, 54]"));
 
   WithNormImpl typed;
   auto of_typed = QuantizedCheckpoint{};
