@@ -175,7 +175,7 @@ TEST_CASE("links are saved and loaded", "[link][saved]") {
   link(net);
   save_quantized(*net, folder);
   const auto checkpoint = read_quantized(folder);
-  REQUIRE(checkpoint.layers.at("first").next == IntegerRange{0, 255});
+  REQUIRE((checkpoint.layers.at("first").next == IntegerRange{0, 255}));
   REQUIRE(checkpoint.layers.at("first").channels_last);
   REQUIRE_FALSE(checkpoint.layers.at("fc2").next.has_value());
   REQUIRE(checkpoint.tensors.contains("first.quant.next.zero_point"));
