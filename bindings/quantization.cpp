@@ -78,13 +78,13 @@ void init_quantization(py::module_& parent) {
   py::class_<Scheme>(m, "Scheme",
                      R"(How a tensor maps onto integers: the grid, without the values of scale and zero point.
 
-bits: width of the integers, 2 to 8.
+bits: width of the integers: 2 to 8, or 16 (activations alone, which compute in floating point then).
 symmetric: the zero point is fixed in the middle of the range; otherwise it follows the data.
 signed: None means signed when symmetric, unsigned otherwise.
 narrow_range: leave out the lowest integer ([-127, 127]).
 granularity: PerTensor() or PerChannel(axis).
 
-Raises ValueError for bits outside 2..8.)")
+Raises ValueError for bits other than 2 to 8 and 16.)")
       .def(py::init(make_scheme), py::arg("bits") = 8, py::arg("symmetric") = true, py::arg("signed") = py::none(),
            py::arg("narrow_range") = false, py::arg("granularity") = Granularity(PerTensor{}))
       .def_readonly("bits", &Scheme::bits)
@@ -95,7 +95,9 @@ Raises ValueError for bits outside 2..8.)")
       .def_property_readonly("qmin", &Scheme::qmin, "Smallest integer of the range.")
       .def_property_readonly("qmax", &Scheme::qmax, "Largest integer of the range.")
       .def_property_readonly("axis", &Scheme::axis, "The channel axis, None for PerTensor.")
-      .def_property_readonly("dtype", &Scheme::dtype, "The type that stores the integers: torch.int8 or torch.uint8.")
+      .def_property_readonly(
+          "dtype", &Scheme::dtype,
+          "The type that stores the integers: torch.int8 or torch.uint8, torch.int16 or torch.uint16.")
       .def(py::self == py::self)
       .def("__hash__", [](const Scheme& self) { return py::hash(py::str(self.str())); })
       .def("__str__", &Scheme::str)

@@ -15,8 +15,8 @@ using namespace rarefy::quantization;
 using Range = std::optional<std::pair<int64_t, int64_t>>;
 
 SavedLayer make_layer(std::string kind, bool relu, bool channels_last, std::map<std::string, Scheme> quantizers,
-                      const Range& next) {
-  SavedLayer layer{std::move(kind), relu, channels_last, std::move(quantizers)};
+                      const Range& next, const std::optional<std::string>& target) {
+  SavedLayer layer{std::move(kind), relu, channels_last, std::move(quantizers), std::nullopt, target.value_or("")};
   if (next.has_value()) {
     layer.next = IntegerRange{next->first, next->second};
   }
@@ -49,7 +49,7 @@ void init_quantized_checkpoint(py::module_& parent) {
 
   py::class_<SavedLayer>(m, "SavedLayer", "What a file says of one converted layer.")
       .def(py::init(&make_layer), py::arg("kind"), py::arg("relu"), py::arg("channels_last"), py::arg("quantizers"),
-           py::arg("next"))
+           py::arg("next"), py::arg("target"))
       .def_readonly("kind", &SavedLayer::kind, "'Linear', 'Conv2d' (batch normalization folded in or not), 'Add', ...")
       .def_readonly("relu", &SavedLayer::relu, "Whether max(y, 0) is part of the layer.")
       .def_readonly("channels_last", &SavedLayer::channels_last, "Whether the weight lies channels-last in memory.")
@@ -60,6 +60,10 @@ void init_quantized_checkpoint(py::module_& parent) {
             return self.next.has_value() ? Range({self.next->qmin, self.next->qmax}) : std::nullopt;
           },
           "The ends of the grid of the bytes that the layer hands on; None where it gives floats.")
+      .def_property_readonly(
+          "target",
+          [](const SavedLayer& self) { return self.target.empty() ? std::nullopt : std::optional(self.target); },
+          "The runtime that the layer was prepared for; None when none was chosen.")
       .def(py::self == py::self)
       .def("__hash__", [](const SavedLayer& self) { return py::hash(py::str(self.kind)); })
       .def("__repr__", [](const SavedLayer& self) {

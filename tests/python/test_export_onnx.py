@@ -14,7 +14,7 @@ import rarefy as rf
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
-from rarefy.export import onnx_graph  # noqa: E402
+from rarefy.export import onnx_edit, onnx_targets  # noqa: E402
 
 Scheme, PerChannel = rf.quantization.Scheme, rf.quantization.PerChannel
 
@@ -467,9 +467,9 @@ def test_scales_must_be_positive(simple, tmp_path, scale):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"target": "tensorrt"}, ValueError, r"target must be one of onnxruntime, got 'tensorrt'"),
-        ({"opset": 17}, ValueError, r"opset must be between 18 and \d+ .*, got 17"),
-        ({"opset": 1000}, ValueError, r"opset must be between 18 and \d+ .*, got 1000"),
+        ({"target": "tflite"}, ValueError, r"target must be one of onnxruntime, openvino, tensorrt, qnn, got 'tflite'"),
+        ({"opset": 12}, ValueError, r"opset must be between 13 and \d+ .*, got 12"),
+        ({"opset": 1000}, ValueError, r"opset must be between 13 and \d+ .*, got 1000"),
         ({"opset": "21"}, TypeError, r"opset must be an integer, got '21'"),
         ({"input_names": ["a", "b"]}, ValueError, r"input_names must be 1 different names, got \['a', 'b'\]"),
         ({"output_names": []}, ValueError, r"output_names must be 1 different names, got \[\]"),
@@ -535,8 +535,8 @@ def spoil(op_type: str, index: int, factor: float):
 
     def fault(graph) -> None:
         node = [node for node in graph if node.op_type == op_type][-1]
-        array = onnx_graph.constant(node.inputs[index])
-        spoiled = onnx_graph._initializer(graph, "spoiled", (array * factor).astype(array.dtype))
+        array = onnx_edit.constant(node.inputs[index])
+        spoiled = onnx_edit.initializer(graph, "spoiled", (array * factor).astype(array.dtype))
         node.replace_input_with(index, spoiled)
 
     return fault
@@ -556,14 +556,14 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path, monkeypatch, f
     model = prepared(nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 7)), x)
     path = tmp_path / "m.onnx"
     path.write_bytes(b"the older file")
-    passes = onnx_graph.prepare_for_onnxruntime
+    passes = onnx_targets.place
 
-    def faulty(ir_model):
-        passes(ir_model)
+    def faulty(ir_model, profile):
+        passes(ir_model, profile)
         fault(ir_model.graph)
-        onnx_graph.remove_unused(ir_model.graph)
+        onnx_edit.remove_unused(ir_model.graph)
 
-    monkeypatch.setattr(onnx_graph, "prepare_for_onnxruntime", faulty)
+    monkeypatch.setattr(onnx_targets, "place", faulty)
     message = r"\[to_onnx\] verification failed: output 'output', optimizations off, batch 9, differs from the model by"
     with pytest.raises(RuntimeError, match=message):
         rf.export.to_onnx(model, x, path)

@@ -7,11 +7,12 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 ir = pytest.importorskip("onnx_ir")
 
-from rarefy.export import onnx_graph  # noqa: E402
+from rarefy._core.quantization import target_profile  # noqa: E402
+from rarefy.export import onnx_targets  # noqa: E402
 
 
-def rewritten(body: str, constants: str = "", shape: str = "N,4", result: str | None = None):
-    """Two models: the text, and the text after the passes for ONNX Runtime."""
+def rewritten(body: str, constants: str = "", shape: str = "N,4", result: str | None = None, target="onnxruntime"):
+    """Two models: the text, and the text after the passes for the target."""
     text = f"""<ir_version: 10, opset_import: ["" : 21]>
       g (float[{shape}] x) => (float[{result or shape}] y)
       <float s = {{0.1}}, uint8 z = {{3}}, uint8 zero = {{0}}, uint8 mid = {{128}} {constants}>
@@ -19,7 +20,7 @@ def rewritten(body: str, constants: str = "", shape: str = "N,4", result: str | 
     before = onnx.parser.parse_model(text)
     before = onnx.shape_inference.infer_shapes(before)
     model = ir.from_proto(before)
-    onnx_graph.prepare_for_onnxruntime(model)
+    onnx_targets.place(model, target_profile(target))
     after = ir.to_proto(model)
     onnx.checker.check_model(after, full_check=True)
     return before, after

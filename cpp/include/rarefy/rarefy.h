@@ -58,4 +58,5 @@
 #include <rarefy/quantization/saved.h>
 #include <rarefy/quantization/schedule.h>
 #include <rarefy/quantization/scheme.h>
+#include <rarefy/quantization/target.h>
 #include <rarefy/version.h>

@@ -12,7 +12,7 @@ namespace rarefy::nn {
 void AddImpl::pretty_print(std::ostream& stream) const { stream << "rarefy::nn::Add()"; }
 
 torch::Tensor AddImpl::forward(const torch::Tensor& a, const torch::Tensor& b) {
-  if (mode_ == Mode::converted) {
+  if (mode_ == Mode::converted && quant->has_bytes("input0") && quant->has_bytes("input1")) {
     return with_output_grid(
         ops::quantized_add(a, b, quant->grid("input0"), quant->grid("input1"), relu(), quant->output_grid()));
   }
@@ -28,7 +28,7 @@ torch::Tensor MulImpl::forward(const torch::Tensor& a, const torch::Tensor& b) {
 void CatImpl::pretty_print(std::ostream& stream) const { stream << "rarefy::nn::Cat(dim=" << dim_ << ")"; }
 
 torch::Tensor CatImpl::forward(const std::vector<torch::Tensor>& tensors) {
-  if (mode_ == Mode::converted) {
+  if (mode_ == Mode::converted && quant->has_bytes("input")) {
     const auto grid = quant->grid("input");
     auto given = tensors;
     const auto is_bytes = [](const torch::Tensor& x) { return x.scalar_type() == torch::kUInt8; };

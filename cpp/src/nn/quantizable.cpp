@@ -46,6 +46,11 @@ quantization::FakeQuantizerImpl* QuantStateImpl::find(const std::string& name) c
   return nullptr;
 }
 
+bool QuantStateImpl::has_bytes(const std::string& name) const {
+  const auto* quantizer = find(name);
+  return quantizer != nullptr && quantizer->options.scheme.bits <= 8;
+}
+
 ops::ByteGrid QuantStateImpl::grid(const std::string& name) const {
   const auto& quantizer = *find(name);
   return {quantizer.scale, quantizer.zero_point, quantizer.options.scheme.qmin(), quantizer.options.scheme.qmax()};

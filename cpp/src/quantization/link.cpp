@@ -154,8 +154,9 @@ class Linker {
         graph_.values[static_cast<size_t>(result)].is_output) {
       return false;
     }
+    // What comes after a ReLU in place reads what that has left.
     const auto readers = readers_of(result);
-    return readers.size() == 1 && is_relu(*readers[0]);
+    return !readers.empty() && is_relu(*readers[0]) && (readers.size() == 1 || readers[0]->outputs.at(0) == result);
   }
 
   const FakeQuantizerImpl& grid_of_readers(const std::string& name, const Quantizable& layer) const {
@@ -166,8 +167,10 @@ class Linker {
     if (layer.kind() == "Mul") {
       throw NotLinked{"there is no integer product of two activations"};
     }
-    if (quant.find("input") == nullptr && quant.find("input0") == nullptr) {
-      throw NotLinked{"its input is floating point"};
+    const bool on_bytes =
+        layer.kind() == "Add" ? quant.has_bytes("input0") && quant.has_bytes("input1") : quant.has_bytes("input");
+    if (!on_bytes) {
+      throw NotLinked{"its input is not of bytes"};
     }
     if (quant.find("output") != nullptr) {
       throw NotLinked{"its result is rounded for what reads it in floating point"};

@@ -1,6 +1,8 @@
 #include <fmt/ranges.h>
+#include <rarefy/nn/add.h>
 #include <rarefy/nn/quantizable.h>
 #include <rarefy/quantization/prepare.h>
+#include <rarefy/quantization/target.h>
 #include <torch/types.h>
 
 #include <algorithm>
@@ -91,6 +93,7 @@ struct Candidate {
   std::shared_ptr<nn::Quantizable> layer;  // of torch::nn: null until the twin is made
   const FloatLayer* floating = nullptr;
   bool has_weight() const { return floating != nullptr || layer->has_weight(); }
+  std::string kind() const { return floating != nullptr ? floating->kind : layer->kind(); }
 };
 
 /// In the order of named_modules, in which the first and the last layer are told.
@@ -158,6 +161,7 @@ void prepare_layers(const char* function, torch::nn::Module& model, const QConfi
       override_->validate();
     }
   }
+  const TargetProfile* profile = config.target.has_value() ? &target_profile(*config.target) : nullptr;
   const auto layers = layers_of(model);
   const auto floating = float_layers(model);
   if (strict) {
@@ -166,7 +170,7 @@ void prepare_layers(const char* function, torch::nn::Module& model, const QConfi
   auto candidates = candidates_of(model, layers, floating);
   const auto ends = first_and_last(config, candidates);
   std::vector<std::pair<Candidate*, LayerConfig>> todo;
-  std::vector<std::pair<Candidate*, const char*>> skipped;
+  std::vector<std::pair<Candidate*, std::string>> skipped;
   for (auto& candidate : candidates) {
     const bool overridden = is_overridden(config, candidate.name);
     if (!overridden && std::find(ends.begin(), ends.end(), candidate.name) != ends.end()) {
@@ -175,7 +179,7 @@ void prepare_layers(const char* function, torch::nn::Module& model, const QConfi
                                            : "kept in FP32 as the last layer (first_last_fp32)");
       continue;
     }
-    const auto resolved = config.resolve(candidate.name);
+    auto resolved = config.resolve(candidate.name);
     if (!resolved.has_value() || !resolved->weight.has_value()) {
       skipped.emplace_back(&candidate, overridden ? "kept in FP32 by an override" : "");
       continue;
@@ -185,6 +189,16 @@ void prepare_layers(const char* function, torch::nn::Module& model, const QConfi
     const auto reason = resolved->why_not_integer();
     TORCH_CHECK_VALUE(!candidate.has_weight() || resolved->execution != Execution::integer || !reason.has_value(), "[",
                       function, "] layer ", candidate.name, " cannot execute in integers: ", reason.value_or(""));
+    if (profile != nullptr) {
+      if (!overridden && !profile->executes(candidate.kind())) {
+        skipped.emplace_back(&candidate, fmt::format("kept in FP32: {} does not run it in integers", profile->name));
+        continue;
+      }
+      const auto forbidden = profile->why_not(*resolved, candidate.kind());
+      TORCH_CHECK_VALUE(!forbidden.has_value(), "[", function, "] layer ", candidate.name,
+                        " must have schemes that the target executes, but ", forbidden.value_or(""));
+      resolved = profile->adapt(*resolved, candidate.kind());
+    }
     todo.emplace_back(&candidate, *resolved);
   }
   TORCH_CHECK_VALUE(!todo.empty(), "[", function,
@@ -197,11 +211,17 @@ void prepare_layers(const char* function, torch::nn::Module& model, const QConfi
     }
   }
   for (auto& [candidate, layer_config] : todo) {
+    if (profile != nullptr && profile->residual == Residual::identity) {
+      if (auto* add = dynamic_cast<nn::AddImpl*>(candidate->layer.get())) {
+        add->quantized_inputs = {"input1"};
+      }
+    }
     if (candidate->floating != nullptr) {
       candidate->floating->insert();
     } else {
       candidate->layer->prepare(layer_config, default_observer);
     }
+    candidate->layer->target = config.target.value_or("");
     auto* state = candidate->layer->quant_state();
     if (state == nullptr) {
       candidate->layer->note = "the configuration quantizes weights only";
@@ -365,6 +385,9 @@ std::string report(const torch::nn::Module& model) {
                         : mode == nn::Quantizable::Mode::prepared ? "prepared"
                                                                   : "integer");
     if (mode != nn::Quantizable::Mode::floating) {
+      if (!layer.layer->target.empty()) {
+        text += "  for " + layer.layer->target;
+      }
       for (const auto& [name, quantizer] : quantizers_of(layer)) {
         text += fmt::format("  {}: {}", name.substr(name.rfind('.') + 1), quantizer->options.scheme.str());
         if (const auto skipped = quantizer->skipped.item<int64_t>(); skipped > 0) {

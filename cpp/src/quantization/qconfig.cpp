@@ -1,11 +1,12 @@
 #include <c10/util/Exception.h>
-#include <rarefy/quantization/qconfig.h>
+#include <rarefy/quantization/target.h>
 
 namespace rarefy::quantization {
 
 void LayerConfig::validate() const {
   if (weight.has_value()) {
     weight->validate();
+    TORCH_CHECK_VALUE(weight->bits <= 8, "[QConfig] weight must have at most 8 bits, got ", weight->str());
     TORCH_CHECK_VALUE(weight->symmetric && weight->signed_range(),
                       "[QConfig] weight must be symmetric and signed (integer kernels have no weight zero point), got ",
                       weight->str());
@@ -33,15 +34,20 @@ std::optional<std::string> LayerConfig::why_not_integer() const {
   if (!activation.has_value()) {
     return "the input stays in floating point";
   }
+  if (activation->bits > 8) {
+    return "activations of " + std::to_string(activation->bits) + " bits have no integer kernels";
+  }
   return std::nullopt;
 }
 
 std::string str(Execution execution) { return execution == Execution::integer ? "integer" : "simulated"; }
 
-QConfig QConfig::int8() {
+QConfig QConfig::int8(std::optional<std::string> target, bool reduce_range) {
   QConfig config;
-  config.weight = Scheme{.bits = 8, .symmetric = true, .narrow_range = true, .granularity = PerChannel{0}};
-  config.activation = Scheme{.bits = 8, .symmetric = false};
+  config.weight =
+      Scheme{.bits = reduce_range ? 7 : 8, .symmetric = true, .narrow_range = true, .granularity = PerChannel{0}};
+  config.activation = Scheme{.bits = 8, .symmetric = target.has_value() && !target_profile(*target).zero_points};
+  config.target = std::move(target);
   return config;
 }
 

@@ -18,7 +18,7 @@
 //   {"format": 1, "rarefy": "0.1.0", "mode": "converted",
 //    "tensors": {"file": "model.safetensors", "bytes": 1234, "crc32": 5678},
 //    "layers": {
-//     "conv": {"kind": "Conv2d", "relu": true, "channels_last": false, "next": {"qmin": 0, "qmax": 255}, "quantizers": {
+//     "conv": {"kind": "Conv2d", "target": null, "relu": true, "channels_last": false, "next": {"qmin": 0, "qmax": 255}, "quantizers": {
 //      "input": {"bits": 8, "symmetric": false, "signed": false, "narrow_range": false, "qmin": 0, "qmax": 255, "axis": null},
 //      "weight": {..., "axis": 0}}}},
 //    "folded": ["bn"]}
@@ -63,6 +63,12 @@ std::string to_json(const QuantizedCheckpoint& checkpoint, const FileSum& sum) {
     const auto range = layer.next.has_value()
                            ? fmt::format(R"({{"qmin": {}, "qmax": {}}})", layer.next->qmin, layer.next->qmax)
                            : std::string("null");
+    json += ", \"target\": ";
+    if (layer.target.empty()) {
+      json += "null";
+    } else {
+      append_json(json, layer.target, kContext);
+    }
     json += fmt::format(R"(, "relu": {}, "channels_last": {}, "next": {}, "quantizers": {{)", boolean(layer.relu),
                         boolean(layer.channels_last), range);
     const char* next = "\n   ";
@@ -133,7 +139,8 @@ Scheme read_scheme(JsonReader& reader, const std::string& name) {
     seen.insert(field);
     if (field == "bits") {
       scheme.bits = read_integer(reader, "bits");
-      reader.require(scheme.bits >= 2 && scheme.bits <= 8, "must have 2 to 8 bits at ", name, ", got ", scheme.bits);
+      reader.require((scheme.bits >= 2 && scheme.bits <= 8) || scheme.bits == 16, "must have 2 to 8 or 16 bits at ", name,
+                     ", got ", scheme.bits);
     } else if (field == "symmetric") {
       scheme.symmetric = read_bool(reader, "symmetric");
     } else if (field == "signed") {
@@ -170,6 +177,10 @@ SavedLayer read_layer(JsonReader& reader, const std::string& name) {
       layer.relu = read_bool(reader, "relu");
     } else if (field == "channels_last") {
       layer.channels_last = read_bool(reader, "channels_last");
+    } else if (field == "target") {
+      if (!take_null(reader)) {
+        layer.target = reader.string();
+      }
     } else if (field == "next") {
       if (!take_null(reader)) {
         layer.next = read_range(reader, name + ".quant.next");
@@ -179,7 +190,7 @@ SavedLayer read_layer(JsonReader& reader, const std::string& name) {
         layer.quantizers[quantizer] = read_scheme(reader, fmt::format("{}.quant.{}", name, quantizer));
       });
     } else {
-      reader.require(false, "must describe a layer by kind, relu, channels_last, next and quantizers, got '", field,
+      reader.require(false, "must describe a layer by kind, target, relu, channels_last, next and quantizers, got '", field,
                      "' at ", name);
     }
   });

@@ -41,10 +41,11 @@ bool is_channels_last(const torch::Tensor& weight) {
 }
 
 SavedLayer description_of(const Quantizable& layer, const Module& module) {
-  SavedLayer saved{saved_kind(layer.kind()), layer.relu(), is_channels_last(own_tensor(module, "weight")), {}};
+  SavedLayer saved{saved_kind(layer.kind()), layer.relu(), is_channels_last(own_tensor(module, "weight")), {}, {}, {}};
   for (const auto& [name, quantizer] : layer.quant_state()->quantizers()) {
     saved.quantizers.emplace(name, quantizer->options.scheme);
   }
+  saved.target = layer.target;
   if (const auto& next = layer.quant_state()->next()) {
     saved.next = IntegerRange{next->qmin, next->qmax};
   }
@@ -238,6 +239,7 @@ class Loader {
     if (const auto& next = step.saved->next) {
       state.next = std::make_shared<nn::ByteGridImpl>(next->qmin, next->qmax);
     }
+    state.target = step.saved->target;
     step.layer->restore(state);
     const torch::NoGradGuard no_grad;
     for (auto& buffer : step.layer->quant_state()->named_buffers()) {

@@ -18,10 +18,15 @@ std::optional<int64_t> Scheme::axis() const {
   return channel == nullptr ? std::nullopt : std::optional<int64_t>(channel->axis);
 }
 
-c10::ScalarType Scheme::dtype() const { return signed_range() ? c10::kChar : c10::kByte; }
+c10::ScalarType Scheme::dtype() const {
+  if (bits > 8) {
+    return signed_range() ? c10::kShort : c10::kUInt16;
+  }
+  return signed_range() ? c10::kChar : c10::kByte;
+}
 
 void Scheme::validate() const {
-  TORCH_CHECK_VALUE(bits >= 2 && bits <= 8, "[Scheme] bits must be in 2..8, got ", bits);
+  TORCH_CHECK_VALUE((bits >= 2 && bits <= 8) || bits == 16, "[Scheme] bits must be in 2..8, or 16, got ", bits);
 }
 
 std::string Scheme::str() const {

@@ -16,8 +16,12 @@ __all__: list[str] = [
     "PerTensor",
     "QATScheduleOptions",
     "Scheme",
+    "TargetProfile",
     "averaging_constant",
     "has_exact_integer_products",
+    "layer_family",
+    "target_names",
+    "target_profile",
     "validate_layer_config",
     "why_not_integer",
 ]
@@ -85,13 +89,13 @@ class Scheme:
     """
     How a tensor maps onto integers: the grid, without the values of scale and zero point.
 
-    bits: width of the integers, 2 to 8.
+    bits: width of the integers: 2 to 8, or 16 (activations alone, which compute in floating point then).
     symmetric: the zero point is fixed in the middle of the range; otherwise it follows the data.
     signed: None means signed when symmetric, unsigned otherwise.
     narrow_range: leave out the lowest integer ([-127, 127]).
     granularity: PerTensor() or PerChannel(axis).
 
-    Raises ValueError for bits outside 2..8.
+    Raises ValueError for bits other than 2 to 8 and 16.
     """
     def __eq__(self, arg0: Scheme) -> bool: ...
     def __getstate__(self) -> tuple[int, bool, bool, bool, PerTensor | PerChannel]: ...
@@ -117,7 +121,7 @@ class Scheme:
     @property
     def dtype(self) -> torch.dtype:
         """
-        The type that stores the integers: torch.int8 or torch.uint8.
+        The type that stores the integers: torch.int8 or torch.uint8, torch.int16 or torch.uint16.
         """
     @property
     def granularity(self) -> PerTensor | PerChannel: ...
@@ -168,6 +172,121 @@ class QATScheduleOptions:
     @property
     def quantize_from(self) -> int: ...
 
+class TargetProfile:
+    """
+    What a runtime executes in integers, and where it wants the quantizers: plain data.
+    """
+    def __getstate__(self) -> tuple[str]: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    def adapt(self, weight: Scheme, kind: str) -> Scheme:
+        """
+        The weight's scheme, with one scale where the target knows no scales per channel for the kind.
+        """
+    def executes(self, kind: str) -> bool:
+        """
+        Whether layers of the kind ('Linear', 'Conv2d', 'Add', ...) run in integers.
+        """
+    def has_per_channel(self, kind: str) -> bool:
+        """
+        Whether weights of the kind may have a scale per channel.
+        """
+    def why_not(self, weight: Scheme | None, activation: Scheme | None, kind: str) -> str | None:
+        """
+        Why the runtime does not execute such a layer: the rule and the value; None when it does.
+        """
+    def why_not_written(self, activation: Scheme) -> str | None:
+        """
+        Why no file for the runtime can hold activations on this grid; None when it can.
+        """
+    @property
+    def activation_bits(self) -> list[int]:
+        """
+        Widths of activations.
+        """
+    @property
+    def clipping(self) -> str:
+        """
+        Where a ReLU before a quantizer goes: 'keep', 'saturate' or 'integers'.
+        """
+    @property
+    def default_opset(self) -> int:
+        """
+        ONNX operator set that is written when none is asked for.
+        """
+    @property
+    def families(self) -> list[str]:
+        """
+        Families of layers that run in integers.
+        """
+    @property
+    def int4_weights(self) -> bool:
+        """
+        Whether 4-bit weights of layers with a float input are stored as INT4.
+        """
+    @property
+    def name(self) -> str: ...
+    @property
+    def oldest_opset(self) -> int:
+        """
+        Oldest ONNX operator set that is written.
+        """
+    @property
+    def per_channel(self) -> list[str]:
+        """
+        Families whose weights may have a scale per channel.
+        """
+    @property
+    def pools_means(self) -> bool:
+        """
+        Whether the mean over both image axes is written as GlobalAveragePool.
+        """
+    @property
+    def quantizes_before_moves(self) -> bool:
+        """
+        Whether a quantizer behind pooling or reshaping is repeated before it.
+        """
+    @property
+    def quantizes_outputs(self) -> bool:
+        """
+        Whether a result that only floating-point operations read gets a quantizer.
+        """
+    @property
+    def residual(self) -> str:
+        """
+        Inputs of a residual addition that are quantized: 'both' or 'identity'.
+        """
+    @property
+    def residual_as_sum(self) -> bool:
+        """
+        Whether a residual before a layer normalization is written as Sum.
+        """
+    @property
+    def splits_linear_bias(self) -> bool:
+        """
+        Whether the bias of a linear layer is written as Gemm or Sum.
+        """
+    @property
+    def unsigned_activations(self) -> bool:
+        """
+        Activations are written as uint8 or uint16.
+        """
+    @property
+    def weight_zero_points(self) -> bool:
+        """
+        Whether the zero point of symmetric weights is written.
+        """
+    @property
+    def wide_activations(self) -> bool:
+        """
+        Whether files may hold 16-bit activations.
+        """
+    @property
+    def zero_points(self) -> bool:
+        """
+        Whether zero points other than 0 exist.
+        """
+
 def averaging_constant(observer: MinMax | MovingAverage | Latest) -> float | None:
     """
     The averaging constant that torch.ops.rarefy.observe takes for an observer.
@@ -176,6 +295,21 @@ def averaging_constant(observer: MinMax | MovingAverage | Latest) -> float | Non
 def has_exact_integer_products() -> bool:
     """
     Whether the processor sums products of bytes in 32 bits, without saturating (AVX512-VNNI, AVX-VNNI).
+    """
+
+def layer_family(kind: str) -> str:
+    """
+    'linear', 'conv', 'embedding', 'add', 'mul' or 'cat': the family of a kind of layer.
+    """
+
+def target_names() -> list[str]:
+    """
+    The names that target_profile knows.
+    """
+
+def target_profile(name: str) -> TargetProfile:
+    """
+    The profile of a target. Raises ValueError, naming the known ones, for another name.
     """
 
 def validate_layer_config(

@@ -4,6 +4,6 @@
 """
 
 from rarefy.export.onnx import to_onnx
-from rarefy.export.report import Difference, ExportReport, Operator
+from rarefy.export.report import Difference, ExportReport, Operator, Overflow
 
-__all__ = ["Difference", "ExportReport", "Operator", "to_onnx"]
+__all__ = ["Difference", "ExportReport", "Operator", "Overflow", "to_onnx"]

@@ -31,11 +31,20 @@ class Form:
     linear: Literal["matmul", "linear"] = "matmul"
 
 
+#: From the type of a quantizer, and whether it is written unsigned, to the type that is written and how far it moves.
+_RELABELLED = {
+    (torch.int8, True): (torch.uint8, 128),
+    (torch.uint8, False): (torch.int8, -128),
+    (torch.int16, True): (torch.uint16, 32768),
+    (torch.uint16, False): (torch.int16, -32768),
+}
+
+
 class QuantizeDequantize(nn.Module):
     """`clamp(round(x / scale) + zero_point, qmin, qmax)` as integers, and back; per tensor or per channel.
 
-    An 8-bit quantizer is written in the type that the form asks for, uint8 or int8: zero point and range move by 128,
-    and no value changes.
+    A quantizer is written in the type that the form asks for, unsigned or signed: zero point and range move by half the
+    type's range (128 for 8 bits), and no value changes.
     """
 
     def __init__(self, quantizer: FakeQuantizer, form: Form) -> None:
@@ -45,10 +54,8 @@ class QuantizeDequantize(nn.Module):
         self.qmin, self.qmax = int(quantizer.qmin), int(quantizer.qmax)
         self.axis = quantizer.axis
         zero_point = quantizer.zero_point.detach().to(torch.int64)
-        move = {(torch.int8, True): 128, (torch.uint8, False): -128}.get((self.dtype, form.unsigned), 0)
-        if move:
-            self.dtype = torch.uint8 if form.unsigned else torch.int8
-            self.qmin, self.qmax, zero_point = self.qmin + move, self.qmax + move, zero_point + move
+        self.dtype, move = _RELABELLED.get((self.dtype, form.unsigned), (self.dtype, 0))
+        self.qmin, self.qmax, zero_point = self.qmin + move, self.qmax + move, zero_point + move
         if self.axis is None:
             self.scale, self.zero_point = float(quantizer.scale), int(zero_point)
         else:
@@ -285,7 +292,7 @@ def lower(
 
     Args:
         model: a copy that the caller owns, in evaluation mode. May itself be one of the modules that are replaced.
-        unsigned: write 8-bit activations as uint8, otherwise as int8; a zero point moves by 128, and no value changes.
+        unsigned: write activations as uint8 (uint16), otherwise as int8 (int16); a zero point moves, and no value changes.
         weights: "integers" stores int8 behind a dequantize operator; "quantize" stores the float values that they stand
             for behind a quantize and a dequantize operator, for converters that want to find the integers themselves.
         linear: linear layers as "matmul" with a weight [in, out] and an addition, or as "linear" with [out, in].

@@ -19,14 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from rarefy._core.quantization import target_names, target_profile
 from rarefy.export.lowering import check_quantizers, lower, without_rounding
 from rarefy.export.report import ExportReport
 
 if TYPE_CHECKING:
     import numpy as np
 
-_TARGETS = ("onnxruntime",)
-_OPSET, _OLDEST_OPSET = 21, 18  # torch's exporter starts at 18; from 21 on every integer type is in the standard
 _LARGEST_FILE = 2**31 - 1  # of one protobuf message
 
 
@@ -56,8 +55,9 @@ def to_onnx(
         example_inputs: what the model is called with: a tensor, a sequence of tensors, or tensors by argument name.
             Truth values, numbers, strings and None by argument name (`use_cache=False`) are fixed in the file.
         path: the file to write. It is written under another name in the same folder and renamed when all checks passed.
-        target: the runtime. "onnxruntime" is known.
-        opset: version of the ONNX operator set, 21 unless given, 18 or more.
+        target: the runtime: "onnxruntime", "openvino", "tensorrt" or "qnn".
+        opset: version of the ONNX operator set, 13 or more, and 21 or more for 16-bit activations; 21 unless given, 19 for
+            TensorRT. From 21 on 4-bit weights of layers with a float input take half a byte.
         dynamic_batch: the file takes any size of the first dimension, which all inputs must share.
         input_names, output_names: names in the file; by default input (input_0, ... if several) or the argument names,
             and output (output_0, ...).
@@ -80,17 +80,20 @@ def to_onnx(
     _require("onnx", "onnxscript", *(["onnxruntime"] if verify else []))
     import onnx
 
-    from rarefy.export import onnx_graph, onnx_verify
+    from rarefy.export import onnx_graph, onnx_opset, onnx_targets, onnx_verify, targets
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"[to_onnx] model must be a torch.nn.Module, got {type(model).__name__}")
-    if target not in _TARGETS:
-        raise ValueError(f"[to_onnx] target must be one of {', '.join(_TARGETS)}, got {target!r}")
-    opset = _check_opset(opset, onnx.defs.onnx_opset_version())
+    if target not in target_names():
+        raise ValueError(f"[to_onnx] target must be one of {', '.join(target_names())}, got {target!r}")
+    profile = target_profile(target)
+    wide = targets.needs_wide_types(model)
+    opset = onnx_opset.choose_opset("to_onnx", opset, profile, onnx.defs.onnx_opset_version(), wide)
     inputs, keywords, constants = _check_inputs(example_inputs)
     batch = _check_batch(inputs) if dynamic_batch else None
     input_names = _names("input_names", input_names, keywords or _numbered("input", len(inputs)), len(inputs))
     check_quantizers("to_onnx", model)
+    targets.check_target("to_onnx", model, profile)
 
     with _reserved(path) as temporary:
         model = _with_constants(copy.deepcopy(model).cpu().eval(), constants)
@@ -101,10 +104,13 @@ def to_onnx(
         expected = [_run(model, case, keywords) for _, case in cases]
         output_names = _names("output_names", output_names, _numbered("output", len(expected[0])), len(expected[0]))
 
-        lowered = lower(model, unsigned=True)
-        program = _translate(lowered, inputs, keywords, batch, opset, input_names, output_names)
+        lowered = lower(model, unsigned=profile.unsigned_activations)
+        overflow = targets.pairwise_overflow(lowered)
+        program_opset = max(opset, onnx_opset.EXPORTER_OPSET)
+        program = _translate(lowered, inputs, keywords, batch, program_opset, input_names, output_names)
         onnx_graph.tidy(program.model)
-        onnx_graph.prepare_for_onnxruntime(program.model)
+        onnx_targets.place(program.model, profile)
+        onnx_opset.lower_opset(program.model, opset)
         proto = program.model_proto
         file_size = proto.ByteSize()
         if file_size > _LARGEST_FILE:
@@ -133,6 +139,7 @@ def to_onnx(
         nodes=dict(Counter(node.op_type for node in proto.graph.node).most_common()),
         operators=operators,
         differences=differences,
+        overflow=overflow,
         seconds=time.perf_counter() - start,
     )
 
@@ -144,19 +151,6 @@ def _require(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"[to_onnx] needs {', '.join(missing)}: pip install rarefy[onnx]")
-
-
-def _check_opset(opset: int | None, newest: int) -> int:
-    if opset is None:
-        return _OPSET
-    if isinstance(opset, bool) or not isinstance(opset, int):
-        raise TypeError(f"[to_onnx] opset must be an integer, got {opset!r}")
-    if not _OLDEST_OPSET <= opset <= newest:
-        raise ValueError(
-            f"[to_onnx] opset must be between {_OLDEST_OPSET} and {newest} (the newest that the installed onnx knows), "
-            f"got {opset}"
-        )
-    return opset
 
 
 def _check_inputs(example: Any) -> tuple[list[Tensor], list[str], dict[str, object]]:

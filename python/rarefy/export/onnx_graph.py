@@ -1,23 +1,28 @@
-"""Rewrites of an exported graph, so that ONNX Runtime's x86 kernels find the patterns that they run in integers.
+"""Rewrites of an exported graph that several targets share; `onnx_targets` says which does what, and in which order.
 
 Each pass keeps the function that the graph computes: bit for bit, or, where it says so, up to the order of a float sum.
-What ONNX Runtime fuses, measured with 1.32:
-
-* a convolution or a 2-D Gemm runs in integers when a QuantizeLinear follows it directly; a Relu between them is only
-  absorbed where the zero point is the smallest integer of the type, so clipping moves behind the quantizer;
-* Add runs in integers between two DequantizeLinear and one QuantizeLinear;
-* MatMul runs in integers with a float result; but MatMul + Add(bias) is first fused to a Gemm, which without a
-  QuantizeLinear behind it is float, at six times the cost. Sum(MatMul, bias) adds the same number and is left alone;
-* pooling and reshaping between a DequantizeLinear and a QuantizeLinear of equal parameters run on the integers.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
+
+from rarefy.export.onnx_edit import (
+    add_node,
+    axis_of,
+    bypass,
+    constant,
+    initializer,
+    is_dequantized,
+    nodes_of,
+    only_consumers,
+    same,
+    same_parameters,
+)
 
 #: Operators that give back elements of their first input, so that quantizing before or after them is the same.
 _MOVES_VALUES = frozenset({"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"})
@@ -45,140 +50,6 @@ def tidy(model: ir.Model) -> None:
     model.doc_string = None
 
 
-def prepare_for_onnxruntime(model: ir.Model) -> None:
-    """All passes, in the order in which they feed each other. Leaves a graph without quantizers as it is."""
-    graph = model.graph
-    if not any(node.op_type == "QuantizeLinear" for node in graph):
-        return
-    merge_duplicates(graph)
-    drop_idle_relus(graph)
-    mean_to_global_pool(graph)
-    while hoist_quantizers(graph):
-        merge_duplicates(graph)
-    absorb_clipping(graph)
-    split_linear_bias(graph)
-    remove_unused(graph)
-
-
-# ---- reading the graph ----------------------------------------------------------------------------------------------
-
-
-def constant(value: ir.Value | None) -> np.ndarray | None:
-    """The value of an initializer, or None."""
-    return None if value is None or value.const_value is None else value.const_value.numpy()
-
-
-def _same(a: ir.Value | None, b: ir.Value | None) -> bool:
-    if a is b:
-        return True
-    x, y = constant(a), constant(b)
-    return x is not None and y is not None and x.dtype == y.dtype and np.array_equal(x, y)
-
-
-def _axis(node: ir.Node) -> int | None:
-    """The channel axis, or None for one scale."""
-    scale = node.inputs[1]
-    if scale.shape is None or len(scale.shape) == 0:
-        return None
-    return node.attributes.get_int("axis", 1)
-
-
-def same_parameters(a: ir.Node, b: ir.Node) -> bool:
-    """Whether two Quantize- or DequantizeLinear use equal scales and zero points along the same axis."""
-    return _axis(a) == _axis(b) and all(_same(x, y) for x, y in zip(a.inputs[1:3], b.inputs[1:3], strict=True))
-
-
-def _only_consumers(value: ir.Value, op_type: str) -> bool:
-    consumers = value.consumers()
-    return bool(consumers) and not value.is_graph_output() and all(node.op_type == op_type for node in consumers)
-
-
-def _is_dequantized(value: ir.Value) -> bool:
-    return value.producer() is not None and value.producer().op_type == "DequantizeLinear"
-
-
-def _nodes(graph: ir.Graph, *op_types: str) -> Iterator[ir.Node]:
-    """The nodes of these types at the time of the call, so that the graph may change meanwhile."""
-    for node in [node for node in graph if node.op_type in op_types]:
-        if node.graph is graph:
-            yield node
-
-
-# ---- changing it ----------------------------------------------------------------------------------------------------
-
-
-def _bypass(node: ir.Node, replacement: ir.Value) -> None:
-    """Removes a node with one output and lets its readers read `replacement`; a graph output keeps its name."""
-    output = node.outputs[0]
-    if output.is_graph_output():
-        if replacement.is_graph_output() or replacement.producer() is None:
-            return  # that value has a name of its own to keep
-        name = output.name
-        output.name = f"{name}_bypassed"
-        replacement.name = name
-        if replacement.shape is None:
-            replacement.shape = output.shape
-    output.replace_all_uses_with(replacement, replace_graph_outputs=True)
-    node.graph.remove(node, safe=True)
-
-
-def _unique(graph: ir.Graph, name: str) -> str:
-    """The name, or the first of name_2, name_3, ... that no node and no tensor has."""
-    taken = {value.name for value in graph.inputs} | set(graph.initializers)
-    for node in graph:
-        taken.add(node.name)
-        taken.update(value.name for value in node.outputs)
-    base, count = name, 1
-    while name in taken:
-        count += 1
-        name = f"{base}_{count}"
-    return name
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    name = _unique(graph, name)
-    value = ir.Value(
-        name=name,
-        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-        shape=ir.Shape(array.shape),
-        const_value=ir.tensor(array, name=name),
-    )
-    graph.register_initializer(value)
-    return value
-
-
-def _add_node(
-    anchor: ir.Node,
-    before: bool,
-    op_type: str,
-    inputs: list[ir.Value],
-    like: ir.Value,
-    dtype: ir.DataType,
-    name: str,
-    attributes: dict[str, int] | None = None,
-) -> ir.Value:
-    """Inserts a node next to `anchor`; its output has the shape of `like`."""
-    name = _unique(anchor.graph, name)
-    node = ir.node(op_type, inputs, attributes or {}, name=name)
-    value = node.outputs[0]
-    value.name, value.shape, value.type = name, like.shape, ir.TensorType(dtype)
-    (anchor.prepend if before else anchor.append)(node)
-    return value
-
-
-def remove_unused(graph: ir.Graph) -> None:
-    """Removes nodes and initializers that nothing reads."""
-    for node in reversed(list(graph)):
-        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
-            graph.remove(node, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():
-            del graph.initializers[name]
-
-
-# ---- the passes -----------------------------------------------------------------------------------------------------
-
-
 def merge_duplicates(graph: ir.Graph) -> int:
     """Makes one of the equal quantizers (and their clips and dequantizers) that read the same tensor.
 
@@ -188,26 +59,26 @@ def merge_duplicates(graph: ir.Graph) -> int:
 
     def fold(op_type: str, equal: Callable[[ir.Node, ir.Node], bool]) -> None:
         nonlocal merged
-        for node in _nodes(graph, op_type):
+        for node in nodes_of(graph, op_type):
             for other in node.inputs[0].consumers():
                 if other is node or other.op_type != op_type or other.inputs[0] is not node.inputs[0]:
                     continue
                 if equal(node, other) and not other.outputs[0].is_graph_output():
-                    _bypass(other, node.outputs[0])
+                    bypass(other, node.outputs[0])
                     merged += 1
 
     def equal_clip(a: ir.Node, b: ir.Node) -> bool:
         return len(a.inputs) == len(b.inputs) and all(
-            _same(x, y) for x, y in zip(a.inputs[1:], b.inputs[1:], strict=True)
+            same(x, y) for x, y in zip(a.inputs[1:], b.inputs[1:], strict=True)
         )
 
     fold("QuantizeLinear", same_parameters)
     fold("Clip", equal_clip)
     fold("DequantizeLinear", same_parameters)
-    for node in _nodes(graph, "QuantizeLinear"):
+    for node in nodes_of(graph, "QuantizeLinear"):
         source = node.inputs[0].producer()
         if source is not None and source.op_type == "DequantizeLinear" and same_parameters(source, node):
-            _bypass(node, source.inputs[0])
+            bypass(node, source.inputs[0])
             merged += 1
     if merged:  # merged quantizers let more dequantizers meet
         fold("Clip", equal_clip)
@@ -239,31 +110,31 @@ def _never_negative(value: ir.Value) -> bool:
 
 def drop_idle_relus(graph: ir.Graph) -> None:
     """Removes a Relu whose input cannot be negative: the model's own ReLU behind a module that has applied it."""
-    for node in _nodes(graph, "Relu"):
+    for node in nodes_of(graph, "Relu"):
         if _never_negative(node.inputs[0]):
-            _bypass(node, node.inputs[0])
+            bypass(node, node.inputs[0])
 
 
 def mean_to_global_pool(graph: ir.Graph) -> None:
     """Writes the mean over the two last axes of dequantized images as GlobalAveragePool (its sum has another order)."""
-    for node in _nodes(graph, "ReduceMean"):
+    for node in nodes_of(graph, "ReduceMean"):
         source, output = node.inputs[0], node.outputs[0]
         axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
-        if not _is_dequantized(source) or source.shape is None or len(source.shape) != 4 or axes is None:
+        if not is_dequantized(source) or source.shape is None or len(source.shape) != 4 or axes is None:
             continue
         if sorted(int(axis) % 4 for axis in axes) != [2, 3]:
             continue
         keep = bool(node.attributes.get_int("keepdims", 1))
         stem = node.name.removesuffix("ReduceMean")
-        pooled = _add_node(
+        pooled = add_node(
             node, True, "GlobalAveragePool", [source], output, ir.DataType.FLOAT, f"{stem}GlobalAveragePool"
         )
         if not keep:
             pooled.shape = ir.Shape([*output.shape, 1, 1])
-            pooled = _add_node(
+            pooled = add_node(
                 node, True, "Flatten", [pooled], output, ir.DataType.FLOAT, f"{stem}Flatten", attributes={"axis": 1}
             )
-        _bypass(node, pooled)
+        bypass(node, pooled)
 
 
 def hoist_quantizers(graph: ir.Graph) -> int:
@@ -272,19 +143,19 @@ def hoist_quantizers(graph: ir.Graph) -> int:
     The pair behind the operator stays: between equal parameters ONNX Runtime runs the operator on integers.
     """
     hoisted = 0
-    for node in _nodes(graph, *_MOVES_VALUES):
+    for node in nodes_of(graph, *_MOVES_VALUES):
         source, output = node.inputs[0], node.outputs[0]
         consumers = output.consumers()
-        if len(node.outputs) != 1 or len(consumers) != 1 or not _only_consumers(output, "QuantizeLinear"):
+        if len(node.outputs) != 1 or len(consumers) != 1 or not only_consumers(output, "QuantizeLinear"):
             continue
         quantize = consumers[0]
-        if _axis(quantize) is not None or source.producer() is None or _is_dequantized(source):
+        if axis_of(quantize) is not None or source.producer() is None or is_dequantized(source):
             continue
         parameters = list(quantize.inputs[1:3])
         integer = quantize.outputs[0].dtype
         stem = source.producer().name
-        q = _add_node(node, True, "QuantizeLinear", [source, *parameters], source, integer, f"{stem}/QuantizeLinear")
-        dq = _add_node(
+        q = add_node(node, True, "QuantizeLinear", [source, *parameters], source, integer, f"{stem}/QuantizeLinear")
+        dq = add_node(
             node, True, "DequantizeLinear", [q, *parameters], source, ir.DataType.FLOAT, f"{stem}/DequantizeLinear"
         )
         node.replace_input_with(0, dq)
@@ -308,17 +179,19 @@ def _clip_limits(node: ir.Node) -> tuple[float, float] | None:
     return limits[0], limits[1]
 
 
-def absorb_clipping(graph: ir.Graph) -> None:
+def absorb_clipping(graph: ir.Graph, integers: bool) -> None:
     """Moves Relu and Clip behind the quantizers that read them, as limits of the integers where those do not saturate.
 
-    round is monotone, so Q(clip(x, a, b)) = clip(Q(x), Q(a), Q(b)).
+    round is monotone, so Q(clip(x, a, b)) = clip(Q(x), Q(a), Q(b)). Without `integers`, only what saturation does goes.
     """
-    for node in _nodes(graph, "Relu", "Clip"):
+    for node in nodes_of(graph, "Relu", "Clip"):
         limits = _clip_limits(node)
         quantizers = list(node.outputs[0].consumers())
-        if limits is None or not _only_consumers(node.outputs[0], "QuantizeLinear"):
+        if limits is None or not only_consumers(node.outputs[0], "QuantizeLinear"):
             continue
-        if any(_axis(q) is not None or len(q.inputs) < 3 or constant(q.inputs[2]) is None for q in quantizers):
+        if any(axis_of(q) is not None or len(q.inputs) < 3 or constant(q.inputs[2]) is None for q in quantizers):
+            continue
+        if not integers and not all(_saturates_at(q, limits) for q in quantizers):
             continue
         for quantize in quantizers:
             _limit_integers(graph, quantize, limits)
@@ -326,7 +199,7 @@ def absorb_clipping(graph: ir.Graph) -> None:
         graph.remove(node, safe=True)
 
 
-def _limit_integers(graph: ir.Graph, quantize: ir.Node, limits: tuple[float, float]) -> None:
+def _integer_limits(quantize: ir.Node, limits: tuple[float, float]) -> tuple[int, int]:
     scale, zero_point = np.float32(constant(quantize.inputs[1])), constant(quantize.inputs[2])
     info = np.iinfo(zero_point.dtype)
     with np.errstate(over="ignore"):
@@ -334,21 +207,33 @@ def _limit_integers(graph: ir.Graph, quantize: ir.Node, limits: tuple[float, flo
             int(np.clip(np.rint(np.float32(limit) / scale) + np.float32(zero_point), info.min, info.max))
             for limit in limits
         )
+    return low, high
+
+
+def _saturates_at(quantize: ir.Node, limits: tuple[float, float]) -> bool:
+    info = np.iinfo(constant(quantize.inputs[2]).dtype)
+    return _integer_limits(quantize, limits) == (info.min, info.max)
+
+
+def _limit_integers(graph: ir.Graph, quantize: ir.Node, limits: tuple[float, float]) -> None:
+    zero_point = constant(quantize.inputs[2])
+    info = np.iinfo(zero_point.dtype)
+    low, high = _integer_limits(quantize, limits)
     output = quantize.outputs[0]
     consumers = output.consumers()
     if len(consumers) == 1 and consumers[0].op_type == "Clip" and not output.is_graph_output():
         clip = consumers[0]  # a range of fewer bits: intersect
         low = int(np.clip(low, constant(clip.inputs[1]), constant(clip.inputs[2])))
         high = int(np.clip(high, constant(clip.inputs[1]), constant(clip.inputs[2])))
-        _bypass(clip, output)
+        bypass(clip, output)
     if (low, high) == (info.min, info.max):
         return
     readers = list(output.uses())
     bounds = [
-        _initializer(graph, f"{output.name}_{side}", np.array(limit, zero_point.dtype))
+        initializer(graph, f"{output.name}_{side}", np.array(limit, zero_point.dtype))
         for side, limit in (("min", low), ("max", high))
     ]
-    clipped = _add_node(
+    clipped = add_node(
         quantize, False, "Clip", [output, *bounds], output, output.dtype, f"{quantize.name.rpartition('/')[0]}/Clip"
     )
     for reader, index in readers:
@@ -360,10 +245,10 @@ def split_linear_bias(graph: ir.Graph) -> None:
 
     Into a Gemm where the product is 2-D and goes straight to one quantizer, as Sum(product, bias) elsewhere.
     """
-    for node in _nodes(graph, "MatMul"):
+    for node in nodes_of(graph, "MatMul"):
         product = node.outputs[0]
         consumers = product.consumers()
-        if not all(_is_dequantized(value) for value in node.inputs) or product.is_graph_output() or len(consumers) != 1:
+        if not all(is_dequantized(value) for value in node.inputs) or product.is_graph_output() or len(consumers) != 1:
             continue
         add = consumers[0]
         if add.op_type != "Add":
@@ -374,11 +259,11 @@ def split_linear_bias(graph: ir.Graph) -> None:
             continue
         output = add.outputs[0]
         two_dimensional = product.shape is not None and len(product.shape) == 2
-        if two_dimensional and len(output.consumers()) == 1 and _only_consumers(output, "QuantizeLinear"):
+        if two_dimensional and len(output.consumers()) == 1 and only_consumers(output, "QuantizeLinear"):
             inputs, op_type = [*node.inputs, bias], "Gemm"
         else:
             inputs, op_type = [product, bias], "Sum"
         name = f"{add.name.rpartition('/')[0]}/{op_type}"
-        _bypass(add, _add_node(add, True, op_type, inputs, output, ir.DataType.FLOAT, name))
+        bypass(add, add_node(add, True, op_type, inputs, output, ir.DataType.FLOAT, name))
         if op_type == "Gemm":
             graph.remove(node, safe=True)

@@ -35,6 +35,15 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Overflow:
+    """A layer whose sums may overflow on processors that add products of bytes in 16 bits (x86 without VNNI)."""
+
+    layer: str  #: path of the module
+    pairs: int  #: of weights whose products with the largest activations exceed 16 bits together
+    total: int  #: pairs that the kernels add
+
+
+@dataclass(frozen=True)
 class ExportReport:
     """A file that was written, what is in it, and how far it is from the model.
 
@@ -47,6 +56,7 @@ class ExportReport:
         operators: what the runtime runs in integers and what it leaves in float; empty without verification.
         differences: outputs against the eager model's; empty without verification.
         seconds: time that the export took, verification included.
+        overflow: layers whose sums saturate on x86 processors without VNNI instructions.
     """
 
     path: Path
@@ -57,6 +67,7 @@ class ExportReport:
     operators: tuple[Operator, ...] = field(default=(), repr=False)
     differences: tuple[Difference, ...] = field(default=(), repr=False)
     seconds: float = 0.0
+    overflow: tuple[Overflow, ...] = field(default=(), repr=False)
 
     @property
     def in_integers(self) -> tuple[Operator, ...]:
@@ -80,6 +91,15 @@ class ExportReport:
             ("target", f"{self.target}, opset {self.opset}, {self.seconds:.1f} s"),
             ("nodes", ", ".join(f"{count} {name}" for name, count in self.nodes.items())),
         ]
+        if self.overflow:
+            pairs = sum(layer.pairs for layer in self.overflow)
+            rows.append(
+                (
+                    "16-bit sums",
+                    f"saturate without VNNI in {len(self.overflow)} layers ({pairs} pairs of weights; 7 bits do not: "
+                    f"QConfig.int8(reduce_range=True))",
+                )
+            )
         if not self.differences:
             return [*rows, ("verified", "no")]
         rows.append(("in integers", f"{len(self.in_integers)} of {len(self.operators)} operators"))

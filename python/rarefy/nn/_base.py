@@ -101,6 +101,7 @@ class QuantizableLayer(nn.Module):
     relu: bool
     execution: str | None  #: as in QConfig
     gradient_dtype: torch.dtype  #: as in QConfig
+    target: str | None = None  #: as in QConfig
 
     @classmethod
     def unsupported(cls, module: nn.Module) -> str | None:
@@ -135,7 +136,7 @@ class QuantizableLayer(nn.Module):
         self.quant = QuantState(**quantizers)
         self.quant.train(self.training)
         self.relu = relu
-        self.execution, self.gradient_dtype = config.execution, config.gradient_dtype
+        self.execution, self.gradient_dtype, self.target = config.execution, config.gradient_dtype, config.target
 
     def _make_quantizers(self, config: QConfig) -> dict[str, FakeQuantizer]:
         raise NotImplementedError
@@ -156,19 +157,38 @@ class QuantizableLayer(nn.Module):
 class PairLayer(QuantizableLayer):
     """An operation on two tensors, each with a quantizer of its own."""
 
+    #: The inputs that get a quantizer.
+    quantized_inputs: tuple[str, ...] = ("input0", "input1")
+
     def __init__(self) -> None:
         super().__init__()
         self.relu = False
         self.quant = QuantState()
 
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Module,
+        config: QConfig,
+        *,
+        relu: bool = False,
+        quantize_output: bool = False,
+        inputs: tuple[str, ...] = ("input0", "input1"),
+    ) -> Self:
+        """The operation of ``module`` with quantizers at the inputs of these names."""
+        layer = cls.__new__(cls)
+        layer.__dict__ = module.__dict__.copy()
+        layer._modules = module._modules.copy()
+        layer.quantized_inputs = inputs
+        layer._attach(config, relu, quantize_output)
+        return layer
+
     def _make_quantizers(self, config: QConfig) -> dict[str, FakeQuantizer]:
-        return {name: activation_quantizer(config) for name in ("input0", "input1")}
+        return {name: activation_quantizer(config) for name in self.quantized_inputs}
 
     def _quantized_inputs(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        quant = self.quant
-        if quant.input0 is None or quant.input1 is None:
-            return a, b
-        return quant.input0(a), quant.input1(b)
+        first, second = self.quant.input0, self.quant.input1
+        return (a if first is None else first(a)), (b if second is None else second(b))
 
 
 class WeightedLayer(QuantizableLayer):

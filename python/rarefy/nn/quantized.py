@@ -23,6 +23,7 @@ class IntegerLayer(nn.Module):
 
     quant: QuantState
     relu: bool
+    target: str | None = None  #: as in QConfig
 
     def _output(self) -> tuple[Tensor, Tensor, int, int] | tuple[()]:
         """The grid of the bytes that are handed on, as the operators take it."""
@@ -55,6 +56,7 @@ class QuantizedLayer(IntegerLayer):
         self.quant = layer.quant
         self.relu = layer.relu
         self.channel_axis = layer.channel_axis
+        self.target = layer.target
         self.train(layer.training)
 
     @property

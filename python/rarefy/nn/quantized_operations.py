@@ -16,7 +16,7 @@ class QuantizedAdd(IntegerLayer):
     def __init__(self, layer: Add) -> None:
         super().__init__()
         self.quant = layer.quant
-        self.relu = layer.relu
+        self.relu, self.target = layer.relu, layer.target
         self.train(layer.training)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class QuantizedCat(IntegerLayer):
     def __init__(self, layer: Cat) -> None:
         super().__init__()
         self.quant = layer.quant
-        self.dim, self.relu = layer.dim, layer.relu
+        self.dim, self.relu, self.target = layer.dim, layer.relu, layer.target
         self.train(layer.training)
 
     def forward(self, *tensors: Tensor) -> Tensor:

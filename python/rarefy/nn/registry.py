@@ -111,4 +111,6 @@ def unsupported(module: nn.Module) -> str | None:
 
 def integer_type(layer: QuantizableLayer) -> type[nn.Module] | None:
     """What ``convert`` makes of a prepared layer; None when it stays simulated."""
+    if isinstance(layer, Add) and (layer.quant.input0 is None or layer.quant.input1 is None):
+        return None  # one of its inputs is floating point
     return _INTEGER.get(type(layer))

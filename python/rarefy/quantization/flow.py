@@ -52,14 +52,26 @@ class Flow:
     def __post_init__(self) -> None:
         self._consumers: dict[Key, list[Event]] = defaultdict(list)
         self._calls: dict[str, list[Event]] = defaultdict(list)
+        self._producers: dict[Key, Event] = {}
 
     def add(self, event: Event) -> None:
         """Append a call."""
         self.events.append(event)
         for key in dict.fromkeys(event.inputs):
             self._consumers[key].append(event)
+        for key in event.outputs:
+            if key not in event.inputs:
+                self._producers[key] = event
         if event.module is not None:
             self._calls[event.module].append(event)
+
+    def producer(self, key: Key) -> Event | None:
+        """The call that made a value; None for the model's inputs and parameters."""
+        return self._producers.get(key)
+
+    def consumers(self, key: Key) -> list[Event]:
+        """The calls that use a value."""
+        return self._consumers[key]
 
     def only_call(self, module: str) -> Event | None:
         """The one call of a layer; None when it ran not at all or several times."""
@@ -91,10 +103,6 @@ class Flow:
                 else:
                     consumers.append(consumer)
         return consumers, returned
-
-    def consumers(self, key: Key) -> list[Event]:
-        """The calls that use a value, in order."""
-        return self._consumers[key]
 
     def is_relu(self, event: Event | None) -> bool:
         """True for a ReLU, as a function or a module."""

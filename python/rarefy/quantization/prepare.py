@@ -8,28 +8,37 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rarefy import nn as rnn
-from rarefy._core.quantization import Latest, MinMax, MovingAverage
+from rarefy._core.quantization import Latest, MinMax, MovingAverage, TargetProfile
 from rarefy.nn.registry import Fold, Row, integer_type, is_layer, is_prepared, row_of, unsupported
 from rarefy.quantization.distributed import RangeSync
 from rarefy.quantization.fake_quantizer import FakeQuantizer, Observer
 from rarefy.quantization.fast_path import leave_fast_path
-from rarefy.quantization.flow import Flow, record
+from rarefy.quantization.flow import Event, Flow, record
 from rarefy.quantization.link import link
 from rarefy.quantization.memory_format import ChannelsLast
 from rarefy.quantization.qconfig import QConfig
 from rarefy.quantization.report import QuantizationReport, report
-from rarefy.quantization.selection import check_execution, check_strict, first_and_last, unmatched_overrides
+from rarefy.quantization.selection import (
+    check_execution,
+    check_strict,
+    first_and_last,
+    for_target,
+    unmatched_overrides,
+)
 from rarefy.quantization.tied import share_integers, tied_groups
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 @dataclass
@@ -43,6 +52,7 @@ class _Step:
     bn: str | None = None  # name of the batch normalization to fold in
     relu: bool = False
     quantize_output: bool = False
+    inputs: tuple[str, ...] | None = None  # of an operation on two tensors: those to quantize; None: both
 
 
 def _layers(model: nn.Module, config: QConfig, function: str) -> dict[str, nn.Module]:
@@ -80,6 +90,12 @@ def _plan(
             continue
         if row.layer.has_weight:
             check_execution(function, name, resolved)
+        if config.profile is not None:
+            kind = row.layer.__name__
+            if not config.profile.executes(kind) and config.override(name, module) is None:
+                skipped[name] = f"kept in FP32: {config.target} does not run it in integers"
+                continue
+            resolved = for_target(function, name, kind, resolved, config.profile)
         steps[name] = _Step(name, module, row, resolved)
     if flow is not None:
         for name in _never_called(steps, config, flow):
@@ -112,8 +128,9 @@ def _never_called(steps: dict[str, _Step], config: QConfig, flow: Flow) -> list[
     ]
 
 
-def _read_flow(model: nn.Module, steps: dict[str, _Step], flow: Flow) -> None:
+def _read_flow(model: nn.Module, steps: dict[str, _Step], flow: Flow, profile: TargetProfile | None) -> None:
     modules = dict(model.named_modules())
+    weighted = {name for name, step in steps.items() if step.row.layer.has_weight}
     for step in steps.values():
         event = flow.only_call(step.name)
         if event is None:
@@ -127,11 +144,34 @@ def _read_flow(model: nn.Module, steps: dict[str, _Step], flow: Flow) -> None:
                 event = consumer
                 consumer = flow.sole_consumer(event)
         step.relu = step.row.layer.fuses_relu and flow.is_relu(consumer)
-        if not step.row.layer.quantizes_output:
+        if step.row.layer is rnn.Add and profile is not None and profile.residual == "identity":
+            step.inputs = _identity_inputs(flow, flow.only_call(step.name), modules, weighted)
+        if not step.row.layer.quantizes_output or (profile is not None and not profile.quantizes_outputs):
             continue
         consumers, returned = flow.final_consumers(event)
         takes_float = [not (c.module in steps and steps[c.module].config.activation is not None) for c in consumers]
         step.quantize_output = bool(consumers) and not returned and all(takes_float)
+
+
+def _identity_inputs(
+    flow: Flow, add: Event | None, modules: dict[str, nn.Module], weighted: set[str]
+) -> tuple[str, ...]:
+    """The inputs of a residual addition to quantize where the layer before it adds in its epilogue: not that layer's."""
+    if add is None or len(add.inputs) != 2:
+        return ("input1",)
+    from_layer = []
+    for key in add.inputs:
+        made_by = flow.producer(key)
+        while made_by is not None and (
+            made_by.kind == "dropout"
+            or (made_by.module is not None and isinstance(modules[made_by.module], _BATCH_NORM))
+        ):
+            made_by = flow.producer(made_by.inputs[0])
+        readers = [call for call in flow.consumers(key) if key not in call.outputs]
+        from_layer.append(made_by is not None and made_by.module in weighted and len(readers) == 1)
+    if not any(from_layer):
+        return ("input0", "input1")
+    return ("input1",) if from_layer[0] else ("input0",)
 
 
 def _foldable(bn: nn.Module, layer: nn.Module, fold: Fold) -> bool:
@@ -145,7 +185,7 @@ def _foldable(bn: nn.Module, layer: nn.Module, fold: Fold) -> bool:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    return is_layer(module) or isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.ReLU))
+    return is_layer(module) or isinstance(module, (_BATCH_NORM, nn.ReLU))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -199,12 +239,15 @@ def _swap(
         flow = run(example_inputs, _is_watched)
     steps, skipped, unmatched = _plan(layers, config, function, flow, strict)
     if flow is not None:
-        _read_flow(model, steps, flow)
+        _read_flow(model, steps, flow, config.profile)
     # Build every layer first: the model is touched only when nothing can fail any more.
     swaps: list[tuple[str, nn.Module]] = []
     for step in steps.values():
         layer_config = step.config.with_observer(default_observer)
-        options = {"relu": step.relu, "quantize_output": step.quantize_output}
+        options: dict[str, Any] = {"relu": step.relu, "quantize_output": step.quantize_output}
+        if issubclass(step.row.layer, rnn.Add):
+            identity = config.profile is not None and config.profile.residual == "identity"
+            options["inputs"] = step.inputs or (("input1",) if identity else ("input0", "input1"))
         if step.bn is not None:
             fold = step.row.fold
             assert fold is not None
@@ -252,7 +295,9 @@ def prepare_qat(
 
     Args:
         model: any module with such layers. Parameter names and values stay.
-        config: schemes and overrides.
+        config: schemes, overrides, and the target. For one that adds a residual in the epilogue of the layer before it
+            ("tensorrt"), only the identity branch of ``rarefy.nn.Add`` is quantized: the input that does not come straight
+            from a layer with a weight in the example run, the second one without a run.
         example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
         inplace: swap the layers of ``model`` itself; Parameter objects stay the same, so an optimizer stays valid.
         strict: an override that matches no layer is an error, and so is a layer of a supported family that cannot be
@@ -265,8 +310,9 @@ def prepare_qat(
         The prepared model; ``model`` itself is unchanged unless ``inplace``.
 
     Raises:
-        ValueError: something is amiss with ``strict``, a layer cannot execute as the configuration demands, nothing is left
-            to quantize, or a layer is prepared already. The model is then as it was.
+        ValueError: something is amiss with ``strict``, a layer cannot execute as the configuration demands, or its target
+            does not execute the layer's schemes, nothing is left to quantize, or a layer is prepared already. The model is
+            then as it was.
     """
     sync = RangeSync(process_group) if sync_observers else None
     return _prepare(

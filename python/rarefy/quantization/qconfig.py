@@ -10,7 +10,14 @@ from typing import Literal
 import torch
 from torch import nn
 
-from rarefy._core.quantization import PerChannel, Scheme, validate_layer_config, why_not_integer
+from rarefy._core.quantization import (
+    PerChannel,
+    Scheme,
+    TargetProfile,
+    target_profile,
+    validate_layer_config,
+    why_not_integer,
+)
 from rarefy.quantization.fake_quantizer import Observer
 
 
@@ -32,9 +39,13 @@ class QConfig:
         execution: "integer" computes the forward pass on int8 kernels, "simulated" in floating point on values that lie on
             the grid; None is "integer" where the schemes allow it.
         gradient_dtype: type that gradients are computed in: ``torch.float32`` or ``torch.bfloat16``.
+        target: runtime that the model is for: "onnxruntime", "openvino", "tensorrt" or "qnn". ``prepare`` and
+            ``prepare_qat`` then refuse what it does not execute, and place quantizers as it wants them. None: none is
+            chosen yet. Of overrides, None or the same.
 
     Raises:
-        ValueError: a scheme that no layer can execute, an unknown execution or gradient_dtype.
+        ValueError: a scheme that no layer can execute, an unknown execution, gradient_dtype or target, or an override for
+            another target.
         TypeError: overrides are neither a mapping nor a function.
     """
 
@@ -47,6 +58,7 @@ class QConfig:
     first_last_fp32: bool = False
     execution: Literal["integer", "simulated"] | None = None
     gradient_dtype: torch.dtype = torch.float32
+    target: str | None = None
 
     def __post_init__(self) -> None:
         validate_layer_config(self.weight, self.activation, self.observer, self.gradient_dtype)
@@ -57,19 +69,45 @@ class QConfig:
                 f"[QConfig] overrides must be a mapping or a function of name and module, got "
                 f"{type(self.overrides).__name__}"
             )
+        if self.target is not None:
+            target_profile(self.target)
+        if isinstance(self.overrides, Mapping):
+            for key, value in self.overrides.items():
+                self._check_target(str(key), value)
+
+    def _check_target(self, key: str, value: object) -> None:
+        if isinstance(value, QConfig) and value.target not in (None, self.target):
+            raise ValueError(
+                f"[QConfig] an override must be for the same target ({self.target!r}), got {value.target!r} for {key}"
+            )
 
     @classmethod
-    def int8(cls, **changes: object) -> QConfig:
+    def int8(cls, *, target: str | None = None, reduce_range: bool = False, **changes: object) -> QConfig:
         """8 bits on both sides: what ONNX Runtime and oneDNN execute fastest on x86.
 
-        int8 symmetric per output channel [-127, 127] for weights, uint8 asymmetric per tensor for activations.
-        Keyword arguments replace fields.
+        int8 symmetric per output channel [-127, 127] for weights, uint8 asymmetric per tensor for activations; int8
+        symmetric activations for a target without zero points ("tensorrt").
+
+        Args:
+            target: runtime that the model is for, as in the class.
+            reduce_range: weights of 7 bits, [-63, 63], whose products processors without VNNI instructions add without
+                overflow.
+            **changes: replace fields.
         """
+        symmetric = target is not None and not target_profile(target).zero_points
         fields: dict[str, object] = {
-            "weight": Scheme(bits=8, symmetric=True, narrow_range=True, granularity=PerChannel(axis=0)),
-            "activation": Scheme(bits=8, symmetric=False),
+            "weight": Scheme(
+                bits=7 if reduce_range else 8, symmetric=True, narrow_range=True, granularity=PerChannel(axis=0)
+            ),
+            "activation": Scheme(bits=8, symmetric=symmetric),
+            "target": target,
         }
         return cls(**{**fields, **changes})  # type: ignore[arg-type]
+
+    @property
+    def profile(self) -> TargetProfile | None:
+        """What the target executes, and where it wants quantizers; None when no target is chosen."""
+        return None if self.target is None else target_profile(self.target)
 
     def why_not_integer(self) -> str | None:
         """Why a layer with these schemes cannot compute in integers; None when it can."""
@@ -89,6 +127,7 @@ class QConfig:
                 raise TypeError(
                     f"[QConfig] overrides must give a QConfig, None or NotImplemented, got {type(value).__name__} for {name}"
                 )
+            self._check_target(name, value)
             return value, getattr(self.overrides, "__name__", "function")
         found: tuple[object, str] | None = None
         for key, value in self.overrides.items():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from rarefy import nn as rnn
+from rarefy.nn._base import QuantizableLayer
 from rarefy.nn.registry import is_layer, is_prepared, unsupported
 from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.tied import tied_note
@@ -31,6 +32,7 @@ class QuantizationReport:
 
     layers: tuple[LayerReport, ...]
     warnings: tuple[str, ...] = ()  #: what the configuration asked for in vain
+    target: str | None = None  #: the runtime that the model was prepared for
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
@@ -47,11 +49,15 @@ class QuantizationReport:
         rows += [(e.name, e.kind, e.state, e.weight, e.activation, e.note) for e in self.layers]
         return rows
 
+    def _summary(self) -> str:
+        target = "" if self.target is None else f", for {self.target}"
+        return f"{len(self.quantized)} quantized, {len(self.skipped)} in FP32{target}"
+
     def __repr__(self) -> str:
         rows = self._rows()
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.append(f"{len(self.quantized)} quantized, {len(self.skipped)} in FP32")
+        lines.append(self._summary())
         lines += self.warnings
         return "\n".join(lines)
 
@@ -59,7 +65,7 @@ class QuantizationReport:
         head, *body = self._rows()
         cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
         lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-        summary = "; ".join([f"{len(self.quantized)} quantized, {len(self.skipped)} in FP32", *self.warnings])
+        summary = "; ".join([self._summary(), *self.warnings])
         return f"<table><caption>{html.escape(summary)}</caption><tr>{cells}</tr>{lines}</table>"
 
 
@@ -67,7 +73,7 @@ def _prepared(
     name: str, module: nn.Module, state: str, tied: str, contiguous: str = "", floats: str = ""
 ) -> LayerReport:
     quant: rnn.QuantState = module.quant  # type: ignore[assignment]
-    first = quant.input if quant.input is not None else quant.input0
+    first = next((q for q in (quant.input, quant.input0, quant.input1) if q is not None), None)
     notes = []
     if isinstance(module, rnn.ConvBnLayer):
         notes.append("batch norm folded")
@@ -110,10 +116,12 @@ def report(model: nn.Module) -> QuantizationReport:
     """What ``prepare_qat``, ``prepare`` or ``convert`` did to a model: a table that prints itself, also in notebooks."""
     skipped: dict[str, str] = getattr(model, "_rarefy_skipped", {})
     unlinked: dict[str, str] = getattr(model, "_rarefy_unlinked", {})
-    layers = []
+    layers, targets = [], []
     contiguous = getattr(model, "_rarefy_contiguous", "")
     holders: dict[int, str] = {}
     for name, module in model.named_modules():
+        if isinstance(module, (rnn.IntegerLayer, QuantizableLayer)):
+            targets.append(module.target)
         if isinstance(module, rnn.IntegerLayer):
             floats = unlinked.get(name, "")
             layers.append(_prepared(name, module, "integer", tied_note(model, name, holders), floats=floats))
@@ -123,4 +131,5 @@ def report(model: nn.Module) -> QuantizationReport:
             reason = skipped.get(name) or unsupported(module) or "not prepared"
             layers.append(LayerReport(name, type(module).__name__, "fp32", "", "", reason))
     unmatched = getattr(model, "_rarefy_unmatched", ())
-    return QuantizationReport(tuple(layers), tuple(f"override {shown} matches no layer" for shown in unmatched))
+    warnings = tuple(f"override {shown} matches no layer" for shown in unmatched)
+    return QuantizationReport(tuple(layers), warnings, next((name for name in targets if name is not None), None))

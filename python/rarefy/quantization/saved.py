@@ -97,7 +97,7 @@ def _describe(module: nn.Module) -> SavedLayer:
         channels_last = weight.dim() == 4 and not weight.is_contiguous()
     grids = {name: q.scheme for name, q in quant.named_children() if isinstance(q, FakeQuantizer)}
     following = None if quant.next is None else (quant.next.qmin, quant.next.qmax)
-    return SavedLayer(kind, bool(module.relu), channels_last, grids, following)
+    return SavedLayer(kind, bool(module.relu), channels_last, grids, following, module.target)
 
 
 def _state(function: str, model: nn.Module) -> dict[str, Tensor]:
@@ -233,6 +233,7 @@ class _Loader:
                 )
             )
         layer = row.layer.with_quantizers(module, quant, relu=saved.relu)
+        layer.target = saved.target
         if isinstance(layer, rnn.WeightedLayer):
             values, bias = self.tensors[f"{name}.weight"].to(device), self.tensors.get(f"{name}.bias")
             if saved.channels_last:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from torch import nn
 
+from rarefy._core.quantization import TargetProfile
 from rarefy.quantization.flow import Flow
 from rarefy.quantization.qconfig import QConfig
 
@@ -59,6 +61,19 @@ def check_strict(function: str, unmatched: Iterable[str], layers: Iterable[str],
             f"[{function}] every layer must be quantized or excluded by an override to None (or strict=False), but these "
             f"are not: {listed}"
         )
+
+
+def for_target(function: str, name: str, kind: str, config: QConfig, profile: TargetProfile) -> QConfig:
+    """The configuration of a layer of the target: with one scale for the weight where it knows none per channel.
+
+    Raises:
+        ValueError: the target does not execute the layer's schemes.
+    """
+    reason = profile.why_not(config.weight, config.activation, kind)
+    if reason is not None:
+        raise ValueError(f"[{function}] layer {name} must have schemes that the target executes, but {reason}")
+    assert config.weight is not None
+    return replace(config, weight=profile.adapt(config.weight, kind), target=profile.name)
 
 
 def check_execution(function: str, name: str, config: QConfig) -> None:

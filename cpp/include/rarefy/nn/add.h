@@ -39,6 +39,7 @@ class OperationModule : public torch::nn::Cloneable<Derived>, public Quantizable
     quant->set_next(state.next);
     quant->train(this->is_training());
     relu_ = state.relu;
+    target = state.target;
     mode_ = Mode::converted;
   }
 
@@ -56,13 +57,19 @@ class OperationModule : public torch::nn::Cloneable<Derived>, public Quantizable
 };
 
 /// a + b, the residual addition. Prepared, both inputs are quantized, each with its own parameters
-/// (`quant.input0`, `quant.input1`), as integer runtimes do.
+/// (`quant.input0`, `quant.input1`), as integer runtimes do; for a target that adds in the epilogue of the layer before it
+/// (quantization::Residual::identity) only the second input is, so that the layer's result goes first and the identity second.
 class RAREFY_API AddImpl : public OperationModule<AddImpl> {
  public:
   void pretty_print(std::ostream& stream) const override;
   std::string kind() const override { return "Add"; }
   /// a and b of one shape, or broadcastable.
   torch::Tensor forward(const torch::Tensor& a, const torch::Tensor& b);
+  /// The names of the inputs that prepare quantizes.
+  std::vector<std::string> quantized_inputs = {"input0", "input1"};
+
+ protected:
+  std::vector<std::string> inputs() const override { return quantized_inputs; }
 };
 TORCH_MODULE(Add);
 

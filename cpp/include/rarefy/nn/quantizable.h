@@ -50,6 +50,8 @@ class RAREFY_API QuantStateImpl : public torch::nn::Cloneable<QuantStateImpl> {
   const std::shared_ptr<ByteGridImpl>& next() const { return next_; }
   void set_next(std::shared_ptr<ByteGridImpl> grid);
 
+  /// Whether the tensor called `name` lies on a grid of bytes: integers of 8 bits or fewer.
+  bool has_bytes(const std::string& name) const;
   /// The grid of the quantizer called `name`, which must be there, as the operators of converted layers take it.
   ops::ByteGrid grid(const std::string& name) const;
   /// The grid of the bytes to give; unset where the result is floating point.
@@ -76,6 +78,7 @@ struct ConvertedState {
   torch::Tensor bias;    // float32 [out], or undefined
   bool relu = false;
   std::shared_ptr<ByteGridImpl> next;  // null where the result is floating point
+  std::string target;                  // see Quantizable::target
 };
 
 /// A layer that is floating point until `prepare` switches it on, and integer after `convert`. In C++ a typed member of a
@@ -110,6 +113,8 @@ class RAREFY_API Quantizable {
   /// How the configuration wants the layer to compute; see quantization::LayerConfig.
   std::optional<quantization::Execution> execution;
   c10::ScalarType gradient_dtype = c10::ScalarType::Float;
+  /// The runtime that the layer was prepared for (quantization::QConfig::target); empty when none was chosen.
+  std::string target;
   /// Why the layer stays in floating point, for report(); empty when nothing is known.
   std::string note;
 

@@ -70,6 +70,7 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     quant->train(this->is_training());
     quant->to(weight.device());
     relu_ = state.relu;
+    target = state.target;
     become_integer(state.weight, state.bias);
   }
 
@@ -126,7 +127,7 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     }
     const auto y = mode_ == Mode::floating   ? run_floating(x)
                    : mode_ == Mode::prepared ? run_prepared(x)
-                                             : compute(x, dequantized_weight(), bias);
+                                             : compute(quant->apply("input", x), dequantized_weight(), bias);
     return this->with_output_grid(relu_ ? ops::relu(y) : y);
   }
 
@@ -138,7 +139,7 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     }
   }
 
-  bool executes_integers() const { return quant->find("input") != nullptr; }
+  bool executes_integers() const { return quant->has_bytes("input"); }
 
   /// Whether a prepared layer computes with this input in integers. Throws c10::ValueError when it must and cannot.
   bool trains_in_integers(const torch::Tensor& x) const {

@@ -41,10 +41,18 @@ struct QConfig : LayerConfig {
   /// Keep the first and the last layer with a weight in FP32, in the order in which the modules are registered. An override
   /// that matches one of them counts before this.
   bool first_last_fp32 = false;
+  /// The runtime that the model is for (see target.h): prepare then refuses what it does not execute, and places quantizers
+  /// as it wants them. Unset: none is chosen yet.
+  std::optional<std::string> target;
 
   /// 8 bits on both sides: int8 symmetric per output channel [-127, 127] for weights, uint8 asymmetric per tensor for
-  /// activations. What ONNX Runtime and oneDNN execute fastest on x86.
-  RAREFY_API static QConfig int8();
+  /// activations, what ONNX Runtime and oneDNN execute fastest on x86. For a target without zero points, int8 symmetric
+  /// activations.
+  ///
+  /// reduce_range: weights of 7 bits, [-63, 63], whose products processors without VNNI instructions add without overflow.
+  ///
+  /// Throws c10::ValueError for an unknown target.
+  RAREFY_API static QConfig int8(std::optional<std::string> target = std::nullopt, bool reduce_range = false);
 
   /// The configuration of the layer called `name`; unset to keep it in FP32.
   RAREFY_API std::optional<LayerConfig> resolve(const std::string& name) const;

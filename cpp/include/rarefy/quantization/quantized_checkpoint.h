@@ -41,6 +41,8 @@ struct SavedLayer {
   std::map<std::string, Scheme> quantizers;
   /// The grid `<layer>.quant.next` of the bytes that the layer hands on; unset where it gives floats.
   std::optional<IntegerRange> next = std::nullopt;
+  /// The runtime that the layer was prepared for (QConfig::target); empty when none was chosen.
+  std::string target;
 
   bool operator==(const SavedLayer&) const = default;
 };

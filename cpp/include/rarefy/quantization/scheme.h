@@ -28,7 +28,7 @@ using Granularity = std::variant<PerTensor, PerChannel>;
 ///   signed     [-2^(bits-1), 2^(bits-1) - 1], one less at the bottom with narrow_range
 ///   unsigned   [0, 2^bits - 1],               one more at the bottom with narrow_range
 struct Scheme {
-  /// Width of the integers, 2 to 8.
+  /// Width of the integers: 2 to 8, or 16 (activations alone, which compute in floating point then).
   int64_t bits = 8;
   /// The zero point is fixed in the middle of the range (0 when signed); otherwise it follows the data.
   bool symmetric = true;
@@ -43,9 +43,9 @@ struct Scheme {
   RAREFY_API int64_t qmax() const;
   /// The channel axis, unset for PerTensor.
   RAREFY_API std::optional<int64_t> axis() const;
-  /// The type that stores the integers: int8 or uint8.
+  /// The type that stores the integers: int8 or uint8, int16 or uint16.
   RAREFY_API c10::ScalarType dtype() const;
-  /// Throws c10::ValueError for bits outside 2..8.
+  /// Throws c10::ValueError for bits other than 2 to 8 and 16.
   RAREFY_API void validate() const;
   /// "int8 symmetric per-channel(axis=0) [-127, 127]"
   RAREFY_API std::string str() const;

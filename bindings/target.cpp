@@ -1,0 +1,74 @@
+#include <rarefy/quantization/target.h>
+
+#include "bindings.h"
+
+namespace rarefy::python {
+
+void init_target(py::module_& parent) {
+  using namespace quantization;
+  auto m = parent.def_submodule("quantization");
+
+  py::class_<TargetProfile>(m, "TargetProfile",
+                            "What a runtime executes in integers, and where it wants the quantizers: plain data.")
+      .def_readonly("name", &TargetProfile::name)
+      .def_readonly("families", &TargetProfile::families, "Families of layers that run in integers.")
+      .def_readonly("per_channel", &TargetProfile::per_channel, "Families whose weights may have a scale per channel.")
+      .def_readonly("activation_bits", &TargetProfile::activation_bits, "Widths of activations.")
+      .def_readonly("wide_activations", &TargetProfile::wide_activations, "Whether files may hold 16-bit activations.")
+      .def_readonly("unsigned_activations", &TargetProfile::unsigned_activations,
+                    "Activations are written as uint8 or uint16.")
+      .def_readonly("zero_points", &TargetProfile::zero_points, "Whether zero points other than 0 exist.")
+      .def_readonly("weight_zero_points", &TargetProfile::weight_zero_points,
+                    "Whether the zero point of symmetric weights is written.")
+      .def_readonly("int4_weights", &TargetProfile::int4_weights,
+                    "Whether 4-bit weights of layers with a float input are stored as INT4.")
+      .def_property_readonly(
+          "residual", [](const TargetProfile& self) { return str(self.residual); },
+          "Inputs of a residual addition that are quantized: 'both' or 'identity'.")
+      .def_readonly("quantizes_outputs", &TargetProfile::quantizes_outputs,
+                    "Whether a result that only floating-point operations read gets a quantizer.")
+      .def_readonly("quantizes_before_moves", &TargetProfile::quantizes_before_moves,
+                    "Whether a quantizer behind pooling or reshaping is repeated before it.")
+      .def_property_readonly(
+          "clipping", [](const TargetProfile& self) { return str(self.clipping); },
+          "Where a ReLU before a quantizer goes: 'keep', 'saturate' or 'integers'.")
+      .def_readonly("splits_linear_bias", &TargetProfile::splits_linear_bias,
+                    "Whether the bias of a linear layer is written as Gemm or Sum.")
+      .def_readonly("pools_means", &TargetProfile::pools_means,
+                    "Whether the mean over both image axes is written as GlobalAveragePool.")
+      .def_readonly("residual_as_sum", &TargetProfile::residual_as_sum,
+                    "Whether a residual before a layer normalization is written as Sum.")
+      .def_readonly("oldest_opset", &TargetProfile::oldest_opset, "Oldest ONNX operator set that is written.")
+      .def_readonly("default_opset", &TargetProfile::default_opset,
+                    "ONNX operator set that is written when none is asked for.")
+      .def("executes", &TargetProfile::executes, py::arg("kind"),
+           "Whether layers of the kind ('Linear', 'Conv2d', 'Add', ...) run in integers.")
+      .def("has_per_channel", &TargetProfile::has_per_channel, py::arg("kind"),
+           "Whether weights of the kind may have a scale per channel.")
+      .def(
+          "adapt",
+          [](const TargetProfile& self, const Scheme& weight, const std::string& kind) {
+            return *self.adapt({.weight = weight}, kind).weight;
+          },
+          py::arg("weight"), py::arg("kind"),
+          "The weight's scheme, with one scale where the target knows no scales per channel for the kind.")
+      .def(
+          "why_not",
+          [](const TargetProfile& self, const std::optional<Scheme>& weight, const std::optional<Scheme>& activation,
+             const std::string& kind) { return self.why_not({.weight = weight, .activation = activation}, kind); },
+          py::arg("weight"), py::arg("activation"), py::arg("kind"),
+          "Why the runtime does not execute such a layer: the rule and the value; None when it does.")
+      .def("why_not_written", &TargetProfile::why_not_written, py::arg("activation"),
+           "Why no file for the runtime can hold activations on this grid; None when it can.")
+      .def("__repr__", [](const TargetProfile& self) { return "TargetProfile('" + self.name + "')"; })
+      .def(py::pickle([](const TargetProfile& self) { return py::make_tuple(self.name); },
+                      [](const py::tuple& state) { return target_profile(state[0].cast<std::string>()); }));
+
+  m.def("target_profile", &target_profile, py::arg("name"), py::return_value_policy::reference,
+        "The profile of a target. Raises ValueError, naming the known ones, for another name.");
+  m.def("target_names", &target_names, "The names that target_profile knows.");
+  m.def("layer_family", &layer_family, py::arg("kind"),
+        "'linear', 'conv', 'embedding', 'add', 'mul' or 'cat': the family of a kind of layer.");
+}
+
+}  // namespace rarefy::python

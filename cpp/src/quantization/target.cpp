@@ -1,0 +1,149 @@
+#include <c10/util/Exception.h>
+#include <fmt/ranges.h>
+#include <rarefy/quantization/target.h>
+
+#include <algorithm>
+
+namespace rarefy::quantization {
+namespace {
+
+const std::vector<std::string> kEveryFamily = {"linear", "conv", "embedding", "add", "mul", "cat"};
+
+const std::vector<TargetProfile>& profiles() {
+  static const std::vector<TargetProfile> table = {
+      // x86: convolutions, additions and 2-D products run in integers only with a quantizer right behind them, and only
+      // with uint8 activations; a ReLU goes only where the zero point is the smallest integer.
+      {.name = "onnxruntime",
+       .families = kEveryFamily,
+       .per_channel = {"linear", "conv", "embedding"},
+       .activation_bits = {5, 6, 7, 8},
+       .int4_weights = true,
+       .clipping = Clipping::integers,
+       .splits_linear_bias = true,
+       .pools_means = true,
+       .residual_as_sum = true},
+      // Grids of 255 or 256 levels only. A weight's zero point, even of zeros, costs it the int4 kernels.
+      {.name = "openvino",
+       .families = kEveryFamily,
+       .per_channel = {"linear", "conv", "embedding"},
+       .activation_bits = {8},
+       .weight_zero_points = false,
+       .int4_weights = true},
+      // Explicit quantization: quantizers on what weighted operators read and nowhere else, but for the identity branch
+      // of a residual. TensorRT 10.0 reads operator sets up to 20.
+      {.name = "tensorrt",
+       .families = {"linear", "conv", "add"},
+       .per_channel = {"linear", "conv"},
+       .activation_bits = {8},
+       .wide_activations = false,
+       .unsigned_activations = false,
+       .zero_points = false,
+       .residual = Residual::identity,
+       .quantizes_outputs = false,
+       .quantizes_before_moves = false,
+       .default_opset = 19},
+      // Every operator between quantizers; scales per channel for convolutions alone.
+      {.name = "qnn",
+       .families = kEveryFamily,
+       .per_channel = {"conv"},
+       .activation_bits = {8, 16},
+       .clipping = Clipping::saturate,
+       .pools_means = true},
+  };
+  return table;
+}
+
+template <typename T>
+bool contains(const std::vector<T>& values, const T& value) {
+  return std::find(values.begin(), values.end(), value) != values.end();
+}
+
+}  // namespace
+
+std::string layer_family(const std::string& kind) {
+  if (kind == "Linear" || kind == "TransposedLinear") {
+    return "linear";
+  }
+  if (kind.starts_with("Conv") && kind.ends_with("d")) {  // Conv1d, ConvBn1d, ...
+    return "conv";
+  }
+  for (const auto& [name, family] :
+       {std::pair("Embedding", "embedding"), {"Add", "add"}, {"Mul", "mul"}, {"Cat", "cat"}}) {
+    if (kind == name) {
+      return family;
+    }
+  }
+  TORCH_CHECK_VALUE(
+      false, "[layer_family] kind must be that of a layer that can be quantized (Linear, Conv2d, Add, ...), got ",
+      kind);
+}
+
+bool TargetProfile::executes(const std::string& kind) const { return contains(families, layer_family(kind)); }
+
+bool TargetProfile::has_per_channel(const std::string& kind) const { return contains(per_channel, layer_family(kind)); }
+
+LayerConfig TargetProfile::adapt(LayerConfig config, const std::string& kind) const {
+  if (config.weight.has_value() && !has_per_channel(kind)) {
+    config.weight->granularity = PerTensor{};
+  }
+  return config;
+}
+
+std::optional<std::string> TargetProfile::why_not_written(const Scheme& activation) const {
+  if (activation.axis().has_value()) {
+    return fmt::format("{} has one scale per activation, got {}", name, activation.str());
+  }
+  if (!zero_points && !(activation.symmetric && activation.signed_range())) {
+    return fmt::format("{} knows no zero points: activations must be symmetric and signed, got {}", name,
+                       activation.str());
+  }
+  if (!wide_activations && activation.bits > 8) {
+    return fmt::format("{} has no activations of 16 bits, got {}", name, activation.str());
+  }
+  const bool fills_type = !activation.narrow_range && (activation.bits == 8 || activation.bits == 16);
+  if (clipping != Clipping::integers && !fills_type) {
+    return fmt::format(
+        "{} saturates at the limits of the type only: activations must have 8 or 16 bits and their whole "
+        "range, got {}",
+        name, activation.str());
+  }
+  return std::nullopt;
+}
+
+std::optional<std::string> TargetProfile::why_not(const LayerConfig& config, const std::string& kind) const {
+  if (!executes(kind)) {
+    return fmt::format("{} runs {} in integers, got {}", name, fmt::join(families, ", "), kind);
+  }
+  if (!config.activation.has_value() || layer_family(kind) == "embedding") {
+    return std::nullopt;
+  }
+  if (!contains(activation_bits, config.activation->bits)) {
+    return fmt::format("{} executes activations of {} bits, got {}", name, fmt::join(activation_bits, ", "),
+                       config.activation->str());
+  }
+  return why_not_written(*config.activation);
+}
+
+const TargetProfile& target_profile(const std::string& name) {
+  const auto& table = profiles();
+  const auto found = std::find_if(table.begin(), table.end(), [&](const auto& row) { return row.name == name; });
+  TORCH_CHECK_VALUE(found != table.end(), "[target_profile] target must be one of ",
+                    fmt::format("{}", fmt::join(target_names(), ", ")), ", got '", name, "'");
+  return *found;
+}
+
+std::vector<std::string> target_names() {
+  std::vector<std::string> names;
+  for (const auto& row : profiles()) {
+    names.push_back(row.name);
+  }
+  return names;
+}
+
+std::string str(Clipping clipping) {
+  return clipping == Clipping::keep ? "keep" : clipping == Clipping::saturate ? "saturate" : "integers";
+}
+
+std::string str(Residual residual) { return residual == Residual::both ? "both" : "identity"; }
+
+}  // namespace rarefy::quantization

@@ -1,0 +1,103 @@
+"""What a model holds that a target's files cannot, or not everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rarefy import nn as rnn
+from rarefy._core.quantization import Latest, TargetProfile
+from rarefy.export.lowering import QuantizeDequantize, _LoweredConv, _LoweredLinear
+from rarefy.export.report import Overflow
+from rarefy.quantization import FakeQuantizer
+
+#: What layers are to a profile.
+_KINDS: tuple[tuple[type[nn.Module], str], ...] = (
+    (rnn.ConvLayer, "Conv2d"),
+    (rnn.QuantizedConv, "Conv2d"),
+    (rnn.Linear, "Linear"),
+    (rnn.TransposedLinear, "Linear"),
+    (rnn.QuantizedLinear, "Linear"),
+    (rnn.Embedding, "Embedding"),
+    (rnn.QuantizedEmbedding, "Embedding"),
+    (rnn.Add, "Add"),
+    (rnn.Mul, "Mul"),
+    (rnn.Cat, "Cat"),
+)
+
+
+def _activations(model: nn.Module) -> Iterator[tuple[str, FakeQuantizer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantizer) and not isinstance(module.observer, Latest):
+            yield name, module
+
+
+def check_target(function: str, model: nn.Module, profile: TargetProfile) -> None:
+    """Whether a file for the target can hold every layer and every grid of the model.
+
+    Raises:
+        ValueError: it cannot; names the layer, the rule and the value.
+    """
+    hint = f"prepare the model with QConfig.int8(target={profile.name!r})"
+    for name, quantizer in _activations(model):
+        reason = profile.why_not_written(quantizer.scheme)
+        if reason is not None:
+            raise ValueError(f"[{function}] {name} must have a grid that the target can hold, but {reason}; {hint}")
+    for name, module in model.named_modules():
+        kind = next((kind for type_, kind in _KINDS if isinstance(module, type_)), None)
+        state = getattr(module, "quant", None)
+        if kind is None or not isinstance(state, rnn.QuantState) or not state._modules:
+            continue
+        if not profile.executes(kind):
+            families = ", ".join(profile.families)
+            raise ValueError(
+                f"[{function}] layer {name} must be one that the target runs in integers ({profile.name}: {families}), got "
+                f"{type(module).__name__}; {hint}"
+            )
+        if state.weight is not None and state.weight.axis is not None and not profile.has_per_channel(kind):
+            raise ValueError(
+                f"[{function}] layer {name} must have one scale for its weight ({profile.name} has scales per channel for "
+                f"{', '.join(profile.per_channel)}), got {state.weight.scheme}; {hint}"
+            )
+
+
+def needs_wide_types(model: nn.Module) -> str | None:
+    """What in the model needs the integer types of operator set 21, or None."""
+    wide = [name for name, quantizer in _activations(model) if quantizer.scheme.bits == 16]
+    return f"16-bit activations ({wide[0]})" if wide else None
+
+
+def pairwise_overflow(lowered: nn.Module) -> tuple[Overflow, ...]:
+    """The layers whose sums may overflow where products of bytes are added in pairs in 16 bits (vpmaddubsw).
+
+    Such kernels compute a0 * w0 + a1 * w1 of unsigned activations a in [0, qmax] and weights that follow one another along
+    the input features or channels, and saturate at -32768 and 32767. That happens to some activations when
+    qmax * (max(w0, 0) + max(w1, 0)) > 32767 or qmax * (min(w0, 0) + min(w1, 0)) < -32768.
+
+    Args:
+        lowered: of `lower`, with unsigned activations. Layers with a float or signed input cannot overflow so.
+    """
+    found = []
+    for name, module in lowered.named_modules():
+        if not isinstance(module, (_LoweredConv, _LoweredLinear)):
+            continue
+        quantizer = module.quant.input
+        if not isinstance(quantizer, QuantizeDequantize) or quantizer.dtype != torch.uint8:
+            continue
+        weight = module._buffers["weight"]
+        assert weight is not None
+        if isinstance(module, _LoweredConv):
+            rows = weight.movedim(1, -1)  # [out, kernel..., in / groups]
+        else:
+            rows = weight.t() if module.matmul else weight
+        if rows.shape[-1] % 2:
+            rows = F.pad(rows, (0, 1))
+        pairs = rows.to(torch.int32).unflatten(-1, (-1, 2))
+        above = quantizer.qmax * pairs.clamp(min=0).sum(-1) > 32767
+        below = quantizer.qmax * pairs.clamp(max=0).sum(-1) < -32768
+        if count := int((above | below).sum()):
+            found.append(Overflow(name, count, above.numel()))
+    return tuple(found)
