@@ -15,6 +15,8 @@ void init_target(py::module_& parent) {
       .def_readonly("per_channel", &TargetProfile::per_channel, "Families whose weights may have a scale per channel.")
       .def_readonly("activation_bits", &TargetProfile::activation_bits, "Widths of activations.")
       .def_readonly("wide_activations", &TargetProfile::wide_activations, "Whether files may hold 16-bit activations.")
+      .def_readonly("narrow_grids", &TargetProfile::narrow_grids,
+                    "Whether grids that do not fill their type can be held, by a Clip of the integers.")
       .def_readonly("unsigned_activations", &TargetProfile::unsigned_activations,
                     "Activations are written as uint8 or uint16.")
       .def_readonly("zero_points", &TargetProfile::zero_points, "Whether zero points other than 0 exist.")

@@ -17,16 +17,20 @@ const std::vector<TargetProfile>& profiles() {
        .families = kEveryFamily,
        .per_channel = {"linear", "conv", "embedding"},
        .activation_bits = {5, 6, 7, 8},
+       .narrow_grids = true,
        .int4_weights = true,
        .clipping = Clipping::integers,
        .splits_linear_bias = true,
        .pools_means = true,
        .residual_as_sum = true},
-      // Grids of 255 or 256 levels only. A weight's zero point, even of zeros, costs it the int4 kernels.
+      // Grids of 255 or 256 levels; what it computes from 16 bits is wrong (2026.4.1). A weight's zero point, even of zeros,
+      // costs it the int4 kernels.
       {.name = "openvino",
        .families = kEveryFamily,
        .per_channel = {"linear", "conv", "embedding"},
        .activation_bits = {8},
+       .wide_activations = false,
+       .narrow_grids = true,
        .weight_zero_points = false,
        .int4_weights = true},
       // Explicit quantization: quantizers on what weighted operators read and nowhere else, but for the identity branch
@@ -101,7 +105,7 @@ std::optional<std::string> TargetProfile::why_not_written(const Scheme& activati
     return fmt::format("{} has no activations of 16 bits, got {}", name, activation.str());
   }
   const bool fills_type = !activation.narrow_range && (activation.bits == 8 || activation.bits == 16);
-  if (clipping != Clipping::integers && !fills_type) {
+  if ((!narrow_grids || activation.bits > 8) && !fills_type) {
     return fmt::format(
         "{} saturates at the limits of the type only: activations must have 8 or 16 bits and their whole "
         "range, got {}",

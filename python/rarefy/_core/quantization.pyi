@@ -18,8 +18,10 @@ __all__: list[str] = [
     "Scheme",
     "TargetProfile",
     "averaging_constant",
+    "clear_packed_weights",
     "has_exact_integer_products",
     "layer_family",
+    "packed_weight_count",
     "target_names",
     "target_profile",
     "validate_layer_config",
@@ -227,6 +229,11 @@ class TargetProfile:
     @property
     def name(self) -> str: ...
     @property
+    def narrow_grids(self) -> bool:
+        """
+        Whether grids that do not fill their type can be held, by a Clip of the integers.
+        """
+    @property
     def oldest_opset(self) -> int:
         """
         Oldest ONNX operator set that is written.
@@ -292,6 +299,11 @@ def averaging_constant(observer: MinMax | MovingAverage | Latest) -> float | Non
     The averaging constant that torch.ops.rarefy.observe takes for an observer.
     """
 
+def clear_packed_weights() -> None:
+    """
+    Drop the packed forms of all weights; they are made again when they are needed.
+    """
+
 def has_exact_integer_products() -> bool:
     """
     Whether the processor sums products of bytes in 32 bits, without saturating (AVX512-VNNI, AVX-VNNI).
@@ -300,6 +312,11 @@ def has_exact_integer_products() -> bool:
 def layer_family(kind: str) -> str:
     """
     'linear', 'conv', 'embedding', 'add', 'mul' or 'cat': the family of a kind of layer.
+    """
+
+def packed_weight_count() -> int:
+    """
+    How many weights of converted layers are kept packed for the CPU's int8 kernels.
     """
 
 def target_names() -> list[str]:

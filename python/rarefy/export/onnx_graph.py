@@ -182,7 +182,8 @@ def _clip_limits(node: ir.Node) -> tuple[float, float] | None:
 def absorb_clipping(graph: ir.Graph, integers: bool) -> None:
     """Moves Relu and Clip behind the quantizers that read them, as limits of the integers where those do not saturate.
 
-    round is monotone, so Q(clip(x, a, b)) = clip(Q(x), Q(a), Q(b)). Without `integers`, only what saturation does goes.
+    round is monotone, so Q(clip(x, a, b)) = clip(Q(x), Q(a), Q(b)). Without `integers`, and for 16 bits, which ONNX Runtime
+    has no Clip of, only what saturation does goes.
     """
     for node in nodes_of(graph, "Relu", "Clip"):
         limits = _clip_limits(node)
@@ -191,7 +192,8 @@ def absorb_clipping(graph: ir.Graph, integers: bool) -> None:
             continue
         if any(axis_of(q) is not None or len(q.inputs) < 3 or constant(q.inputs[2]) is None for q in quantizers):
             continue
-        if not integers and not all(_saturates_at(q, limits) for q in quantizers):
+        clips = integers and all(constant(q.inputs[2]).dtype.itemsize == 1 for q in quantizers)
+        if not clips and not all(_saturates_at(q, limits) for q in quantizers):
             continue
         for quantize in quantizers:
             _limit_integers(graph, quantize, limits)

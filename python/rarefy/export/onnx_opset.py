@@ -25,7 +25,6 @@ _IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 
 _SINCE = {
     "Trilu": 14,
     "HardSwish": 14,
-    "BatchNormalization": 15,
     "GridSample": 16,
     "LayerNormalization": 17,
     "DFT": 17,
@@ -37,7 +36,6 @@ _SINCE = {
     "Col2Im": 18,
     "GroupNormalization": 18,
     "Mish": 18,
-    "Resize": 18,
 }
 
 _REDUCTIONS = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
@@ -73,11 +71,13 @@ def choose_opset(function: str, opset: int | None, profile: TargetProfile, newes
 
 
 def lower_opset(model: ir.Model, opset: int) -> None:
-    """Rewrites a model of operator set 18 for an older one, 13 or more; leaves others as they are.
+    """Rewrites a model of operator set 18 for an older one, 13 or more, and gives a file the format's version that came
+    with its set, so that runtimes which know the one take the other.
 
     Raises:
         ValueError: a node that the older set cannot say.
     """
+    model.ir_version = _IR_VERSIONS.get(opset, model.ir_version)
     if opset >= EXPORTER_OPSET:
         return
     graph = model.graph
@@ -85,9 +85,11 @@ def lower_opset(model: ir.Model, opset: int) -> None:
         (18, _reductions_with_attributes),
         (18, _splits_with_sizes),
         (18, _pads_of_all_axes),
+        (18, _resizes_without_options),
         (17, _layer_norms_in_parts),
         (15, _shapes_in_parts),
         (14, _hard_swish_in_parts),
+        (14, _batch_norms_without_modes),
         (14, _reshapes_without_zeros),
     ]
     for version, rewrite in passes:
@@ -96,18 +98,20 @@ def lower_opset(model: ir.Model, opset: int) -> None:
     remove_unused(graph)
     for node in graph.all_nodes():
         if opset < _SINCE.get(node.op_type, 0):
-            raise _unsayable(node, opset, f"has {node.op_type} from {_SINCE[node.op_type]} on")
-        for name in ("reduction",):
-            if node.op_type.startswith("Scatter") and node.attributes.get_string(name, "none") != "none" and opset < 16:
-                raise _unsayable(node, opset, "has scattering with a reduction from 16 on")
+            raise _unsayable(node, opset, f"has {node.op_type} ({_SINCE[node.op_type]})")
+        if (
+            node.op_type.startswith("Scatter")
+            and node.attributes.get_string("reduction", "none") != "none"
+            and opset < 16
+        ):
+            raise _unsayable(node, opset, "has scattering with a reduction (16)")
     model.opset_imports[""] = graph.opset_imports[""] = opset
     for node in graph.all_nodes():
         node.version = None
-    model.ir_version = _IR_VERSIONS[opset]
 
 
 def _unsayable(node: ir.Node, opset: int, what: str) -> ValueError:
-    return ValueError(f"[to_onnx] opset must be one that {what}, got {opset} for node {node.name}")
+    return ValueError(f"[to_onnx] opset must be one that {what}, got {opset}, for node {node.name}")
 
 
 def _ints(value: ir.Value | None, node: ir.Node, opset: int, what: str) -> list[int]:
@@ -155,6 +159,27 @@ def _pads_of_all_axes(graph: ir.Graph) -> None:
         pads[:, [axis % rank for axis in axes]] = np.array(given).reshape(2, -1)
         node.replace_input_with(1, initializer(graph, f"{node.name}_pads", pads.reshape(-1)))
         node.resize_inputs(3)
+
+
+#: Attributes of Resize that came with 18, and what they are when they ask for nothing new.
+_RESIZE_DEFAULTS = {"antialias": 0, "keep_aspect_ratio_policy": "stretch"}
+
+
+def _resizes_without_options(graph: ir.Graph) -> None:
+    for node in nodes_of(graph, "Resize"):
+        for name, default in _RESIZE_DEFAULTS.items():
+            attribute = node.attributes.pop(name, None)
+            if attribute is not None and attribute.value != default:
+                raise _unsayable(node, 17, f"resizes with {name} (18)")
+        if "axes" in node.attributes:
+            raise _unsayable(node, 17, "resizes some axes (18)")
+
+
+def _batch_norms_without_modes(graph: ir.Graph) -> None:
+    for node in nodes_of(graph, "BatchNormalization"):
+        if node.attributes.get_int("training_mode", 0):
+            raise _unsayable(node, 13, "normalizes batches in training (14)")
+        node.attributes.pop("training_mode", None)
 
 
 def _layer_norms_in_parts(graph: ir.Graph) -> None:

@@ -73,6 +73,8 @@ def gather_integers(graph: ir.Graph) -> None:
         zero_point = constant(dequantize.inputs[2]) if len(dequantize.inputs) > 2 else None
         if constant(table) is None or len(table.shape) != 2 or axis_of(dequantize) not in (None, 0):
             continue
+        if axis_of(dequantize) == 0 and zero_point is not None and zero_point.any():
+            continue
         output, stem = node.outputs[0], node.name.rpartition("/")[0]
         rows = add_node(node, True, "Gather", [table, node.inputs[1]], output, table.dtype, f"{stem}/Gather")
         if axis_of(dequantize) is None:
@@ -80,8 +82,6 @@ def gather_integers(graph: ir.Graph) -> None:
             found = add_node(
                 node, True, "DequantizeLinear", [rows, *parameters], output, output.dtype, f"{stem}/DequantizeLinear"
             )
-        elif zero_point is not None and zero_point.any():
-            raise ValueError("[gather_integers] a table with a scale per row must be symmetric, got a zero point")
         else:
             column = initializer(graph, f"{scale.name}_column", constant(scale).reshape(-1, 1))
             real = add_node(node, True, "Cast", [rows], output, output.dtype, f"{stem}/Cast", {"to": int(output.dtype)})

@@ -24,8 +24,10 @@ _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (rnn.Embedding, "Embedding"),
     (rnn.QuantizedEmbedding, "Embedding"),
     (rnn.Add, "Add"),
+    (rnn.QuantizedAdd, "Add"),
     (rnn.Mul, "Mul"),
     (rnn.Cat, "Cat"),
+    (rnn.QuantizedCat, "Cat"),
 )
 
 

@@ -79,8 +79,9 @@ TEST_CASE("a target's rules name the rule and the value", "[target]") {
   REQUIRE(reason("onnxruntime", four) ==
           "onnxruntime executes activations of 5, 6, 7, 8 bits, got uint4 asymmetric per-tensor [0, 15]");
   REQUIRE_THAT(reason("openvino", four), ContainsSubstring("of 8 bits, got uint4"));
-  REQUIRE_THAT(reason("openvino", narrow), ContainsSubstring("whole range, got int8 symmetric per-tensor [-127, 127]"));
+  REQUIRE_THAT(reason("qnn", narrow), ContainsSubstring("whole range, got int8 symmetric per-tensor [-127, 127]"));
   REQUIRE(reason("onnxruntime", narrow).empty());
+  REQUIRE(reason("openvino", narrow).empty());
   REQUIRE(reason("qnn", sixteen).empty());
   REQUIRE_THAT(reason("tensorrt", sixteen), ContainsSubstring("of 8 bits, got uint16"));
   REQUIRE_THAT(reason("tensorrt", layer({.bits = 8}), "Embedding"),

@@ -38,6 +38,8 @@ struct TargetProfile {
   std::vector<int64_t> activation_bits;
   /// Whether files may hold activations of 16 bits, executed or not.
   bool wide_activations = true;
+  /// Whether grids that do not fill their type (fewer bits, [-127, 127]) can be held: by a Clip of the integers.
+  bool narrow_grids = false;
   /// Activations are written as uint8 or uint16: a signed zero point z as z + 2^(bits-1), which changes no value.
   bool unsigned_activations = true;
   /// Whether zero points other than 0 exist. Without them activations are symmetric and signed.
