@@ -26,7 +26,7 @@ SavedLayer make_layer(std::string kind, bool relu, bool channels_last, std::map<
 void write(const std::vector<std::string>& names, const std::vector<at::Tensor>& tensors,
            std::map<std::string, SavedLayer> layers, std::set<std::string> folded,
            const std::filesystem::path& folder) {
-  QuantizedCheckpoint checkpoint{std::move(layers), std::move(folded), {}};
+  QuantizedCheckpoint checkpoint{std::move(layers), std::move(folded), NamedTensors()};
   for (size_t i = 0; i < names.size(); ++i) {
     checkpoint.tensors.insert(names[i], tensors.at(i));
   }
