@@ -263,8 +263,9 @@ int main(int argc, char** argv) {
   if (mode == "--read") {
     return read_all(argc, argv);
   }
-  std::cerr << "usage: rarefy_parity --train EXECUTION MODEL DATA FIRST LAST OUT | --serve FOLDER DATA OUT | --continue MODEL BATCH OUT | "
-               "--pruned FILE BATCH OUT | --distill STUDENT TEACHER DATA OUT | --losses HINT CONTRASTIVE DATA OUT | "
-               "--read FILE...\n";
+  std::cerr
+      << "usage: rarefy_parity --train EXECUTION MODEL DATA FIRST LAST OUT | --serve FOLDER DATA OUT | --continue MODEL BATCH OUT | "
+         "--pruned FILE BATCH OUT | --distill STUDENT TEACHER DATA OUT | --losses HINT CONTRASTIVE DATA OUT | "
+         "--read FILE...\n";
   return 2;
 }

@@ -361,7 +361,9 @@ DESCRIPTIONS = {
     "no quantizers": (lambda d: d["layers"]["stem"].update(quantizers={}), "must say the quantizers of layer stem"),
     "no weight": (lambda d: d["layers"]["stem"]["quantizers"].pop("weight"), r"layer stem \(Conv2d\) must have a weight"),
     "relu": (lambda d: d["layers"]["stem"].update(relu=1), "must have true or false as relu, got 1"),
-    "bits": (lambda d: d["layers"]["stem"]["quantizers"]["input"].update(bits=9), "2 to 8 or 16 bits at stem.quant.input, got 9"),
+    "bits": (
+        lambda d: d["layers"]["stem"]["quantizers"]["input"].update(bits=9), "2 to 8 or 16 bits at stem.quant.input, got 9",
+    ),
     "range": (
         lambda d: d["layers"]["stem"]["quantizers"]["input"].update(qmax=127),
         "must have the integers 0 to 255 of a grid of 8 bits at stem.quant.input, got 0 to 127",

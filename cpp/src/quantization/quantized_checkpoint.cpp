@@ -139,8 +139,8 @@ Scheme read_scheme(JsonReader& reader, const std::string& name) {
     seen.insert(field);
     if (field == "bits") {
       scheme.bits = read_integer(reader, "bits");
-      reader.require((scheme.bits >= 2 && scheme.bits <= 8) || scheme.bits == 16, "must have 2 to 8 or 16 bits at ", name,
-                     ", got ", scheme.bits);
+      reader.require((scheme.bits >= 2 && scheme.bits <= 8) || scheme.bits == 16, "must have 2 to 8 or 16 bits at ",
+                     name, ", got ", scheme.bits);
     } else if (field == "symmetric") {
       scheme.symmetric = read_bool(reader, "symmetric");
     } else if (field == "signed") {
@@ -190,8 +190,8 @@ SavedLayer read_layer(JsonReader& reader, const std::string& name) {
         layer.quantizers[quantizer] = read_scheme(reader, fmt::format("{}.quant.{}", name, quantizer));
       });
     } else {
-      reader.require(false, "must describe a layer by kind, target, relu, channels_last, next and quantizers, got '", field,
-                     "' at ", name);
+      reader.require(false, "must describe a layer by kind, target, relu, channels_last, next and quantizers, got '",
+                     field, "' at ", name);
     }
   });
   reader.require(!layer.kind.empty(), "must say the kind of layer ", name);
