@@ -1,17 +1,11 @@
 #include <ATen/ops/empty.h>
-#include <fcntl.h>
-#include <fmt/format.h>
 #include <rarefy/checkpoint.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <bit>
-#include <cerrno>
-#include <random>
-#include <system_error>
 #include <utility>
 
+#include "pending_file.h"
 #include "safetensors_header.h"
 
 // A file is 8 bytes of header length, the header, and the tensors' bytes, all little-endian.
@@ -19,76 +13,6 @@ static_assert(std::endian::native == std::endian::little, "tensors are copied to
 
 namespace rarefy {
 namespace {
-
-std::string last_error() { return std::generic_category().message(errno); }
-
-/// A file descriptor, closed at the end of its scope.
-class Descriptor {
- public:
-  explicit Descriptor(int value) : value_(value) {}
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-  ~Descriptor() {
-    if (value_ >= 0) {
-      ::close(value_);
-    }
-  }
-  int get() const { return value_; }
-
- private:
-  int value_;
-};
-
-/// A new file beside `path` that takes its place on commit(), or is gone.
-class PendingFile {
- public:
-  explicit PendingFile(const std::filesystem::path& path)
-      : path_(path),
-        temporary_(name_beside(path)),
-        file_(::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)) {
-    require(file_.get() >= 0, "open");
-  }
-  PendingFile(const PendingFile&) = delete;
-  PendingFile& operator=(const PendingFile&) = delete;
-  ~PendingFile() {
-    if (!committed_ && file_.get() >= 0) {
-      ::unlink(temporary_.c_str());
-    }
-  }
-
-  void write(const void* data, size_t size) {
-    const auto* bytes = static_cast<const char*>(data);
-    while (size > 0) {
-      const auto written = ::write(file_.get(), bytes, size);
-      if (written < 0 && errno == EINTR) {
-        continue;
-      }
-      require(written >= 0, "write");
-      bytes += written;
-      size -= static_cast<size_t>(written);
-    }
-  }
-
-  void commit() {
-    require(::fsync(file_.get()) == 0, "write");
-    require(::rename(temporary_.c_str(), path_.c_str()) == 0, "rename");
-    committed_ = true;
-  }
-
- private:
-  static std::filesystem::path name_beside(const std::filesystem::path& path) {
-    std::random_device random;
-    return path.parent_path() / fmt::format(".{}.{:08x}{:08x}.tmp", path.filename().string(), random(), random());
-  }
-
-  void require(bool condition, const char* action) const {
-    TORCH_CHECK(condition, "[save_safetensors] cannot ", action, " ", path_.string(), ": ", last_error());
-  }
-
-  std::filesystem::path path_, temporary_;
-  Descriptor file_;
-  bool committed_ = false;
-};
 
 void read_exactly(const Descriptor& file, void* data, uint64_t size, const std::string& name) {
   auto* bytes = static_cast<char*>(data);
@@ -135,7 +59,7 @@ void save_safetensors(const NamedTensors& tensors, const std::filesystem::path& 
   TORCH_CHECK_VALUE(json.size() <= safetensors::kMaxHeader, "[save_safetensors] the header must have at most ",
                     safetensors::kMaxHeader, " bytes, got ", json.size());
 
-  PendingFile file(path);
+  PendingFile file(path, "save_safetensors");
   const auto length = static_cast<uint64_t>(json.size());
   file.write(&length, sizeof(length));
   file.write(json.data(), json.size());

@@ -1,10 +1,11 @@
-// Compress a classifier from start to end with only C++: teacher, distillation, pruning, quantization, int8.
+// Compress a classifier from start to end with only C++: teacher, distillation, pruning, quantization, int8, ONNX.
 //
 //   python examples/cpp/write_digits_csv.py digits.csv
 //   compress_mlp digits.csv --out out/compress_mlp [--seed N] [--quick]
 //
 // A large network is trained and teaches a small one. The small one is pruned while it trains, trained on with 8-bit
-// weights and activations, and switched to integer kernels. A table shows what each stage costs and gains.
+// weights and activations, written as an ONNX file, and switched to integer kernels. A table shows what each stage costs and
+// gains.
 
 #include <rarefy/rarefy.h>
 #include <torch/nn/functional/loss.h>
@@ -294,7 +295,11 @@ void run(const Options& options) {
   pruner.finalize();
   note("student, pruned, QAT", student, "student_qat.pt");
 
-  // 5. Integers from here on.
+  // 5. The trained integers as a file for other runtimes.
+  const auto report = rarefy::export_onnx(student, test.x.narrow(0, 0, 2), options.out / "student.onnx");
+  std::printf("%s\n", report.str().c_str());
+
+  // 6. Integers from here on.
   rarefy::quantization::convert(*student);
   note("student, pruned, int8", student, "student_int8.pt");
   std::printf("%s\n", rarefy::quantization::report(*student).c_str());

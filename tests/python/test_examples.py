@@ -502,6 +502,7 @@ def test_compress_mlp(digits_csv, tmp_path):
         assert rows[stage][2] < 0.22 * rows[stage][1]
     assert abs(rows["student, pruned, int8"][0] - rows["student, pruned, QAT"][0]) < 0.6
     assert (tmp_path / "student_int8.pt").stat().st_size < (tmp_path / "student.pt").stat().st_size / 2
+    assert (tmp_path / "student.onnx").stat().st_size < (tmp_path / "student.pt").stat().st_size / 3
     again = compress_mlp(digits_csv, "--out", tmp_path, "--quick", "--seed", 3)
     accuracies = {match[1]: float(match[2]) for match in line.finditer(again.stdout)}
     assert accuracies == {stage: values[0] for stage, values in rows.items()}

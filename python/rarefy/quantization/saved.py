@@ -152,6 +152,10 @@ class _Loader:
                     f"{name} must be a batch normalization in the model, as it was folded, got a {type(bn).__name__}"
                 )
             swaps[id(bn)] = rnn.SpentBatchNorm()
+        if any(saved.next is not None for saved in self.layers.values()):  # bytes flow, as after convert
+            for module in self.modules.values():
+                if type(module) is nn.MaxPool2d and not module.return_indices:
+                    swaps[id(module)] = rnn.MaxPool2d.from_float(module)
         rest = self._rest(swaps)
 
         skipped = {name: "saved in floating point" for name, module in self.modules.items() if is_layer(module)}

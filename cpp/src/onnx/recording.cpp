@@ -1,0 +1,105 @@
+#include "onnx/recording.h"
+
+#include <ATen/ops/arange.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/remainder.h>
+#include <c10/util/Exception.h>
+#include <rarefy/graph/constants.h>
+#include <rarefy/graph/record.h>
+
+#include <set>
+
+namespace rarefy::onnx {
+namespace {
+
+/// Copies with `count` rows: those that there are, from the first one again after the last.
+std::vector<at::Tensor> with_rows(const std::vector<at::Tensor>& inputs, int64_t count) {
+  std::vector<at::Tensor> out;
+  for (const auto& input : inputs) {
+    const auto rows =
+        at::remainder(at::arange(count, at::TensorOptions().dtype(at::kLong).device(input.device())), input.size(0));
+    out.push_back(input.index_select(0, rows));
+  }
+  return out;
+}
+
+/// Both runs must have called the same operators on the same tensors.
+void check_equal_runs(const graph::Graph& a, const graph::Graph& b, int64_t batch) {
+  const auto hint = " (dynamic_batch = false fixes the size of the batch)";
+  for (size_t i = 0; i < std::min(a.schedule.size(), b.schedule.size()); ++i) {
+    const auto &x = a.nodes[a.schedule[i]], &y = b.nodes[b.schedule[i]];
+    TORCH_CHECK_VALUE(
+        x.op == y.op && a.schedule[i] == b.schedule[i] && x.input_values == y.input_values && x.outputs == y.outputs,
+        "[export_onnx] the model must run the same operators for every batch, but runs ", x.describe(), " for ", batch,
+        " samples where it runs ", y.describe(), " for ", batch + 1, hint);
+  }
+  TORCH_CHECK_VALUE(a.schedule.size() == b.schedule.size() && a.outputs == b.outputs,
+                    "[export_onnx] the model must run the same operators for every batch, but runs ", a.schedule.size(),
+                    " of them for ", batch, " samples and ", b.schedule.size(), " for ", batch + 1, hint);
+  for (size_t i = 0; i < a.values.size() && i < b.values.size(); ++i) {
+    TORCH_CHECK_VALUE(a.values[i].sizes.size() == b.values[i].sizes.size(),
+                      "[export_onnx] the model's tensors must have as many dimensions for every batch", hint);
+  }
+}
+
+/// Constants that do not have a size of the batch must be equal; the others are looked at where they are used.
+/// The second copy of what is equal is given free.
+void check_equal_constants(const graph::Graph& a, graph::Graph& b) {
+  std::set<int64_t> read(a.outputs.begin(),
+                         a.outputs.end());  // inside of operators there are others, without data even
+  for (auto index : a.schedule) {
+    for (const auto& argument : a.nodes[index].input_values) {
+      read.insert(argument.begin(), argument.end());
+    }
+  }
+  read.erase(-1);
+  for (auto id : read) {
+    const auto& x = a.values[id];
+    auto& y = b.values[id];
+    if (x.origin != graph::Origin::constant || !x.tensor.defined() || x.sizes != y.sizes) {
+      continue;
+    }
+    TORCH_CHECK_VALUE(y.tensor.defined() && at::equal(x.tensor, y.tensor),
+                      "[export_onnx] constants must not depend on the size of the batch, but one of shape ",
+                      x.tensor.sizes(), " does (dynamic_batch = false fixes it)");
+    y.tensor.reset();
+  }
+}
+
+/// Parameters do not change any more: what is computed from them is constant.
+graph::Graph fold(graph::Graph graph) {
+  for (auto& value : graph.values) {
+    value.origin = value.origin == graph::Origin::parameter ? graph::Origin::buffer : value.origin;
+  }
+  return graph::fold_constants(graph);
+}
+
+}  // namespace
+
+Recording record_runs(torch::nn::Module& model,
+                      const std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>&)>& forward,
+                      const std::vector<at::Tensor>& inputs, bool dynamic) {
+  const auto record = [&](const std::vector<at::Tensor>& tensors) {
+    return graph::record(model, [&] { return forward(tensors); }, tensors);
+  };
+  Recording out;
+  if (!dynamic) {
+    std::vector<at::Tensor> copies;  // one tensor that is given twice is two inputs
+    for (const auto& input : inputs) {
+      copies.push_back(input.clone());
+    }
+    out.graph = fold(record(copies));
+    return out;
+  }
+  // With one sample, sizes of 1 that follow the batch look like those that broadcast.
+  out.batch = std::max<int64_t>(inputs.at(0).size(0), 2);
+  auto graph = record(with_rows(inputs, out.batch));
+  auto other = record(with_rows(inputs, out.batch + 1));
+  check_equal_runs(graph, other, out.batch);
+  out.graph = fold(std::move(graph));
+  out.other = fold(std::move(other));
+  check_equal_constants(out.graph, *out.other);
+  return out;
+}
+
+}  // namespace rarefy::onnx

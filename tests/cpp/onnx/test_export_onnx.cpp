@@ -1,0 +1,202 @@
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+#include <map>
+
+#include "catch.h"
+#include "models.h"
+
+// What export_onnx refuses, and what it leaves behind. That its files compute what the models compute is shown by
+// tests/python/test_cpp_onnx.py, which runs them.
+
+using Catch::Matchers::ContainsSubstring;
+using torch::Tensor;
+namespace fs = std::filesystem;
+namespace quantization = rarefy::quantization;
+
+namespace {
+
+struct Folder {
+  fs::path path;
+  Folder() : path(fs::temp_directory_path() / ("rarefy_onnx_" + std::to_string(::getpid()))) {
+    fs::create_directory(path);
+  }
+  Folder(const Folder&) = delete;
+  Folder& operator=(const Folder&) = delete;
+  ~Folder() { fs::remove_all(path); }
+  size_t files() const {
+    return static_cast<size_t>(std::distance(fs::directory_iterator(path), fs::directory_iterator()));
+  }
+};
+
+std::string bytes_of(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+/// The message of the ValueError that exporting gives, after which there must be no file.
+std::string refusal(torch::nn::Module& model, const rarefy::OnnxForward& forward, const std::vector<Tensor>& inputs,
+                    const rarefy::OnnxOptions& options = {}) {
+  const Folder folder;
+  try {
+    rarefy::export_onnx(model, forward, inputs, folder.path / "model.onnx", options);
+  } catch (const c10::ValueError& error) {
+    CHECK(folder.files() == 0);
+    return error.what_without_backtrace();
+  }
+  return "nothing was thrown";
+}
+
+rarefy::OnnxForward of(const std::function<Tensor(const Tensor&)>& function) {
+  return [=](const std::vector<Tensor>& inputs) { return std::vector<Tensor>{function(inputs[0])}; };
+}
+
+}  // namespace
+
+TEST_CASE("export_onnx reports what it wrote", "[onnx]") {
+  const Folder folder;
+  const auto path = folder.path / "model.onnx";
+  onnx_models::Residual model;
+  const auto x = torch::randn({4, 3, 12, 12});
+  quantization::prepare(*model, quantization::QConfig::int8());
+  quantization::calibrate(*model, [&] { model(x); });
+  model->train();
+  const auto report = rarefy::export_onnx(model, x, path);
+  CHECK(model->is_training());
+  CHECK(report.path == path);
+  CHECK(report.bytes == static_cast<int64_t>(fs::file_size(path)));
+  CHECK(report.target == "onnxruntime");
+  CHECK(report.opset == 21);
+  CHECK(report.inputs == std::vector<std::string>{"input: float32 [batch, 3, 12, 12]"});
+  CHECK(report.outputs == std::vector<std::string>{"output: float32 [batch, 5]"});
+  const std::map<std::string, int64_t> nodes(report.nodes.begin(), report.nodes.end());
+  CHECK(nodes.at("Conv") == 5);
+  CHECK(!nodes.contains("BatchNormalization"));
+  CHECK_THAT(report.str(), ContainsSubstring("5 Conv"));
+  CHECK(folder.files() == 1);
+
+  const auto before = bytes_of(path);
+  rarefy::export_onnx(model, x, path);
+  CHECK(bytes_of(path) == before);
+}
+
+TEST_CASE("export_onnx puts large weights into a file of their own", "[onnx]") {
+  const Folder folder;
+  const auto path = folder.path / "model.onnx";
+  torch::nn::Sequential model(torch::nn::Linear(64, 64), torch::nn::Linear(64, 3));
+  rarefy::OnnxOptions options;
+  options.external_data_above = 1000;
+  const auto report = rarefy::export_onnx(model, torch::randn({2, 64}), path, options);
+  const auto data = folder.path / "model.onnx.data";
+  REQUIRE(fs::exists(data));
+  CHECK(fs::file_size(data) == 64 * 64 * 4);  // the second weight is smaller than 1 KiB
+  CHECK(report.bytes == static_cast<int64_t>(fs::file_size(path) + fs::file_size(data)));
+  CHECK(folder.files() == 2);
+}
+
+TEST_CASE("export_onnx refuses arguments that are wrong", "[onnx]") {
+  torch::nn::Linear model(3, 2);
+  const auto x = torch::randn({2, 3});
+  const auto forward = of([&](const Tensor& input) { return model(input); });
+  const auto with = [&](const std::function<void(rarefy::OnnxOptions&)>& change) {
+    rarefy::OnnxOptions options;
+    change(options);
+    return refusal(*model, forward, {x}, options);
+  };
+  CHECK_THAT(with([](auto& o) { o.target = "abacus"; }), ContainsSubstring("target must be one of onnxruntime"));
+  CHECK_THAT(with([](auto& o) { o.opset = 12; }),
+             ContainsSubstring("[export_onnx] opset must be between 13 and 23 for onnxruntime, got 12"));
+  CHECK_THAT(with([](auto& o) { o.opset = 24; }), ContainsSubstring("got 24"));
+  CHECK_THAT(with([](auto& o) { o.input_names = {"a", "b"}; }),
+             ContainsSubstring("input_names must be 1 different names, got a, b"));
+  CHECK_THAT(with([](auto& o) { o.output_names = {"a", "a"}; }), ContainsSubstring("output_names must be 1 different"));
+  CHECK_THAT(with([](auto& o) {
+               o.input_names = {"x"};
+               o.output_names = {"x"};
+             }),
+             ContainsSubstring("inputs and outputs must have different names, got 'x' for both"));
+  CHECK_THAT(refusal(*model, forward, {}), ContainsSubstring("example_inputs must hold at least one tensor"));
+  CHECK_THAT(refusal(*model, forward, {x, torch::randn({3, 3})}),
+             ContainsSubstring("share the size of their first dimension, at least 1, got shapes [2, 3], [3, 3]"));
+  CHECK_THROWS_WITH(rarefy::export_onnx(model, x, "/nowhere/model.onnx"), ContainsSubstring("a folder that exists"));
+  CHECK_THROWS_WITH(rarefy::export_onnx(model, x, fs::temp_directory_path()),
+                    ContainsSubstring("path must name a file"));
+}
+
+TEST_CASE("export_onnx refuses quantizers that have no numbers to write", "[onnx]") {
+  onnx_models::Residual model;
+  const auto x = torch::randn({4, 3, 12, 12});
+  const auto forward = of([&](const Tensor& input) { return model(input); });
+  quantization::prepare(*model, quantization::QConfig::int8());
+  CHECK_THAT(refusal(*model, forward, {x}),
+             ContainsSubstring("have observed data (train a step, or calibrate), but these have not, got 10 of 16: "
+                               "stem.quant.input, conv1.quant.input"));
+  quantization::calibrate(*model, [&] { model(x); });
+  quantization::set_state(*model, std::nullopt, false);
+  CHECK_THAT(refusal(*model, forward, {x}), ContainsSubstring("these are switched off, got 16 of 16"));
+  quantization::set_state(*model, std::nullopt, true);
+  rarefy::OnnxOptions options;
+  options.target = "tensorrt";
+  CHECK_THAT(refusal(*model, forward, {x}, options),
+             ContainsSubstring("stem.quant.input: tensorrt knows no zero points: activations must be symmetric"));
+  model->fc->quant->find("input")->scale.zero_();
+  CHECK_THAT(refusal(*model, forward, {x}),
+             ContainsSubstring("scales must be finite and positive, got 0 to 0 in fc.quant.input"));
+}
+
+TEST_CASE("export_onnx names every operator that it does not know", "[onnx]") {
+  onnx_models::Residual model;
+  const auto x = torch::randn({4, 3, 12, 12});
+  const auto around = of([&](const Tensor& input) { return torch::cumsum(model(input.flip({1})), 1).flip({1}); });
+  CHECK_THAT(refusal(*model, around, {x}),
+             ContainsSubstring("every operator must have a form in ONNX that is known here, but aten::flip, "
+                               "aten::cumsum (after fc), aten::flip (after fc) have none"));
+  CHECK_THAT(refusal(*model, of([&](const Tensor& input) { return torch::max_pool2d(input[0], 2); }), {x}),
+             ContainsSubstring("aten::max_pool2d: its input must have a batch dimension"));
+}
+
+TEST_CASE("export_onnx refuses what cannot follow the batch", "[onnx]") {
+  torch::nn::Linear model(3, 2);
+  const auto x = torch::randn({2, 3});
+  const auto refused = [&](const std::function<Tensor(const Tensor&)>& function) {
+    return refusal(*model, of(function), {x});
+  };
+  CHECK_THAT(refused([](const Tensor& y) { return y.select(0, y.size(0) - 1); }),
+             ContainsSubstring("aten::select: argument 'index' must not depend on the size of the batch"));
+  CHECK_THAT(refused([](const Tensor& y) { return y + torch::arange(y.size(0)).view({-1, 1}); }),
+             ContainsSubstring("aten::add: argument 'other' has values that depend on the size of the batch"));
+  CHECK_THAT(refused([](const Tensor& y) { return y * torch::full({3}, static_cast<double>(y.size(0))); }),
+             ContainsSubstring("constants must not depend on the size of the batch"));
+  CHECK_THAT(refused([](const Tensor& y) { return y * static_cast<double>(y.size(0)); }),
+             ContainsSubstring("argument 'other' must not depend on the size of the batch"));
+  CHECK_THAT(refused([](const Tensor& y) { return y.size(0) > 2 ? y.neg() : y.abs(); }),
+             ContainsSubstring(
+                 "the same operators for every batch, but runs aten::abs for 2 samples where it runs aten::neg"));
+  CHECK_THAT(refused([](const Tensor& y) { return torch::cat(y.unbind(0)); }),
+             ContainsSubstring("the same operators for every batch"));
+  const Folder folder;
+  rarefy::OnnxOptions options;
+  options.dynamic_batch = false;
+  const auto last = of([](const Tensor& y) { return y.select(0, y.size(0) - 1); });
+  const auto report = rarefy::export_onnx(*model, last, {x}, folder.path / "model.onnx", options);
+  CHECK(report.inputs == std::vector<std::string>{"input: float32 [2, 3]"});
+}
+
+TEST_CASE("export_onnx refuses what a value of ONNX cannot do", "[onnx]") {
+  torch::nn::Linear model(3, 2);
+  const auto x = torch::randn({2, 3});
+  CHECK_THAT(refusal(*model, of([](const Tensor& input) {
+               auto y = input * 1, view = y.view({-1});
+               view.add_(1);
+               return y;
+             }),
+                     {x}),
+             ContainsSubstring("aten::add_: a tensor that is changed in place must not be read through another view"));
+  CHECK_THAT(
+      refusal(*model,
+              of([](const Tensor& input) { return input.sum().item<double>() > 0 ? input.abs() : input.neg(); }), {x}),
+      ContainsSubstring("aten::item"));
+  CHECK_THAT(refusal(*model, of([](const Tensor& input) { return torch::dropout(input, 0.5, true); }), {x}),
+             ContainsSubstring("dropout must be off"));
+}

@@ -1,0 +1,177 @@
+"""The files that C++ writes (rarefy::export_onnx), checked and run, against the outputs of the C++ models."""
+
+import subprocess
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+load_file = pytest.importorskip("safetensors.numpy").load_file
+
+from rarefy.export.onnx_verify import check_operators  # noqa: E402
+
+NETWORKS = ("residual", "mlp", "transformer", "signals", "patches")
+TARGETS = ("onnxruntime", "openvino", "tensorrt", "qnn")
+CASES = [
+    *(f"{network}-{target}" for network in NETWORKS for target in TARGETS),
+    *(f"{network}-onnxruntime-{opset}" for network in NETWORKS for opset in (13, 17, 18, 21)),
+    *(f"{network}-{kind}-onnxruntime" for network in NETWORKS for kind in ("signed", "exact", "float", "converted")),
+    *(f"{network}-converted-tensorrt" for network in NETWORKS),
+    "bytes",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(request, tmp_path_factory):
+    program = request.config.rootpath / "build" / "dev" / "tests" / "cpp" / "rarefy_onnx_models"
+    if not program.exists():
+        pytest.skip("rarefy_onnx_models is not built (-DRAREFY_BUILD_TESTS=ON)")
+    folder = tmp_path_factory.mktemp("cpp_onnx")
+    subprocess.run([program, folder], check=True, timeout=300, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def run(path, inputs, optimized=True):
+    options = onnxruntime.SessionOptions()
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    feeds = {value.name: array for value, array in zip(session.get_inputs(), inputs, strict=True)}
+    return session.run(None, feeds)
+
+
+def load(folder, case):
+    model = onnx.load(folder / f"{case}.onnx")
+    tensors = load_file(folder / f"{case}.safetensors")
+    inputs = [tensors[f"input.{i}"] for i in range(len(model.graph.input))]
+    outputs = [tensors[f"output.{i}"] for i in range(len(model.graph.output))]
+    return model, inputs, outputs
+
+
+def distance(got, want):
+    """Root mean square of the difference, in that of the output."""
+    assert got.shape == want.shape
+    assert got.dtype == want.dtype
+    return float(np.sqrt(np.mean((got - want) ** 2)) / np.sqrt(np.mean(want**2)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_runs_as_the_model(folder, case):
+    path = folder / f"{case}.onnx"
+    model, inputs, outputs = load(folder, case)
+    onnx.checker.check_model(model, full_check=True)
+    assert model.producer_name == "rarefy"
+    # Float sums in another order: 1e-5, and 1e-6 where those before the quantizers are exact. A value on the other side
+    # of a tie is a step of 8 bits, and it spreads.
+    exact = case == "bytes" or "exact" in case
+    rounded = 0.1 if case == "bytes" else 2e-2  # its steps are 1/8, and many of its sums lie on ties
+    for optimized, tolerance in ((False, 1e-6 if exact else 5e-3), (True, rounded)):
+        tolerance = 1e-5 if "float" in case else tolerance
+        for got, want in zip(run(path, inputs, optimized), outputs, strict=True):
+            assert distance(got, want) <= tolerance, f"optimized={optimized}"
+    one = run(path, [x[:1] for x in inputs])
+    for got, want in zip(one, outputs, strict=True):
+        assert got.shape == want[:1].shape
+
+
+@pytest.mark.parametrize("opset", range(13, 24))
+def test_every_operator(folder, opset):
+    path = folder / f"operators-{opset}.onnx"
+    onnx.checker.check_model(path, full_check=True)
+    tensors = load_file(folder / "operators.safetensors")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    results = session.run(None, {"input_0": tensors["input.0"], "input_1": tensors["input.1"]})
+    names = [value.name for value in session.get_outputs()]
+    assert len(names) == len(tensors) - 2 > 50
+    for name, got in zip(names, results, strict=True):
+        np.testing.assert_allclose(got, tensors[name], rtol=1e-4, atol=2e-5, err_msg=name)
+        assert got.dtype == tensors[name].dtype, name
+
+
+def in_float(folder, case):
+    path = folder / f"{case}.onnx"
+    return {operator.name for operator in check_operators(path, onnx.load(path)) if not operator.integer}
+
+
+@pytest.mark.parametrize("case", ["", "-signed", "-13", "-21"])
+def test_onnx_runtime_computes_in_integers(folder, case):
+    """But where the model has no quantizer behind an operator that needs one."""
+    kind, opset = ("", case) if case[1:].isdigit() else (case, "")
+    assert in_float(folder, f"residual{kind}-onnxruntime{opset}") == {"add2/Add"}
+    assert in_float(folder, f"mlp{kind}-onnxruntime{opset}") == set()
+    scores = {"MatMul", "MatMul_2"}
+    if opset != "-13":  # LayerNormalization came with 17
+        assert in_float(folder, f"transformer{kind}-onnxruntime{opset}") == scores
+    assert "volume/Conv" not in in_float(folder, f"signals{kind}-onnxruntime{opset}")
+
+
+def constants(model):
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def quantizers(folder, case, op_type="QuantizeLinear"):
+    model = onnx.load(folder / f"{case}.onnx")
+    values = constants(model)
+    return [[values.get(name) for name in node.input] for node in model.graph.node if node.op_type == op_type]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_targets_get_the_integers_that_they_know(folder, network):
+    for _, _, zero_point in quantizers(folder, f"{network}-tensorrt"):
+        assert zero_point.dtype == np.int8
+        assert not zero_point.any()
+    for target in ("onnxruntime", "openvino", "qnn"):
+        assert all(zero_point.dtype == np.uint8 for _, _, zero_point in quantizers(folder, f"{network}-{target}"))
+    weights = [
+        inputs for inputs in quantizers(folder, f"{network}-openvino", "DequantizeLinear") if inputs[0] is not None
+    ]
+    assert weights
+    assert all(len(inputs) == 2 and inputs[0].dtype == np.int8 for inputs in weights)
+    weights = [
+        inputs for inputs in quantizers(folder, f"{network}-tensorrt", "DequantizeLinear") if inputs[0] is not None
+    ]
+    assert weights
+    assert all(not zero_point.any() for _, _, zero_point in weights)
+
+
+def test_weights_are_integers_and_biases_float(folder):
+    values = constants(onnx.load(folder / "residual-onnxruntime.onnx"))
+    for name in ("stem", "conv1", "conv2", "conv3", "shortcut"):
+        assert values[f"{name}.weight"].dtype == np.int8
+        assert values[f"{name}.weight_scale"].shape == values[f"{name}.weight"].shape[:1]
+        assert np.abs(values[f"{name}.weight"]).max(axis=(1, 2, 3)).min() == 127  # every channel uses its range
+    assert values["fc.weight"].shape == (16, 5)  # as it is multiplied
+    assert values["fc.bias"].dtype == np.float32
+    assert not any("bn" in name for name in values)
+
+
+def test_tables_are_looked_up_as_integers(folder):
+    model = onnx.load(folder / "transformer-onnxruntime.onnx")
+    assert constants(model)["words.weight"].dtype == np.int8
+    gather = next(node for node in model.graph.node if node.op_type == "Gather" and node.input[0] == "words.weight")
+    assert gather.input[1] == "input"
+
+
+def test_max_pooling_runs_on_bytes(folder):
+    model = onnx.load(folder / "residual-onnxruntime.onnx")
+    nodes = {output: node for node in model.graph.node for output in node.output}
+    pool = next(node for node in model.graph.node if node.op_type == "MaxPool")
+    before = nodes[pool.input[0]]
+    after = next(node for node in model.graph.node if pool.output[0] in node.input)
+    assert before.op_type == "DequantizeLinear"
+    assert after.op_type == "QuantizeLinear"
+    assert list(before.input)[1:] == list(after.input)[1:]
+    assert not any(node.op_type == "Relu" and "add2" not in node.input[0] for node in model.graph.node)
+
+
+def test_openvino_reads_it(folder):
+    openvino = pytest.importorskip("openvino")
+    core = openvino.Core()
+    for network in NETWORKS:
+        _, inputs, outputs = load(folder, f"{network}-openvino")
+        model = core.compile_model(folder / f"{network}-openvino.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        for got, want in zip(model(inputs).values(), outputs, strict=True):
+            assert distance(got, want) < 2e-2
