@@ -40,6 +40,7 @@ void init_target(py::module_& parent) {
                     "Whether the mean over both image axes is written as GlobalAveragePool.")
       .def_readonly("residual_as_sum", &TargetProfile::residual_as_sum,
                     "Whether a residual before a layer normalization is written as Sum.")
+      .def_readonly("dynamic_shapes", &TargetProfile::dynamic_shapes, "Whether inputs may have axes of any size.")
       .def_readonly("oldest_opset", &TargetProfile::oldest_opset, "Oldest ONNX operator set that is written.")
       .def_readonly("default_opset", &TargetProfile::default_opset,
                     "ONNX operator set that is written when none is asked for.")

@@ -19,6 +19,7 @@ CASES = [
     *(f"{network}-{kind}-onnxruntime" for network in NETWORKS for kind in ("signed", "exact", "float", "converted")),
     *(f"{network}-converted-tensorrt" for network in NETWORKS),
     "bytes",
+    "transformer-float-external-onnxruntime",
 ]
 
 
@@ -146,6 +147,15 @@ def test_weights_are_integers_and_biases_float(folder):
     assert values["fc.weight"].shape == (16, 5)  # as it is multiplied
     assert values["fc.bias"].dtype == np.float32
     assert not any("bn" in name for name in values)
+
+
+def test_large_weights_are_in_a_file_of_their_own(folder):
+    path = folder / "transformer-float-external-onnxruntime.onnx"
+    model = onnx.load(path, load_external_data=False)
+    entries = {t.name: {e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.external_data}
+    assert {"up.weight", "down.weight", "query.weight"} <= set(entries)
+    assert {entry["location"] for entry in entries.values()} == {f"{path.name}.data"}
+    assert all(int(entry["offset"]) % 4096 == 0 and int(entry["length"]) >= 1024 for entry in entries.values())
 
 
 def test_tables_are_looked_up_as_integers(folder):

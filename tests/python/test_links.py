@@ -243,6 +243,14 @@ def test_a_product_stays_simulated_and_says_why():
     assert linked.a.quant.next is None
 
 
+def test_sixteen_bits_stay_simulated():
+    x = torch.randn(4, 6)
+    model = prepared(Reads(BYTES["chain"]), x, activation=rf.quantization.Scheme(bits=16))
+    linked = convert(model, x)
+    assert type(linked.first) is rf.nn.Linear
+    assert torch.equal(linked(x), model(x))
+
+
 # --- Compilers ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def test_exported_program_runs():

@@ -23,6 +23,9 @@ std::vector<int64_t> spatial(const Call& c, const Shape& shape, size_t dims) {
   return out;
 }
 
+/// Of the operators that pool: bytes have one of their own, with another name for its argument.
+const char* pooled(const Call& c) { return c.node().op.name.starts_with("rarefy::") ? "x" : "self"; }
+
 void require_batch(const Call& c, std::string_view input, size_t dims) {
   if (c.shape_of(input).size() != dims + 2) {
     c.refuse("its input must have a batch dimension");
@@ -160,14 +163,14 @@ struct Window {
 };
 
 Window window_of(const Call& c, size_t dims) {
-  require_batch(c, "self", dims);
+  require_batch(c, pooled(c), dims);
   Window w;
   w.kernel = c.integers("kernel_size", dims);
   w.stride = c.integers("stride", dims);
   w.stride = w.stride.empty() ? w.kernel : w.stride;
   w.dilation = c.has("dilation") ? c.integers("dilation", dims) : std::vector<int64_t>(dims, 1);
   w.pads = both_sides(c.integers("padding", dims));
-  const auto in = spatial(c, c.shape_of("self"), dims), out = spatial(c, c.result_shape(), dims);
+  const auto in = spatial(c, c.shape_of(pooled(c)), dims), out = spatial(c, c.result_shape(), dims);
   for (size_t i = 0; i < dims; ++i) {
     // torch and ONNX do not agree on which last windows there are: the pads are made to give the sizes of the run.
     const auto reach = (out[i] - 1) * w.stride[i] + w.dilation[i] * (w.kernel[i] - 1) + 1;
@@ -181,7 +184,7 @@ Window window_of(const Call& c, size_t dims) {
 Rule max_pool(size_t dims) {
   return [dims](const Call& c) -> std::vector<Value*> {
     const auto w = window_of(c, dims);
-    return {c.t.emit("MaxPool", {c.tensor("self")},
+    return {c.t.emit("MaxPool", {c.tensor(pooled(c))},
                      {{"kernel_shape", w.kernel}, {"strides", w.stride}, {"pads", w.pads}, {"dilations", w.dilation}})};
   };
 }
@@ -348,7 +351,7 @@ void add_layer_rules(Rules& rules) {
   rules["baddbmm"] = added_product("batch1", "batch2");
   rules["embedding"] = embedding;
   rules["max_pool1d"] = max_pool(1);
-  rules["max_pool2d"] = max_pool(2);
+  rules["max_pool2d"] = rules["rarefy::max_pool2d_bytes"] = max_pool(2);
   rules["max_pool3d"] = max_pool(3);
   rules["avg_pool1d"] = average_pool(1);
   rules["avg_pool2d"] = average_pool(2);

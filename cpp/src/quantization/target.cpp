@@ -52,7 +52,8 @@ const std::vector<TargetProfile>& profiles() {
        .per_channel = {"conv"},
        .activation_bits = {8, 16},
        .clipping = Clipping::saturate,
-       .pools_means = true},
+       .pools_means = true,
+       .dynamic_shapes = false},
   };
   return table;
 }

@@ -269,6 +269,11 @@ class TargetProfile:
         ONNX operator set that is written when none is asked for.
         """
     @property
+    def dynamic_shapes(self) -> bool:
+        """
+        Whether inputs may have axes of any size.
+        """
+    @property
     def families(self) -> list[str]:
         """
         Families of layers that run in integers.

@@ -182,7 +182,12 @@ class _LoweredEmbedding(_LoweredWeighted):
         super().__init__(module, form, transposed=False)
 
     def forward(self, indices: Tensor) -> Tensor:
-        return F.embedding(indices, self.float_weight())
+        if torch.compiler.is_exporting() or self.quantizes or self.axis not in (None, 0):
+            return F.embedding(indices, self.float_weight())
+        rows = F.embedding(indices, self._buffers["weight"]).float()  # the same numbers without a table of floats
+        if self.axis is None:
+            return (rows - self.zero_point) * self.scale
+        return (rows - self.zero_point[indices].unsqueeze(-1)) * self.scale[indices].unsqueeze(-1)
 
 
 class _LoweredAdd(_Lowered):

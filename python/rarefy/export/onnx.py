@@ -8,7 +8,6 @@ import importlib.util
 import logging
 import os
 import time
-import uuid
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,15 +18,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rarefy._core.quantization import target_names, target_profile
+from rarefy._core.quantization import TargetProfile, target_names, target_profile
 from rarefy.export.decompose import decomposing_where_needed
+from rarefy.export.files import Staged, staged
 from rarefy.export.lowering import check_quantizers, lower, without_rounding
 from rarefy.export.report import ExportReport
+from rarefy.export.shapes import Axes, free_axes, other_sizes, resized, sizes_of, traceable
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
+    import onnx_ir as ir
 
-_LARGEST_FILE = 2**31 - 1  # of one protobuf message
+    from rarefy.export.onnx_verify import Case
+
+_SMALL_TENSOR = 1024  # bytes
+_LARGEST_FILE = 1536 << 20  # bytes of tensors in one protobuf message, which must stay below 2 GiB
 
 
 def to_onnx(
@@ -37,7 +43,8 @@ def to_onnx(
     *,
     target: str = "onnxruntime",
     opset: int | None = None,
-    dynamic_batch: bool = True,
+    dynamic_batch: bool | None = None,
+    dynamic_shapes: Mapping[str, Mapping[int, str]] | Sequence[Mapping[int, str] | None] | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     verify: bool = True,
@@ -59,11 +66,16 @@ def to_onnx(
         target: the runtime: "onnxruntime", "openvino", "tensorrt" or "qnn".
         opset: version of the ONNX operator set, 13 or more, and 21 or more for 16-bit activations; 21 unless given, 19 for
             TensorRT. From 21 on 4-bit weights of layers with a float input take half a byte.
-        dynamic_batch: the file takes any size of the first dimension, which all inputs must share.
+        dynamic_batch: the file takes any size of the first dimension, which all inputs must share. True unless the target
+            needs fixed sizes.
+        dynamic_shapes: further axes of any size, by input and axis, with their names in the file:
+            ``{"input_ids": {1: "sequence"}, "attention_mask": {1: "sequence"}}``, or one mapping (or None) per input. Axes of
+            one name have one size. A name given to axis 0 takes the place of "batch".
         input_names, output_names: names in the file; by default input (input_0, ... if several) or the argument names,
             and output (output_0, ...).
-        verify: run the ONNX checker, and the file in ONNX Runtime with optimizations off and on against the eager
-            model, on the example and on one more batch size. Without it only the checker runs.
+        verify: run the file against the eager model: every quantized tensor on the example, and the outputs on the example and
+            on other sizes of the free axes. By ONNX's reference evaluator where that is quick, by ONNX Runtime with
+            optimizations off, and by the target with its fused kernels. Without it only the ONNX checker runs.
 
     Returns:
         What is in the file, which operators the runtime executes in integers, and how far its outputs are from the
@@ -80,8 +92,9 @@ def to_onnx(
     start = time.perf_counter()
     _require("onnx", "onnxscript", *(["onnxruntime"] if verify else []))
     import onnx
+    from torch.utils.flop_counter import FlopCounterMode
 
-    from rarefy.export import onnx_graph, onnx_opset, onnx_targets, onnx_verify, targets
+    from rarefy.export import onnx_graph, onnx_opset, onnx_targets, onnx_verify, openvino_verify, targets
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"[to_onnx] model must be a torch.nn.Module, got {type(model).__name__}")
@@ -89,57 +102,62 @@ def to_onnx(
         raise ValueError(f"[to_onnx] target must be one of {', '.join(target_names())}, got {target!r}")
     profile = target_profile(target)
     wide = targets.needs_wide_types(model)
+    if verify and target == "openvino":
+        openvino_verify.require("to_onnx")
     opset = onnx_opset.choose_opset("to_onnx", opset, profile, onnx.defs.onnx_opset_version(), wide)
     inputs, keywords, constants = _check_inputs(example_inputs)
-    batch = _check_batch(inputs) if dynamic_batch else None
     input_names = _names("input_names", input_names, keywords or _numbered("input", len(inputs)), len(inputs))
+    axes = free_axes(inputs, input_names, _check_dynamic(profile, dynamic_batch, dynamic_shapes), dynamic_shapes)
     check_quantizers("to_onnx", model)
     targets.check_target("to_onnx", model, profile)
 
-    with _reserved(path) as temporary:
-        model = _with_constants(copy.deepcopy(model).cpu().eval(), constants)
-        cases = [(batch, inputs)]
-        if batch is not None and verify:
-            more = batch + 1
-            cases.append((more, [x[torch.arange(more) % batch] for x in inputs]))
-        expected = [_run(model, case, keywords) for _, case in cases]
-        output_names = _names("output_names", output_names, _numbered("output", len(expected[0])), len(expected[0]))
+    with staged("to_onnx", path) as stage:
+        name = stage.path.name
+        model = _with_constants(_private_copy(model), constants)
+        cases = _cases(model, inputs, keywords, axes, verify)
+        output_count = len(cases[0].expected)
+        output_names = _names("output_names", output_names, _numbered("output", output_count), output_count)
 
         lowered = lower(model, unsigned=profile.unsigned_activations)
+        del model
         overflow = targets.pairwise_overflow(lowered)
         program_opset = max(opset, onnx_opset.EXPORTER_OPSET)
-        program = _translate(lowered, inputs, keywords, batch, program_opset, input_names, output_names)
+        program = _translate(lowered, inputs, keywords, axes, program_opset, input_names, output_names)
         onnx_graph.tidy(program.model)
         onnx_targets.place(program.model, profile)
         onnx_opset.lower_opset(program.model, opset)
-        proto = program.model_proto
-        file_size = proto.ByteSize()
-        if file_size > _LARGEST_FILE:
-            raise ValueError(f"[to_onnx] one ONNX file holds up to {_LARGEST_FILE} bytes, got a model of {file_size}")
-        onnx.save(proto, temporary)
-        onnx.checker.check_model(os.fspath(temporary), full_check=True)
+        _check_free(program.model, axes)
+        proto, files = _write(program.model, stage)
+        del program
+        onnx.checker.check_model(os.fspath(stage / name), full_check=True)
 
-        operators, differences = (), ()
+        found = onnx_verify.Verification()
         if verify:
-            operators = onnx_verify.check_operators(temporary, proto)
-            runs = [
-                (size, [x.numpy() for x in tensors], want)
-                for (size, tensors), want in zip(cases, expected, strict=True)
-            ]
-            with without_rounding(lowered):
+            with without_rounding(lowered), FlopCounterMode(display=False) as counter:
                 unrounded = _run(lowered, inputs, keywords)
-            rounds_itself = any("MatMulNBits" in operator.runtime for operator in operators)
-            differences = onnx_verify.compare_outputs(temporary, proto, runs, unrounded, rounds_itself)
-        os.replace(temporary, path)
+            subject = onnx_verify.Subject(
+                path=stage / name,
+                model=proto,
+                lowered=lowered,
+                run=lambda: _run(lowered, inputs, keywords),
+                cases=cases,
+                unrounded=unrounded,
+                macs=counter.get_total_flops() // 2,
+            )
+            found = onnx_verify.verify(subject, target, opset)
+        size = sum((stage / file).stat().st_size for file in files)
+        stage.commit(*files)
 
     return ExportReport(
         path=Path(path),
-        bytes=file_size,
+        bytes=size,
         target=target,
         opset=opset,
         nodes=dict(Counter(node.op_type for node in proto.graph.node).most_common()),
-        operators=operators,
-        differences=differences,
+        operators=found.operators,
+        differences=found.differences,
+        nodes_checked=found.nodes,
+        skipped=found.skipped,
         overflow=overflow,
         seconds=time.perf_counter() - start,
     )
@@ -176,14 +194,16 @@ def _check_inputs(example: Any) -> tuple[list[Tensor], list[str], dict[str, obje
     return [value.detach().cpu() for value in values], keywords, constants
 
 
-def _check_batch(inputs: list[Tensor]) -> int:
-    sizes = [tuple(x.shape) for x in inputs]
-    if any(not shape or shape[0] != (sizes[0] or (0,))[0] for shape in sizes) or sizes[0][0] == 0:
-        raise ValueError(
-            "[to_onnx] dynamic_batch needs inputs that share the size of their first dimension, at least 1, got shapes "
-            f"{', '.join(map(str, sizes))} (dynamic_batch=False fixes all sizes)"
-        )
-    return sizes[0][0]
+def _check_dynamic(profile: TargetProfile, dynamic_batch: bool | None, dynamic_shapes: Any) -> bool:
+    """Whether the batch is free."""
+    if profile.dynamic_shapes:
+        return True if dynamic_batch is None else bool(dynamic_batch)
+    for argument, value in (("dynamic_batch", dynamic_batch), ("dynamic_shapes", dynamic_shapes)):
+        if value:
+            raise ValueError(
+                f"[to_onnx] {argument} must not be set for {profile.name}, which needs fixed sizes, got {value!r}"
+            )
+    return False
 
 
 def _numbered(stem: str, count: int) -> list[str]:
@@ -197,26 +217,44 @@ def _names(argument: str, given: Sequence[str] | None, default: list[str], count
     return names
 
 
-@contextlib.contextmanager
-def _reserved(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A file of another name in the same folder, created at once and removed at the end if it still has that name."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"[to_onnx] path must name a file, got the folder {path}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"[to_onnx] path must be in a folder that exists, got {path}")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.touch(exist_ok=False)
-    except OSError as error:
-        raise type(error)(f"[to_onnx] path must be in a folder that can be written, got {path} ({error})") from error
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 # ---- the model ------------------------------------------------------------------------------------------------------
+
+
+def _private_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode on the CPU; it reads the model's parameters where they lie, and has buffers of its own."""
+    shared = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters() if p.device.type == "cpu"
+    }
+    return copy.deepcopy(model, memo=shared).cpu().eval()
+
+
+def _cases(model: nn.Module, inputs: list[Tensor], keywords: list[str], axes: Axes, verify: bool) -> list[Case]:
+    """The model's outputs on the example and, to verify, at another size of every free axis."""
+    from rarefy.export.onnx_verify import Case
+
+    def case(tensors: list[Tensor]) -> Case:
+        return Case(sizes_of(tensors, axes), [x.numpy() for x in tensors], _run(model, tensors, keywords))
+
+    cases = [case(inputs)]
+    if not verify or not any(axes):
+        return cases
+    sizes = dict(cases[0].sizes)
+    for name, size in cases[0].sizes:  # one after the other: a size may be out of what the model can do
+        for other in other_sizes(size, name):
+            trial = {**sizes, name: other}
+            try:
+                found = case(resized(inputs, axes, trial))
+            except Exception as error:
+                failure = error
+                continue
+            sizes, last = trial, found
+            break
+        else:
+            raise ValueError(
+                f"[to_onnx] the model must run at other sizes of the free axis {name!r} than {size}, got "
+                f"{type(failure).__name__}: {failure}"
+            ) from failure
+    return [*cases, last]
 
 
 def _with_constants(model: nn.Module, constants: dict[str, object]) -> nn.Module:
@@ -263,17 +301,15 @@ def _translate(
     lowered: nn.Module,
     inputs: list[Tensor],
     keywords: list[str],
-    batch: int | None,
+    axes: Axes,
     opset: int,
     input_names: list[str],
     output_names: list[str],
 ) -> torch.onnx.ONNXProgram:
     shapes: Any = None
-    if batch is not None:
-        size = torch.export.Dim("batch")
-        shapes = {name: {0: size} for name in keywords} if keywords else tuple({0: size} for _ in inputs)
-        if batch == 1:  # torch.export takes a size of 1 for a constant
-            inputs = [torch.cat([x, x]) for x in inputs]
+    if any(axes):
+        shapes = dict(zip(keywords, axes, strict=True)) if keywords else axes
+        inputs = traceable(inputs, axes)
     try:
         with _quiet(), torch.no_grad(), decomposing_where_needed():
             return torch.onnx.export(
@@ -289,7 +325,53 @@ def _translate(
             )
     except Exception as error:
         cause = error.__cause__ or error
-        hint = "" if batch is None else " (if the model fixes its batch size, pass dynamic_batch=False)"
+        hint = " (if the model fixes the size of its batch, pass dynamic_batch=False)" if any(axes) else ""
         raise RuntimeError(
             f"[to_onnx] torch.onnx.export cannot translate the model{hint}: {type(cause).__name__}: {cause}"
         ) from error
+
+
+def _check_free(model: ir.Model, axes: Axes) -> None:
+    """Gives free axes their names; an axis that the exporter has fixed after all is an error."""
+    for value, named in zip(model.graph.inputs, axes, strict=True):
+        for axis, name in named.items():
+            if isinstance(value.shape[axis], int):
+                raise RuntimeError(
+                    f"[to_onnx] the model fixes the size of axis {axis} ({name!r}) of {value.name!r} to {value.shape[axis]}: "
+                    "leave it out of dynamic_shapes (dynamic_batch=False fixes the batch)"
+                )
+
+
+def _write(model: ir.Model, stage: Staged) -> tuple[onnx.ModelProto, list[str]]:
+    """Writes the model, with its large tensors in a second file where one protobuf message cannot hold them.
+
+    Returns:
+        What is in the file that has the graph, with large tensors in a file beside it either way, and the names of the
+        files in the order in which they become visible.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    name = stage.path.name
+    tensors = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    if tensors > _LARGEST_FILE:
+        data = f"{name}.data"
+        ir.save(model, stage / name, external_data=data)
+        return onnx.load(stage / name, load_external_data=False), [data, name]
+    proto = ir.to_proto(model)
+    onnx.save(proto, stage / name)
+    _move_out(proto, stage / "tensors")
+    return proto, [name]
+
+
+def _move_out(model: onnx.ModelProto, path: Path) -> None:
+    """Moves large tensors into a file, so that they are in memory once, and copies of the model in files are small."""
+    from onnx import external_data_helper
+
+    with path.open("wb") as file:
+        for tensor in model.graph.initializer:
+            if len(tensor.raw_data) > _SMALL_TENSOR:
+                offset = file.seek(-file.tell() % 4096, os.SEEK_CUR)  # aligned, so that runtimes map them
+                file.write(tensor.raw_data)
+                external_data_helper.set_external_data(tensor, path.name, offset, len(tensor.raw_data))
+                tensor.ClearField("raw_data")

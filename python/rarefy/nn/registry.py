@@ -113,4 +113,8 @@ def integer_type(layer: QuantizableLayer) -> type[nn.Module] | None:
     """What ``convert`` makes of a prepared layer; None when it stays simulated."""
     if isinstance(layer, Add) and (layer.quant.input0 is None or layer.quant.input1 is None):
         return None  # one of its inputs is floating point
+    quant = layer.quant
+    grids = (q for q in (quant.input, quant.input0, quant.input1, quant.weight) if q is not None)
+    if any(q.qmax - q.qmin > 255 for q in grids):
+        return None  # 16 bits: there are no such kernels
     return _INTEGER.get(type(layer))

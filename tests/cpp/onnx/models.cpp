@@ -38,6 +38,7 @@ struct Case {
   bool exact = false;
   bool quantized = true;
   bool converted = false;
+  bool external = false;
 };
 
 class Exporter {
@@ -66,6 +67,7 @@ class Exporter {
     rarefy::OnnxOptions options;
     options.target = c.target;
     options.opset = c.opset;
+    options.external_data_above = c.external ? 0 : options.external_data_above;
     const auto stem = c.name + "-" + c.target + (c.opset ? "-" + std::to_string(*c.opset) : "");
     const auto report = rarefy::export_onnx(*model, run, example, folder_ / (stem + ".onnx"), options);
     std::cout << report << "\n";
@@ -122,6 +124,9 @@ void write_networks(const std::string& folder) {
   write_all({.name = "-float", .target = "onnxruntime", .quantized = false});
   write_all({.name = "-converted", .target = "onnxruntime", .converted = true});
   write_all({.name = "-converted", .target = "tensorrt", .converted = true});
+  const Case external{
+      .name = "transformer-float-external", .target = "onnxruntime", .quantized = false, .external = true};
+  exporter.write(external, onnx_models::Transformer(), ids);
 }
 
 /// Outputs are called after the operators.
@@ -168,7 +173,7 @@ Tensor forward_bytes(const Tensor& x) {
   const auto bias = torch::tensor({0.5, -0.25, 0.0, 1.0}, torch::kFloat);
   auto a = ops::quantized_conv(x, integers({4, 3, 3, 3}), scales, bias, input, {1, 1}, {1, 1}, {1, 1}, 1, /*relu=*/true,
                                middle);
-  a = torch::max_pool2d(a, 2);
+  a = torch::max_pool2d(ops::max_pool2d_bytes(a, {3, 3}, {1, 1}, {1, 1}, {1, 1}), 2);
   const auto b = ops::requantize(x.slice(2, 0, 4).slice(3, 0, 4).sum({1}, /*keepdim=*/true), input, sum);
   const auto c = ops::quantized_add(a, b, middle, sum, /*relu=*/false, sum);
   const auto d = ops::quantized_conv(c, integers({4, 4, 2, 2}), torch::tensor({1.0 / 256}, torch::kFloat), {}, sum,

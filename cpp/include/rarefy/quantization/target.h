@@ -63,6 +63,9 @@ struct TargetProfile {
   /// Whether a residual before a layer normalization is written as Sum, so that both stay apart.
   bool residual_as_sum = false;
 
+  /// Whether inputs may have axes of any size.
+  bool dynamic_shapes = true;
+
   /// ONNX operator sets: the oldest that is written, and the one that is written when none is asked for.
   int64_t oldest_opset = 13;
   int64_t default_opset = 21;
