@@ -37,6 +37,7 @@ PYBIND11_MODULE(_core, m) {
   init_pruning(m);
   init_pruning_latency(m);
   init_quantization(m);
+  init_quantized_checkpoint(m);
   init_target(m);
   init_distillation(m);
   init_teacher_cache(m);

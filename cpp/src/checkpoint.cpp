@@ -82,8 +82,17 @@ LoadResult load_safetensors(torch::nn::Module& model, const std::filesystem::pat
 
 LoadResult load_into(torch::nn::Module& model, const Checkpoint& checkpoint, const std::string& file, bool strict,
                      const std::function<void()>& before_copying) {
-  const auto state = state_of(model);
+  auto result = load_into(state_of(model), checkpoint, file, strict, before_copying);
+  model.apply([](torch::nn::Module& module) {
+    if (auto* quantizer = dynamic_cast<quantization::FakeQuantizerImpl*>(&module)) {
+      quantizer->refresh();
+    }
+  });
+  return result;
+}
 
+LoadResult load_into(const State& state, const Checkpoint& checkpoint, const std::string& file, bool strict,
+                     const std::function<void()>& before_copying, const char* function) {
   LoadResult result;
   std::vector<std::pair<torch::Tensor, const torch::Tensor*>> copies;  // into, from
   std::unordered_map<std::string, torch::Tensor> targets;
@@ -100,12 +109,12 @@ LoadResult load_into(torch::nn::Module& model, const Checkpoint& checkpoint, con
       continue;
     }
     const auto [position, is_new] = sources.emplace(identity(target), &name);
-    TORCH_CHECK_VALUE(is_new || at::equal(checkpoint.tensors[*position->second], *source), "[load_safetensors] ", file,
+    TORCH_CHECK_VALUE(is_new || at::equal(checkpoint.tensors[*position->second], *source), "[", function, "] ", file,
                       ": ", *position->second, " and ", name,
                       " are one tensor of the model and must be equal in the file");
     copies.emplace_back(target, source);
   }
-  TORCH_CHECK_VALUE(unfit.empty(), "[load_safetensors] ", file,
+  TORCH_CHECK_VALUE(unfit.empty(), "[", function, "] ", file,
                     ": shapes and types must be those of the model, but are not for: ", listed(unfit));
   for (const auto& [name, target] : state) {
     if (!checkpoint.tensors.contains(name) && sources.count(identity(target)) == 0) {
@@ -117,7 +126,7 @@ LoadResult load_into(torch::nn::Module& model, const Checkpoint& checkpoint, con
       result.unexpected.push_back(item.key());
     }
   }
-  TORCH_CHECK_VALUE(!strict || (result.missing.empty() && result.unexpected.empty()), "[load_safetensors] ", file,
+  TORCH_CHECK_VALUE(!strict || (result.missing.empty() && result.unexpected.empty()), "[", function, "] ", file,
                     ": names must be those of the model, but missing are: ", listed(result.missing),
                     "; unexpected are: ", listed(result.unexpected));
 
@@ -128,11 +137,6 @@ LoadResult load_into(torch::nn::Module& model, const Checkpoint& checkpoint, con
   for (auto& [target, source] : copies) {
     target.copy_(*source);
   }
-  model.apply([](torch::nn::Module& module) {
-    if (auto* quantizer = dynamic_cast<quantization::FakeQuantizerImpl*>(&module)) {
-      quantizer->refresh();
-    }
-  });
   return result;
 }
 

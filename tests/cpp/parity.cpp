@@ -4,7 +4,10 @@
 //   MODEL: its state, of floating point or prepared. DATA: ids<i>, volumes<i> and labels<i> of batch i.
 //   Prepares it, trains on the batches FIRST up to LAST, and writes
 //   OUT: the prepared state; OUT.converted: that of the converted network;
+//   OUT.folder: the converted network as save_quantized writes it, of test_saved.py;
 //   OUT.results: `losses`, and `evaluated` and `converted`, the scores of batch 0 before and after conversion.
+// rarefy_parity --serve FOLDER DATA OUT: loads the converted network of FOLDER into a fresh one, writes its `scores` of `ids` and
+//   `volumes` of DATA to OUT.results, and the network again to OUT, of test_saved.py.
 // rarefy_parity --continue MODEL BATCH OUT: loads the prepared network's MODEL, writes it again to OUT, and its output on
 //   the tensor `x` of BATCH to OUT.evaluated, of test_checkpoint.py.
 // rarefy_parity --pruned FILE BATCH OUT: loads the pruned small network's FILE into a fresh one, removes channel 0 of what is
@@ -62,7 +65,20 @@ int train(char** argv) {
   rarefy::quantization::convert(*model);
   results.insert("converted", model(batch("ids", 0), batch("volumes", 0)));
   rarefy::save_safetensors(*model, out + ".converted");
+  rarefy::quantization::save_quantized(*model, out + ".folder");
   rarefy::save_safetensors(results, out + ".results");
+  return 0;
+}
+
+int serve(char** argv) {
+  EveryLayer model;
+  rarefy::quantization::load_quantized(*model, argv[2]);
+  const auto data = rarefy::load_safetensors(argv[3]).tensors;
+  const torch::NoGradGuard no_grad;
+  rarefy::NamedTensors results;
+  results.insert("scores", model(data["ids"], data["volumes"]));
+  rarefy::save_safetensors(results, std::string(argv[4]) + ".results");
+  rarefy::quantization::save_quantized(*model, argv[4]);
   return 0;
 }
 
@@ -229,6 +245,9 @@ int main(int argc, char** argv) {
   if (mode == "--train" && argc == 8) {
     return train(argv);
   }
+  if (mode == "--serve" && argc == 5) {
+    return serve(argv);
+  }
   if (mode == "--continue" && argc == 5) {
     return continue_checkpoint(argv);
   }
@@ -244,8 +263,9 @@ int main(int argc, char** argv) {
   if (mode == "--read") {
     return read_all(argc, argv);
   }
-  std::cerr << "usage: rarefy_parity --train EXECUTION MODEL DATA FIRST LAST OUT | --continue MODEL BATCH OUT | "
-               "--pruned FILE BATCH OUT | --distill STUDENT TEACHER DATA OUT | --losses HINT CONTRASTIVE DATA OUT | "
-               "--read FILE...\n";
+  std::cerr
+      << "usage: rarefy_parity --train EXECUTION MODEL DATA FIRST LAST OUT | --serve FOLDER DATA OUT | --continue MODEL BATCH OUT | "
+         "--pruned FILE BATCH OUT | --distill STUDENT TEACHER DATA OUT | --losses HINT CONTRASTIVE DATA OUT | "
+         "--read FILE...\n";
   return 2;
 }

@@ -22,6 +22,7 @@ DISTILL_CLIP = ROOT / "examples/python/distill_clip.py"
 DEPLOY_ALL = ROOT / "examples/python/deploy_all.py"
 COMPRESS_MLP = ROOT / "build/dev/examples/cpp/compress_mlp"
 PRUNE_CNN = ROOT / "build/dev/examples/cpp/prune_cnn"
+SERVE_INT8 = ROOT / "build/dev/examples/cpp/serve_int8"
 DISTILL_CNN = ROOT / "build/dev/examples/cpp/distill_cnn"
 
 
@@ -697,3 +698,69 @@ def test_prune_cnn_usage(arguments, message):
     result = subprocess.run([PRUNE_CNN, *arguments], capture_output=True, text=True, timeout=300)
     assert result.returncode == 2
     assert result.stderr.splitlines() == [f"prune_cnn: {message}", "usage: prune_cnn --out DIR [--seed N] [--quick]"]
+
+
+# ---- serve_int8 -----------------------------------------------------------------------------------------------------
+
+needs_serve_int8 = pytest.mark.skipif(
+    not SERVE_INT8.exists(), reason="needs the C++ examples in build/dev (-DRAREFY_BUILD_EXAMPLES=ON)"
+)
+
+
+def serve_int8(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([SERVE_INT8, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+@needs_serve_int8
+@pytest.mark.slow
+def test_serve_int8(tmp_path):
+    made = serve_int8("--out", tmp_path, "--quick", "--batch", 1, "--batch", 8)
+    assert made.returncode == 0, made.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float.safetensors", "int8"]
+    row = re.compile(r"^(fp32|int8) +([\d.]+) +([\d.]+)$", re.M)
+    rows = {match[1]: (float(match[2]), float(match[3])) for match in row.finditer(made.stdout)}
+    assert rows["fp32"][0] > 50  # a few steps of training; chance is 10
+    assert rows["int8"][0] > rows["fp32"][0] - 3
+    assert rows["int8"][1] < 0.35 * rows["fp32"][1]
+    assert float(re.search(r"same class for ([\d.]+) %", made.stdout)[1]) > 97
+    latencies = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +[\d.]+$", made.stdout, re.M)
+    assert [int(line[0]) for line in latencies] == [1, 8]
+    assert all(float(line[i]) <= float(line[i + 1]) for line in latencies for i in (1, 3))  # p50 and p95
+
+    # Another process serves the folder, without the float weights.
+    served = serve_int8("--checkpoint", tmp_path / "int8", "--quick", "--batch", 4, "--threads", 2)
+    assert served.returncode == 0, served.stderr
+    again = {match[1]: float(match[2]) for match in row.finditer(served.stdout)}
+    assert list(again) == ["int8"]
+    assert again["int8"] > 50
+
+
+@needs_serve_int8
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch"], "--batch must be followed by a value"),
+        (["--batch", "0"], "--batch must be an integer from 1 to 4096, got '0'"),
+        (["--threads", "two"], "--threads must be an integer from 1 to 256, got 'two'"),
+        (["--float", "x"], "--float must come with --checkpoint"),
+        (["--fast"], "unknown option --fast"),
+    ],
+)
+def test_serve_int8_usage(arguments, message):
+    result = serve_int8(*arguments)
+    assert result.returncode == 2
+    first, usage = result.stderr.splitlines()
+    assert first == f"serve_int8: {message}"
+    assert usage.startswith("usage: serve_int8 [--checkpoint DIR")
+
+
+@needs_serve_int8
+def test_serve_int8_bad_folder(tmp_path):
+    result = serve_int8("--checkpoint", tmp_path / "none")
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"serve_int8: [load_quantized] {tmp_path / 'none'} must be a folder that save_quantized has written, but is none\n"
+    )
+    (tmp_path / "empty").mkdir()
+    result = serve_int8("--checkpoint", tmp_path / "empty")
+    assert (result.returncode, "but quantization.json is missing" in result.stderr) == (1, True)

@@ -55,6 +55,8 @@
 #include <rarefy/quantization/fake_quantizer.h>
 #include <rarefy/quantization/prepare.h>
 #include <rarefy/quantization/qconfig.h>
+#include <rarefy/quantization/quantized_checkpoint.h>
+#include <rarefy/quantization/saved.h>
 #include <rarefy/quantization/schedule.h>
 #include <rarefy/quantization/scheme.h>
 #include <rarefy/quantization/target.h>

@@ -3,7 +3,6 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -17,25 +16,6 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kLargestHalf = 65504.0;
 constexpr int kLevels = 254;  // steps of a uint8 value; 255 is a logit of -inf
-
-using Tables = std::array<std::array<uint32_t, 256>, 8>;
-
-Tables make_tables() {
-  Tables tables{};
-  for (uint32_t i = 0; i < 256; ++i) {
-    uint32_t value = i;
-    for (int bit = 0; bit < 8; ++bit) {
-      value = (value >> 1) ^ ((value & 1) != 0 ? 0xedb88320u : 0u);
-    }
-    tables[0][i] = value;
-  }
-  for (uint32_t i = 0; i < 256; ++i) {
-    for (size_t k = 1; k < 8; ++k) {
-      tables[k][i] = (tables[k - 1][i] >> 8) ^ tables[0][tables[k - 1][i] & 0xff];
-    }
-  }
-  return tables;
-}
 
 template <typename T>
 void put(uint8_t*& out, T value) {
@@ -95,24 +75,6 @@ void Losses::add(const Losses& other) {
   tail_sum += other.tail_sum;
   tail_max = std::max(tail_max, other.tail_max);
   range_max = std::max(range_max, other.range_max);
-}
-
-uint32_t checksum(const void* data, size_t size, uint32_t previous) {
-  static const Tables tables = make_tables();
-  const auto* in = static_cast<const uint8_t*>(data);
-  uint32_t crc = ~previous;
-  for (; size >= 8; size -= 8, in += 8) {  // eight bytes at a time, one table for each
-    uint32_t low, high;
-    std::memcpy(&low, in, 4);
-    std::memcpy(&high, in + 4, 4);
-    low ^= crc;
-    crc = tables[7][low & 0xff] ^ tables[6][low >> 8 & 0xff] ^ tables[5][low >> 16 & 0xff] ^ tables[4][low >> 24] ^
-          tables[3][high & 0xff] ^ tables[2][high >> 8 & 0xff] ^ tables[1][high >> 16 & 0xff] ^ tables[0][high >> 24];
-  }
-  for (; size > 0; --size, ++in) {
-    crc = (crc >> 8) ^ tables[0][(crc ^ *in) & 0xff];
-  }
-  return ~crc;
 }
 
 void seal(Header& header) {

@@ -13,6 +13,8 @@
 #include <string_view>
 #include <vector>
 
+#include "checksum.h"
+
 namespace rarefy::distillation::cache {
 
 constexpr uint64_t kMagic = 0x3145484341434652;  // "RFCACHE1"
@@ -79,9 +81,6 @@ struct Contents {
   uint64_t end = 0;       // bytes of whole blocks, header included
   bool complete = false;  // the end block is there and agrees
 };
-
-/// CRC-32 (IEEE 802.3), continuing from `previous`.
-uint32_t checksum(const void* data, size_t size, uint32_t previous = 0);
 
 void seal(Header& header);
 bool is_sealed(const Header& header);

@@ -6,6 +6,8 @@
 
 namespace rarefy::nn {
 
+void SpentBatchNormImpl::pretty_print(std::ostream& stream) const { stream << "rarefy::nn::SpentBatchNorm()"; }
+
 template <size_t D>
 void FoldedBatchNormImpl<D>::_check_input_dim(const torch::Tensor& input) {
   const int64_t dims = static_cast<int64_t>(D) + 2;

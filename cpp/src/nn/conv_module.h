@@ -154,8 +154,8 @@ torch::Tensor ConvModule<D, Derived>::execute(const torch::Tensor& x) {
   // Zeros around bytes are the zero point's, which the operator knows.
   const bool zeros = std::string_view(g.mode) == "constant";
   return ops::quantized_conv(zeros ? x : g.padded(x), this->weight, this->weight_scale(), this->optional_bias(),
-                             this->input_grid(), g.stride, zeros ? g.sides() : g.padding, g.dilation, g.groups,
-                             this->relu());
+                             this->quant->grid("input"), g.stride, zeros ? g.sides() : g.padding, g.dilation, g.groups,
+                             this->relu(), this->quant->output_grid());
 }
 
 }  // namespace rarefy::nn

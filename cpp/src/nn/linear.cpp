@@ -50,7 +50,8 @@ torch::Tensor LinearImpl::compute_integer(const torch::Tensor& x, const torch::T
 }
 
 torch::Tensor LinearImpl::execute(const torch::Tensor& x) {
-  return ops::quantized_linear(x, weight, weight_scale(), optional_bias(), input_grid(), relu());
+  return ops::quantized_linear(x, weight, weight_scale(), optional_bias(), quant->grid("input"), relu(),
+                               quant->output_grid());
 }
 
 }  // namespace rarefy::nn

@@ -9,6 +9,7 @@
 #include <map>
 #include <set>
 
+#include "quantization/link.h"
 #include "quantization/replace.h"
 
 namespace rarefy::quantization {
@@ -46,8 +47,8 @@ std::vector<Layer> prepared_layers(const char* function, const torch::nn::Module
 
 std::vector<std::pair<std::string, FakeQuantizerImpl*>> quantizers_of(const Layer& layer) {
   std::vector<std::pair<std::string, FakeQuantizerImpl*>> quantizers;
-  for (const auto& child : layer.layer->quant_state()->named_children()) {
-    quantizers.emplace_back(layer.name + ".quant." + child.key(), child.value()->as<FakeQuantizerImpl>());
+  for (const auto& [name, quantizer] : layer.layer->quant_state()->quantizers()) {
+    quantizers.emplace_back(layer.name + ".quant." + name, quantizer.get());
   }
   return quantizers;
 }
@@ -127,6 +128,30 @@ std::vector<std::string> first_and_last(const QConfig& config, const std::vector
   return weighted.empty() ? weighted : std::vector<std::string>{weighted.front(), weighted.back()};
 }
 
+/// Evaluation mode as long as it lives; afterwards every module is in the mode that it was in.
+class Evaluating {
+ public:
+  explicit Evaluating(torch::nn::Module& model) {
+    for (const auto& module : model.modules(/*include_self=*/false)) {
+      before_.emplace_back(module, module->is_training());
+    }
+    self_ = {&model, model.is_training()};
+    model.eval();
+  }
+  Evaluating(const Evaluating&) = delete;
+  Evaluating& operator=(const Evaluating&) = delete;
+  ~Evaluating() {
+    self_.first->train(self_.second);
+    for (auto& [module, training] : before_) {
+      module->train(training);
+    }
+  }
+
+ private:
+  std::vector<std::pair<std::shared_ptr<torch::nn::Module>, bool>> before_;
+  std::pair<torch::nn::Module*, bool> self_;
+};
+
 /// Checks everything, and makes and prepares the twins, before the first layer of the model changes.
 void prepare_layers(const char* function, torch::nn::Module& model, const QConfig& config,
                     const Observer& default_observer, bool quantize, bool strict) {
@@ -202,9 +227,8 @@ void prepare_layers(const char* function, torch::nn::Module& model, const QConfi
       candidate->layer->note = "the configuration quantizes weights only";
       continue;
     }
-    for (const auto& child : state->named_children()) {
-      auto* quantizer = child.value()->as<FakeQuantizerImpl>();
-      quantizer->name = candidate->name + ".quant." + child.key();
+    for (const auto& [name, quantizer] : state->quantizers()) {
+      quantizer->name = candidate->name + ".quant." + name;
       if (!quantize) {
         quantizer->quantize = std::holds_alternative<Latest>(quantizer->options.observer);
         quantizer->observe = quantizer->quantize;
@@ -309,7 +333,7 @@ void calibrate(torch::nn::Module& model, const std::function<void()>& run) {
   }
 }
 
-void convert(torch::nn::Module& model) {
+void convert(torch::nn::Module& model, const std::function<std::vector<torch::Tensor>()>& forward) {
   const auto layers = prepared_layers("convert", model);
   std::vector<std::string> missed;
   for (const auto& layer : layers) {
@@ -323,10 +347,19 @@ void convert(torch::nn::Module& model) {
   TORCH_CHECK_VALUE(
       missed.empty(),
       "[convert] every quantizer must be calibrated (train or calibrate first), but these are not: ", join(missed));
+  if (forward != nullptr) {
+    // What fails does so here, where nothing is lost yet: conversion cannot be undone.
+    const torch::NoGradGuard no_grad;
+    const Evaluating guard(model);
+    forward();
+  }
   for (const auto& layer : layers) {
     layer.layer->convert();
   }
   remove_spent_batch_norms(model);
+  if (forward != nullptr) {
+    link(model, forward);
+  }
 }
 
 void set_state(torch::nn::Module& model, std::optional<bool> observe, std::optional<bool> quantize) {
@@ -360,6 +393,11 @@ std::string report(const torch::nn::Module& model) {
         if (const auto skipped = quantizer->skipped.item<int64_t>(); skipped > 0) {
           text += fmt::format(" ({} batches not finite)", skipped);
         }
+      }
+      if (layer.layer->quant_state()->next() != nullptr) {
+        text += "  gives bytes";
+      } else if (!layer.layer->note.empty()) {
+        text += "  " + layer.layer->note;
       }
     } else if (!layer.layer->note.empty()) {
       text += "  " + layer.layer->note;

@@ -13,6 +13,7 @@
 #include <torch/nn/modules/embedding.h>
 #include <torch/nn/modules/linear.h>
 
+#include <algorithm>
 #include <map>
 #include <typeinfo>
 
@@ -78,7 +79,8 @@ std::shared_ptr<Type> exactly(const std::shared_ptr<Module>& module) {
 struct Plan {
   AnyModule twin;
   std::shared_ptr<nn::Quantizable> layer;
-  AnyModule folded;  // in the place of the batch normalization
+  AnyModule folded;  // in the place of the batch normalization; empty where that stays
+  bool fuses_relu = false;
 };
 
 template <typename Twin>
@@ -171,6 +173,13 @@ class Finder {
         auto twin = std::make_shared<nn::LinearImpl>(options, typed->weight, typed->bias);
         twin->set_relu(fused);
         set(*plan, twin, *typed);
+        plan->fuses_relu = fused;
+        return plan->layer;
+      };
+      layer.make_alone = [plan, typed] {
+        const auto options =
+            nn::LinearOptions(typed->options.in_features(), typed->options.out_features()).bias(typed->options.bias());
+        set(*plan, std::make_shared<nn::LinearImpl>(options, typed->weight, typed->bias), *typed);
         return plan->layer;
       };
     } else if constexpr (std::is_same_v<Float, torch::nn::EmbeddingImpl>) {
@@ -179,6 +188,7 @@ class Finder {
         set(*plan, std::make_shared<nn::EmbeddingImpl>(typed->options, typed->weight), *typed);
         return plan->layer;
       };
+      layer.make_alone = layer.make;
     }
     finish(module, layer, plan, nullptr, relu);
     return true;
@@ -204,7 +214,12 @@ class Finder {
     }
     const auto relu = only_after<torch::nn::ReLUImpl>(bn != nullptr ? std::shared_ptr<Module>(bn) : module);
     const auto plan = std::make_shared<Plan>();
+    layer.make_alone = [plan, typed] {
+      set(*plan, std::make_shared<nn::ConvImpl<D>>(conv_options<D>(*typed), typed->weight, typed->bias), *typed);
+      return plan->layer;
+    };
     layer.make = [plan, typed, bn, fused = relu != nullptr]() -> std::shared_ptr<nn::Quantizable> {
+      plan->fuses_relu = fused;
       if (bn == nullptr) {
         auto twin = std::make_shared<nn::ConvImpl<D>>(conv_options<D>(*typed), typed->weight, typed->bias);
         twin->set_relu(fused);
@@ -241,17 +256,33 @@ class Finder {
       for (const auto& slot : own) {
         put(slot, plan->twin);
       }
-      for (const auto& slot : norm) {
-        put(slot, plan->folded);
+      if (!plan->folded.is_empty()) {
+        for (const auto& slot : norm) {
+          put(slot, plan->folded);
+        }
       }
-      for (const auto& slot : activation) {
-        put(slot, AnyModule(std::make_shared<torch::nn::IdentityImpl>()));
+      if (plan->fuses_relu) {
+        for (const auto& slot : activation) {
+          put(slot, AnyModule(std::make_shared<torch::nn::IdentityImpl>()));
+        }
       }
     };
   }
 
   Slots slots_;
 };
+
+/// Where the model holds the module called `name`, under that name and others.
+std::vector<Slot> slots_of(Module& model, const std::string& name) {
+  Slots slots;
+  collect(model, "", slots);
+  for (const auto& [module, places] : slots) {
+    if (std::any_of(places.begin(), places.end(), [&](const Slot& slot) { return slot.name == name; })) {
+      return places;
+    }
+  }
+  return {};
+}
 
 }  // namespace
 
@@ -267,8 +298,43 @@ void remove_spent_batch_norms(Module& model) {
   for (const auto& [module, places] : slots) {
     if (spent(module)) {
       for (const auto& slot : places) {
-        put(slot, AnyModule(std::make_shared<torch::nn::IdentityImpl>()));
+        put(slot, AnyModule(std::make_shared<nn::SpentBatchNormImpl>()));
       }
+    }
+  }
+}
+
+std::optional<std::string> why_not_removable(Module& model, const std::string& name) {
+  for (const auto& slot : slots_of(model, name)) {
+    if (!replaceable(*slot.parent)) {
+      return name + " is a typed member, which cannot be taken out: make it and its convolution one rarefy::nn::ConvBn";
+    }
+  }
+  return std::nullopt;
+}
+
+void remove_batch_norm(Module& model, const std::string& name) {
+  for (const auto& slot : slots_of(model, name)) {
+    put(slot, AnyModule(std::make_shared<nn::SpentBatchNormImpl>()));
+  }
+}
+
+void remove_fused_relus(Module& model) {
+  Slots slots;
+  collect(model, "", slots);
+  for (const auto& [module, places] : slots) {
+    const auto* layer = dynamic_cast<const nn::Quantizable*>(module);
+    if (layer == nullptr || !layer->relu() || places.size() != 1) {
+      continue;
+    }
+    auto slot = places[0];
+    auto next = next_in_sequential(slot, slots);
+    while (exactly<nn::SpentBatchNormImpl>(next) != nullptr) {
+      slot.index += 1;
+      next = next_in_sequential(slot, slots);
+    }
+    if (exactly<torch::nn::ReLUImpl>(next) != nullptr) {
+      put(slots.at(next.get())[0], AnyModule(std::make_shared<torch::nn::IdentityImpl>()));
     }
   }
 }

@@ -6,6 +6,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,14 +22,23 @@ struct FloatLayer {
 
   /// Makes the twin, over the same parameters. Changes nothing in the model.
   std::function<std::shared_ptr<nn::Quantizable>()> make;
-  /// Puts the twin that `make` gave into the model.
+  /// The same without what follows the layer: no batch normalization, no ReLU.
+  std::function<std::shared_ptr<nn::Quantizable>()> make_alone;
+  /// Puts the twin that `make` or `make_alone` gave into the model.
   std::function<void()> insert;
 };
 
 /// The layers of torch::nn::{Linear, Conv1d, Conv2d, Conv3d, Embedding} below `model`, in the order of named_modules.
 std::vector<FloatLayer> float_layers(torch::nn::Module& model);
 
-/// Puts an Identity in the place of every batch normalization that has become part of an integer weight.
+/// Puts a SpentBatchNorm in the place of every batch normalization that has become part of an integer weight.
 void remove_spent_batch_norms(torch::nn::Module& model);
+
+/// Why a SpentBatchNorm cannot take the place of the module called `name`; unset when it can.
+std::optional<std::string> why_not_removable(torch::nn::Module& model, const std::string& name);
+/// Puts a SpentBatchNorm in the place of the module called `name`.
+void remove_batch_norm(torch::nn::Module& model, const std::string& name);
+/// Puts an Identity in the place of each ReLU that, in a Sequential, follows a layer with a ReLU of its own.
+void remove_fused_relus(torch::nn::Module& model);
 
 }  // namespace rarefy::quantization

@@ -4,6 +4,8 @@ Schemes and observers. rarefy.quantization is the public side.
 """
 
 from __future__ import annotations
+import collections.abc
+import os
 import torch
 import typing
 
@@ -15,6 +17,7 @@ __all__: list[str] = [
     "PerChannel",
     "PerTensor",
     "QATScheduleOptions",
+    "SavedLayer",
     "Scheme",
     "TargetProfile",
     "averaging_constant",
@@ -22,10 +25,12 @@ __all__: list[str] = [
     "has_exact_integer_products",
     "layer_family",
     "packed_weight_count",
+    "read_quantized",
     "target_names",
     "target_profile",
     "validate_layer_config",
     "why_not_integer",
+    "write_quantized",
 ]
 
 class PerTensor:
@@ -173,6 +178,53 @@ class QATScheduleOptions:
     def observe_from(self) -> int: ...
     @property
     def quantize_from(self) -> int: ...
+
+class SavedLayer:
+    """
+    What a file says of one converted layer.
+    """
+    def __eq__(self, arg0: SavedLayer) -> bool: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        kind: str,
+        relu: bool,
+        channels_last: bool,
+        quantizers: collections.abc.Mapping[str, Scheme],
+        next: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] | None,
+        target: str | None,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    @property
+    def channels_last(self) -> bool:
+        """
+        Whether the weight lies channels-last in memory.
+        """
+    @property
+    def kind(self) -> str:
+        """
+        'Linear', 'Conv2d' (batch normalization folded in or not), 'Add', ...
+        """
+    @property
+    def next(self) -> tuple[int, int] | None:
+        """
+        The ends of the grid of the bytes that the layer hands on; None where it gives floats.
+        """
+    @property
+    def quantizers(self) -> dict[str, Scheme]:
+        """
+        The grids by the names of their quantizers.
+        """
+    @property
+    def relu(self) -> bool:
+        """
+        Whether max(y, 0) is part of the layer.
+        """
+    @property
+    def target(self) -> str | None:
+        """
+        The runtime that the layer was prepared for; None when none was chosen.
+        """
 
 class TargetProfile:
     """
@@ -324,6 +376,11 @@ def packed_weight_count() -> int:
     How many weights of converted layers are kept packed for the CPU's int8 kernels.
     """
 
+def read_quantized(folder: os.PathLike | str | bytes) -> tuple:
+    """
+    Tensors, layers and folded batch normalizations of a folder.
+    """
+
 def target_names() -> list[str]:
     """
     The names that target_profile knows.
@@ -347,6 +404,17 @@ def validate_layer_config(
 def why_not_integer(weight: Scheme | None, activation: Scheme | None) -> str | None:
     """
     Why a layer with these schemes cannot compute in integers, or None.
+    """
+
+def write_quantized(
+    names: collections.abc.Sequence[str],
+    tensors: collections.abc.Sequence[torch.Tensor],
+    layers: collections.abc.Mapping[str, SavedLayer],
+    folded: collections.abc.Set[str],
+    folder: os.PathLike | str | bytes,
+) -> None:
+    """
+    Writes the state of a converted model, with what its layers are.
     """
 
 LONGEST_INTEGER_SUM: int = 65793

@@ -14,6 +14,7 @@ from rarefy.nn.conv_bn import (
     FoldedBatchNorm1d,
     FoldedBatchNorm2d,
     FoldedBatchNorm3d,
+    SpentBatchNorm,
 )
 from rarefy.nn.embedding import Embedding
 from rarefy.nn.linear import Linear
@@ -68,6 +69,7 @@ __all__ = [
     "QuantizedLayer",
     "QuantizedLinear",
     "ReLU",
+    "SpentBatchNorm",
     "TransposedLinear",
     "WeightedLayer",
 ]

@@ -28,11 +28,11 @@ class ByteGrid(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, quantizer: FakeQuantizer) -> None:
+    def __init__(self, qmin: int, qmax: int, scale: Tensor, zero_point: Tensor) -> None:
         super().__init__()
-        self.qmin, self.qmax = quantizer.qmin, quantizer.qmax
-        self.register_buffer("scale", quantizer.scale.detach().clone())
-        self.register_buffer("zero_point", quantizer.zero_point.detach().clone())
+        self.qmin, self.qmax = qmin, qmax
+        self.register_buffer("scale", scale.detach().clone())
+        self.register_buffer("zero_point", zero_point.detach().clone())
 
     def extra_repr(self) -> str:
         """The range."""
@@ -119,6 +119,16 @@ class QuantizableLayer(nn.Module):
         layer._attach(config, relu, quantize_output)
         return layer
 
+    @classmethod
+    def with_quantizers(cls, module: nn.Module, quant: QuantState, *, relu: bool = False) -> Self:
+        """A quantized layer over the parameters of ``module``, with quantizers that exist: a file's."""
+        layer = cls.__new__(cls)
+        layer.__dict__ = module.__dict__.copy()
+        layer._modules = module._modules.copy()
+        layer.quant, layer.relu = quant, relu
+        layer.execution, layer.gradient_dtype = None, torch.float32
+        return layer
+
     def _attach(self, config: QConfig, relu: bool, quantize_output: bool) -> None:
         quantizers = self._make_quantizers(config)
         if quantize_output and config.activation is not None:
@@ -194,6 +204,7 @@ class WeightedLayer(QuantizableLayer):
     weight: nn.Parameter
     bias: nn.Parameter | None
     float_reason: str | None  #: why the layer never executes in integers, or None
+    saved_weight: IntegerWeight | None = None  #: of a file, in place of those of the float weight
 
     def _make_quantizers(self, config: QConfig) -> dict[str, FakeQuantizer]:
         quantizers = {}
@@ -237,6 +248,8 @@ class WeightedLayer(QuantizableLayer):
     @torch.no_grad()
     def integer_weight(self) -> IntegerWeight:
         """The trained integers, with batch normalization folded in where there is one."""
+        if self.saved_weight is not None:
+            return self.saved_weight
         weight, bias = self.folded()
         quantizer = self.quant.weight
         assert quantizer is not None

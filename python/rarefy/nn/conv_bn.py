@@ -59,6 +59,10 @@ class FoldedBatchNorm3d(FoldedBatchNorm, nn.BatchNorm3d):
     """The batch normalization of a ``ConvBn3d``."""
 
 
+class SpentBatchNorm(nn.Identity):
+    """Stands where a batch normalization was that is part of the integers of a convolution by now: the identity."""
+
+
 class ConvBnLayer(ConvLayer):
     """A convolution with the batch normalization after it folded in.
 

@@ -7,6 +7,7 @@ from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.prepare import calibrate, convert, prepare, prepare_qat, set_state
 from rarefy.quantization.qconfig import QConfig
 from rarefy.quantization.report import LayerReport, QuantizationReport, report
+from rarefy.quantization.saved import load_quantized, save_quantized
 from rarefy.quantization.schedule import QATSchedule
 from rarefy.quantization.state import load_float_state_dict
 
@@ -27,9 +28,11 @@ __all__ = [
     "convert",
     "freeze_batch_norm",
     "load_float_state_dict",
+    "load_quantized",
     "prepare",
     "prepare_qat",
     "reestimate_batch_norm",
     "report",
+    "save_quantized",
     "set_state",
 ]

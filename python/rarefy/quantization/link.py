@@ -127,7 +127,7 @@ def _grid_of_readers(
     first, *others = quantizers
     if any(not _is_same_grid(first, other) for other in others):
         raise NotLinked("its readers have different grids")
-    return ByteGrid(first)
+    return ByteGrid(first.qmin, first.qmax, first.scale, first.zero_point)
 
 
 def _quantizers_of(reader: IntegerLayer, event: Event, key: Key) -> list[FakeQuantizer]:

@@ -510,7 +510,7 @@ def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: 
         if integer is not None:
             swaps[id(module)] = integer(module)
             if isinstance(module, rnn.ConvBnLayer):
-                swaps[id(module.bn)] = nn.Identity()
+                swaps[id(module.bn)] = rnn.SpentBatchNorm()
     if example_inputs is not None:
         swaps.update(
             {

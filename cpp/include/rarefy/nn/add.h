@@ -1,6 +1,7 @@
 #pragma once
 
 #include <rarefy/nn/quantizable.h>
+#include <rarefy/ops/relu.h>
 
 namespace rarefy::nn {
 
@@ -28,8 +29,19 @@ class OperationModule : public torch::nn::Cloneable<Derived>, public Quantizable
     mode_ = Mode::prepared;
   }
 
-  /// The operation stays simulated.
+  /// Add and Cat compute on integers from here on; a product of two activations stays simulated.
   void convert() override { mode_ = Mode::converted; }
+
+  void restore(const ConvertedState& state) override {
+    TORCH_CHECK_VALUE(mode_ == Mode::floating, "[restore] ", kind(), " must be floating point");
+    specs_ = state.quantizers;
+    quant = this->register_module("quant", QuantState(specs_));
+    quant->set_next(state.next);
+    quant->train(this->is_training());
+    relu_ = state.relu;
+    target = state.target;
+    mode_ = Mode::converted;
+  }
 
  protected:
   /// The names of the quantizers.
@@ -37,6 +49,8 @@ class OperationModule : public torch::nn::Cloneable<Derived>, public Quantizable
   torch::Tensor quantized(const std::string& name, const torch::Tensor& x) const {
     return mode_ == Mode::floating ? x : quant->apply(name, x);
   }
+
+  torch::Tensor finished(const torch::Tensor& y) const { return with_output_grid(relu() ? ops::relu(y) : y); }
 
  private:
   QuantStateImpl::Specs specs_;

@@ -48,6 +48,15 @@ class RAREFY_API FoldedBatchNormImpl : public torch::nn::BatchNormImplBase<D, Fo
 using FoldedBatchNorm1dImpl = FoldedBatchNormImpl<1>;
 using FoldedBatchNorm2dImpl = FoldedBatchNormImpl<2>;
 using FoldedBatchNorm3dImpl = FoldedBatchNormImpl<3>;
+/// Stands where a batch normalization was that is part of the integers of a convolution by now: the identity.
+class RAREFY_API SpentBatchNormImpl : public torch::nn::Cloneable<SpentBatchNormImpl> {
+ public:
+  void reset() override {}
+  void pretty_print(std::ostream& stream) const override;
+  torch::Tensor forward(const torch::Tensor& x) { return x; }
+};
+TORCH_MODULE(SpentBatchNorm);
+
 TORCH_MODULE(FoldedBatchNorm1d);
 TORCH_MODULE(FoldedBatchNorm2d);
 TORCH_MODULE(FoldedBatchNorm3d);

@@ -1,16 +1,32 @@
 #pragma once
 
 #include <rarefy/export.h>
+#include <rarefy/ops/quantized.h>
 #include <rarefy/quantization/fake_quantizer.h>
 #include <rarefy/quantization/qconfig.h>
 #include <torch/nn/cloneable.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 namespace rarefy::nn {
+
+/// The grid on which a converted layer hands its result on, as bytes: the input grid of the layers that read it. Buffers
+/// scale (float32 [1]) and zero_point (int32 [1]); the integer q of a grid with qmin < 0 is stored as q + 128, so that bytes
+/// are always uint8.
+class RAREFY_API ByteGridImpl : public torch::nn::Cloneable<ByteGridImpl> {
+ public:
+  ByteGridImpl(int64_t smallest, int64_t greatest) : qmin(smallest), qmax(greatest) { ByteGridImpl::reset(); }
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+
+  int64_t qmin, qmax;
+  torch::Tensor scale, zero_point;
+};
+TORCH_MODULE(ByteGrid);
 
 /// The fake quantizers of one layer, registered under its child `quant`: `<layer>.quant.input.scale` and so on.
 class RAREFY_API QuantStateImpl : public torch::nn::Cloneable<QuantStateImpl> {
@@ -26,8 +42,25 @@ class RAREFY_API QuantStateImpl : public torch::nn::Cloneable<QuantStateImpl> {
   /// x through the quantizer called `name`; x itself when there is none.
   torch::Tensor apply(const std::string& name, const torch::Tensor& x) const;
 
+  /// The quantizers by name.
+  const std::vector<std::pair<std::string, std::shared_ptr<quantization::FakeQuantizerImpl>>>& quantizers() const {
+    return quantizers_;
+  }
+  /// The child `next`: the grid of the bytes that a converted layer gives; null where it gives floats.
+  const std::shared_ptr<ByteGridImpl>& next() const { return next_; }
+  void set_next(std::shared_ptr<ByteGridImpl> grid);
+
+  /// Whether the tensor called `name` lies on a grid of bytes: integers of 8 bits or fewer.
+  bool has_bytes(const std::string& name) const;
+  /// The grid of the quantizer called `name`, which must be there, as the operators of converted layers take it.
+  ops::ByteGrid grid(const std::string& name) const;
+  /// The grid of the bytes to give; unset where the result is floating point.
+  std::optional<ops::ByteGrid> output_grid() const;
+
  private:
   Specs specs_;
+  std::vector<std::pair<std::string, std::shared_ptr<quantization::FakeQuantizerImpl>>> quantizers_;
+  std::shared_ptr<ByteGridImpl> next_;
 };
 TORCH_MODULE(QuantState);
 
@@ -36,6 +69,16 @@ struct IntegerWeight {
   torch::Tensor values;  // int8, shape of the weight
   torch::Tensor scale;   // float32 [out]
   torch::Tensor bias;    // float32 [out], or undefined
+};
+
+/// What a converted layer consists of.
+struct ConvertedState {
+  QuantStateImpl::Specs quantizers;
+  torch::Tensor weight;  // int8; undefined where the layer has none
+  torch::Tensor bias;    // float32 [out], or undefined
+  bool relu = false;
+  std::shared_ptr<ByteGridImpl> next;  // null where the result is floating point
+  std::string target;                  // see Quantizable::target
 };
 
 /// A layer that is floating point until `prepare` switches it on, and integer after `convert`. In C++ a typed member of a
@@ -55,8 +98,16 @@ class RAREFY_API Quantizable {
   virtual void prepare(const quantization::LayerConfig& config, const quantization::Observer& default_observer) = 0;
   /// Replaces the weight by integers. The caller has checked that the quantizers are calibrated.
   virtual void convert() = 0;
+  /// Makes a floating layer the converted one of that state: the tensors themselves, a batch normalization that the layer has
+  /// gone, quantizers whose buffers the caller fills. The caller has checked that the shapes are those of the layer.
+  virtual void restore(const ConvertedState& state) = 0;
   /// The quantizers, or null while floating.
   QuantStateImpl* quant_state() const { return quant.is_empty() ? nullptr : quant.ptr().get(); }
+
+  /// Whether max(y, 0) is part of the layer, in every mode; off at first. Integer execution then has it for free, and
+  /// training saves one bit per element for it. Embedding and Cat have none.
+  bool relu() const { return relu_; }
+  void set_relu(bool relu) { relu_ = relu; }
 
   QuantState quant{nullptr};
   /// How the configuration wants the layer to compute; see quantization::LayerConfig.
@@ -68,7 +119,13 @@ class RAREFY_API Quantizable {
   std::string note;
 
  protected:
+  /// What converted layers do last: onto the grid of `quant.output`, where a file gave the layer one.
+  torch::Tensor with_output_grid(const torch::Tensor& y) const {
+    return mode_ == Mode::converted ? quant->apply("output", y) : y;
+  }
+
   Mode mode_ = Mode::floating;
+  bool relu_ = false;
 };
 
 }  // namespace rarefy::nn

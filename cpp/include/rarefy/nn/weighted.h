@@ -59,20 +59,20 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
 
   void convert() override {
     auto integers = integer_weight();
-    this->parameters_.erase("weight");
-    if (bias.defined()) {
-      this->parameters_.erase("bias");
-    }
-    weight = this->register_buffer("weight", integers.values);
-    bias = integers.bias.defined() ? this->register_buffer("bias", integers.bias) : torch::Tensor();
-    after_convert();
-    mode_ = Mode::converted;
+    become_integer(integers.values, integers.bias);
   }
 
-  /// Whether max(y, 0) is part of the layer, in every mode; off at first. Integer execution then has it for free, and
-  /// training saves one bit per element for it.
-  bool relu() const { return relu_; }
-  void set_relu(bool relu) { relu_ = relu; }
+  void restore(const ConvertedState& state) override {
+    TORCH_CHECK_VALUE(mode_ == Mode::floating, "[restore] ", kind(), " must be floating point");
+    specs_ = state.quantizers;
+    quant = this->register_module("quant", QuantState(specs_));
+    quant->set_next(state.next);
+    quant->train(this->is_training());
+    quant->to(weight.device());
+    relu_ = state.relu;
+    target = state.target;
+    become_integer(state.weight, state.bias);
+  }
 
   /// Parameter (floating point) until converted; then a buffer of int8.
   torch::Tensor weight;
@@ -117,18 +117,18 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   }
   /// The float weight and bias that are quantized.
   virtual std::pair<torch::Tensor, torch::Tensor> folded() { return {weight, bias}; }
-  /// Called by convert() while the layer still counts as prepared.
+  /// Called by convert() and restore() while the layer does not yet count as converted.
   virtual void after_convert() {}
 
   /// The layer in the mode that it is in.
   torch::Tensor run(const torch::Tensor& x) {
     if (mode_ == Mode::converted && executes_integers()) {
-      return execute(x);
+      return this->with_output_grid(execute(x));
     }
     const auto y = mode_ == Mode::floating   ? run_floating(x)
                    : mode_ == Mode::prepared ? run_prepared(x)
-                                             : compute(x, dequantized_weight(), bias);
-    return relu_ ? ops::relu(y) : y;
+                                             : compute(quant->apply("input", x), dequantized_weight(), bias);
+    return this->with_output_grid(relu_ ? ops::relu(y) : y);
   }
 
   /// Takes over the parameters of another layer: the tensors themselves.
@@ -139,7 +139,7 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     }
   }
 
-  bool executes_integers() const { return quant->find("input") != nullptr; }
+  bool executes_integers() const { return quant->has_bytes("input"); }
 
   /// Whether a prepared layer computes with this input in integers. Throws c10::ValueError when it must and cannot.
   bool trains_in_integers(const torch::Tensor& x) const {
@@ -176,12 +176,6 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   /// A scale for every output channel, or one; as the quantizer has it, so that a loaded checkpoint's holds.
   torch::Tensor weight_scale() const { return quant->find("weight")->scale; }
 
-  /// The grid that the converted layer's input lies on.
-  ops::ByteGrid input_grid() const {
-    const auto* input = quant->find("input");
-    return {input->scale, input->zero_point, input->options.scheme.qmin(), input->options.scheme.qmax()};
-  }
-
   /// The float weight of the integers, for layers whose input stays in floating point.
   torch::Tensor dequantized_weight() {
     std::vector<int64_t> shape(static_cast<size_t>(weight.dim()), 1);
@@ -194,6 +188,17 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   QuantStateImpl::Specs specs_;
 
  private:
+  void become_integer(const torch::Tensor& values, const torch::Tensor& float_bias) {
+    this->parameters_.erase("weight");
+    if (bias.defined()) {
+      this->parameters_.erase("bias");
+    }
+    weight = this->register_buffer("weight", values);
+    bias = float_bias.defined() ? this->register_buffer("bias", float_bias) : torch::Tensor();
+    after_convert();
+    mode_ = Mode::converted;
+  }
+
   void register_converted() {
     weight = this->register_buffer("weight", torch::empty_like(weight));
     if (bias.defined()) {
@@ -201,7 +206,6 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     }
   }
 
-  bool relu_ = false;
   std::optional<std::string> float_reason_;
 };
 

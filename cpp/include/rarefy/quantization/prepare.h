@@ -6,6 +6,7 @@
 
 #include <functional>
 #include <string>
+#include <vector>
 
 // The verbs. They act on the rarefy::nn layers of the model that they are given, and switch them in place.
 namespace rarefy::quantization {
@@ -38,8 +39,17 @@ RAREFY_API void prepare(torch::nn::Module& model, const QConfig& config, bool st
 RAREFY_API void calibrate(torch::nn::Module& model, const std::function<void()>& run);
 
 /// Switches the prepared layers to int8 kernels; float weights are gone afterwards. For inference.
-/// Throws c10::ValueError that lists the layers which have not been calibrated, with the model unchanged.
-RAREFY_API void convert(torch::nn::Module& model);
+///
+/// With `forward`, which runs the model once and returns its outputs, the layers hand bytes on where they can: a layer whose
+/// result reaches integer layers alone, all on one grid, rounds it itself, so that no float tensor is written between them.
+/// Values stay the same. The links are those of this run: a model that takes another way through its layers for other
+/// inputs, or that asks for the type of a result, must go without. Weights of 2-d convolutions are laid out channels-last,
+/// and activations with them, if the model runs so. report() says which layers give bytes, and why others do not.
+///   [&] { return std::vector{net->forward(x)}; }
+///
+/// Throws c10::ValueError that lists the layers which have not been calibrated, and passes on what `forward` throws on the
+/// prepared model, with the model unchanged.
+RAREFY_API void convert(torch::nn::Module& model, const std::function<std::vector<torch::Tensor>()>& forward = nullptr);
 
 /// What each fake quantizer does from now on. Unset: unchanged.
 RAREFY_API void set_state(torch::nn::Module& model, std::optional<bool> observe, std::optional<bool> quantize);

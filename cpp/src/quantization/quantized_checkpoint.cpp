@@ -1,0 +1,377 @@
+#include <ATen/ops/isfinite.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <rarefy/quantization/quantized_checkpoint.h>
+#include <rarefy/version.h>
+
+#include <array>
+#include <charconv>
+#include <optional>
+#include <sstream>
+#include <utility>
+
+#include "checkpoint_state.h"
+#include "folder.h"
+#include "json.h"
+
+// quantization.json:
+//   {"format": 1, "rarefy": "0.1.0", "mode": "converted",
+//    "tensors": {"file": "model.safetensors", "bytes": 1234, "crc32": 5678},
+//    "layers": {
+//     "conv": {"kind": "Conv2d", "target": null, "relu": true, "channels_last": false, "next": {"qmin": 0, "qmax": 255}, "quantizers": {
+//      "input": {"bits": 8, "symmetric": false, "signed": false, "narrow_range": false, "qmin": 0, "qmax": 255, "axis": null},
+//      "weight": {..., "axis": 0}}}},
+//    "folded": ["bn"]}
+namespace rarefy::quantization {
+namespace {
+
+constexpr uint64_t kFormat = 1;
+constexpr const char* kDescription = "quantization.json";
+constexpr const char* kTensors = "model.safetensors";
+constexpr const char* kMode = "converted";
+
+std::string described(const torch::Tensor& tensor) {
+  std::ostringstream text;
+  text << tensor.scalar_type() << " " << tensor.sizes();
+  return text.str();
+}
+
+const char* boolean(bool value) { return value ? "true" : "false"; }
+
+// ---- writing ----
+
+void append_scheme(std::string& json, const Scheme& scheme) {
+  const auto axis = scheme.axis();
+  json += fmt::format(
+      R"({{"bits": {}, "symmetric": {}, "signed": {}, "narrow_range": {}, "qmin": {}, "qmax": {}, "axis": {}}})",
+      scheme.bits, boolean(scheme.symmetric), boolean(scheme.signed_range()), boolean(scheme.narrow_range),
+      scheme.qmin(), scheme.qmax(), axis.has_value() ? std::to_string(*axis) : "null");
+}
+
+std::string to_json(const QuantizedCheckpoint& checkpoint, const FileSum& sum) {
+  constexpr const char* kContext = "[save_quantized] names";
+  std::string json = fmt::format(
+      "{{\"format\": {}, \"rarefy\": \"{}\", \"mode\": \"{}\",\n \"tensors\": {{\"file\": \"{}\", \"bytes\": {}, "
+      "\"crc32\": {}}},\n \"layers\": {{",
+      kFormat, RAREFY_VERSION, kMode, kTensors, sum.bytes, sum.crc32);
+  const char* separator = "\n  ";
+  for (const auto& [name, layer] : checkpoint.layers) {
+    json += std::exchange(separator, ",\n  ");
+    append_json(json, name, kContext);
+    json += ": {\"kind\": ";
+    append_json(json, layer.kind, kContext);
+    const auto range = layer.next.has_value()
+                           ? fmt::format(R"({{"qmin": {}, "qmax": {}}})", layer.next->qmin, layer.next->qmax)
+                           : std::string("null");
+    json += ", \"target\": ";
+    if (layer.target.empty()) {
+      json += "null";
+    } else {
+      append_json(json, layer.target, kContext);
+    }
+    json += fmt::format(R"(, "relu": {}, "channels_last": {}, "next": {}, "quantizers": {{)", boolean(layer.relu),
+                        boolean(layer.channels_last), range);
+    const char* next = "\n   ";
+    for (const auto& [quantizer, scheme] : layer.quantizers) {
+      json += std::exchange(next, ",\n   ");
+      append_json(json, quantizer, kContext);
+      json += ": ";
+      append_scheme(json, scheme);
+    }
+    json += "}}";
+  }
+  json += "},\n \"folded\": [";
+  const char* comma = "";
+  for (const auto& name : checkpoint.folded) {
+    json += std::exchange(comma, ", ");
+    append_json(json, name, kContext);
+  }
+  return json + "]}\n";
+}
+
+// ---- reading ----
+
+bool read_bool(JsonReader& reader, const char* what) {
+  const auto text = reader.value();
+  reader.require(text == "true" || text == "false", "must have true or false as ", what, ", got ", text);
+  return text == "true";
+}
+
+int64_t read_integer(JsonReader& reader, const char* what) {
+  const auto text = reader.value();
+  int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  reader.require(error == std::errc() && end == text.data() + text.size(), "must have an integer as ", what, ", got ",
+                 text);
+  return value;
+}
+
+/// Steps over null when it comes next.
+bool take_null(JsonReader& reader) {
+  if (!reader.take('n')) {
+    return false;
+  }
+  for (const char c : {'u', 'l', 'l'}) {
+    reader.expect(c);
+  }
+  return true;
+}
+
+IntegerRange read_range(JsonReader& reader, const std::string& name) {
+  std::optional<int64_t> qmin, qmax;
+  reader.object([&](const std::string& field) {
+    reader.require(field == "qmin" || field == "qmax", "must describe the range at ", name, " by qmin and qmax, got '",
+                   field, "'");
+    (field == "qmin" ? qmin : qmax) = read_integer(reader, "an end of a range");
+  });
+  const bool fits =
+      qmin.has_value() && qmax.has_value() && *qmin < *qmax && *qmin >= -128 && *qmax <= (*qmin < 0 ? 127 : 255);
+  reader.require(fits, "must have a range inside of int8 or uint8 at ", name, ", got ", qmin.value_or(0), " to ",
+                 qmax.value_or(0));
+  return {*qmin, *qmax};
+}
+
+Scheme read_scheme(JsonReader& reader, const std::string& name) {
+  Scheme scheme;
+  std::set<std::string> seen;
+  int64_t qmin = 0, qmax = 0;
+  reader.object([&](const std::string& field) {
+    seen.insert(field);
+    if (field == "bits") {
+      scheme.bits = read_integer(reader, "bits");
+      reader.require((scheme.bits >= 2 && scheme.bits <= 8) || scheme.bits == 16, "must have 2 to 8 or 16 bits at ",
+                     name, ", got ", scheme.bits);
+    } else if (field == "symmetric") {
+      scheme.symmetric = read_bool(reader, "symmetric");
+    } else if (field == "signed") {
+      scheme.is_signed = read_bool(reader, "signed");
+    } else if (field == "narrow_range") {
+      scheme.narrow_range = read_bool(reader, "narrow_range");
+    } else if (field == "qmin") {
+      qmin = read_integer(reader, "qmin");
+    } else if (field == "qmax") {
+      qmax = read_integer(reader, "qmax");
+    } else if (field == "axis") {
+      if (!take_null(reader)) {
+        scheme.granularity = PerChannel{read_integer(reader, "axis")};
+      }
+    } else {
+      reader.require(false, "must describe a grid by bits, symmetric, signed, narrow_range, qmin, qmax and axis, got '",
+                     field, "' at ", name);
+    }
+  });
+  for (const auto* field : {"bits", "symmetric", "signed", "narrow_range", "qmin", "qmax", "axis"}) {
+    reader.require(seen.count(field) == 1, "must say ", field, " of the grid at ", name);
+  }
+  reader.require(scheme.qmin() == qmin && scheme.qmax() == qmax, "must have the integers ", scheme.qmin(), " to ",
+                 scheme.qmax(), " of a grid of ", scheme.bits, " bits at ", name, ", got ", qmin, " to ", qmax);
+  return scheme;
+}
+
+SavedLayer read_layer(JsonReader& reader, const std::string& name) {
+  SavedLayer layer;
+  reader.object([&](const std::string& field) {
+    if (field == "kind") {
+      layer.kind = reader.string();
+    } else if (field == "relu") {
+      layer.relu = read_bool(reader, "relu");
+    } else if (field == "channels_last") {
+      layer.channels_last = read_bool(reader, "channels_last");
+    } else if (field == "target") {
+      if (!take_null(reader)) {
+        layer.target = reader.string();
+      }
+    } else if (field == "next") {
+      if (!take_null(reader)) {
+        layer.next = read_range(reader, name + ".quant.next");
+      }
+    } else if (field == "quantizers") {
+      reader.object([&](const std::string& quantizer) {
+        layer.quantizers[quantizer] = read_scheme(reader, fmt::format("{}.quant.{}", name, quantizer));
+      });
+    } else {
+      reader.require(false, "must describe a layer by kind, target, relu, channels_last, next and quantizers, got '",
+                     field, "' at ", name);
+    }
+  });
+  reader.require(!layer.kind.empty(), "must say the kind of layer ", name);
+  reader.require(!layer.quantizers.empty(), "must say the quantizers of layer ", name);
+  return layer;
+}
+
+/// Fills in layers and folded; what the description says of the other file.
+FileSum read_description(const std::string& json, const std::string& file, QuantizedCheckpoint& checkpoint) {
+  JsonReader reader(json, "[load_quantized] " + file + ": the description ");
+  std::optional<uint64_t> format;
+  std::string mode, name;
+  FileSum sum;
+  reader.object([&](const std::string& field) {
+    if (field == "format") {
+      format = reader.integer();
+      reader.require(*format == kFormat, "must be of format ", kFormat, ", got ", *format,
+                     " (made by another version of rarefy)");
+    } else if (field == "mode") {
+      mode = reader.string();
+    } else if (field == "tensors") {
+      reader.object([&](const std::string& key) {
+        if (key == "file") {
+          name = reader.string();
+        } else if (key == "bytes") {
+          sum.bytes = reader.integer();
+        } else if (key == "crc32") {
+          sum.crc32 = static_cast<uint32_t>(reader.integer());
+        } else {
+          reader.value();
+        }
+      });
+    } else if (field == "layers") {
+      reader.object([&](const std::string& layer) { checkpoint.layers[layer] = read_layer(reader, layer); });
+    } else if (field == "folded") {
+      reader.array([&] { checkpoint.folded.insert(reader.string()); });
+    } else {
+      reader.value();  // for readers of this format that know more
+    }
+  });
+  reader.end();
+  reader.require(format.has_value(), "must say its format");
+  reader.require(mode == kMode, "must be of a ", kMode, " model, got mode '", mode, "'");
+  reader.require(name == kTensors, "must belong to ", kTensors, ", got '", name, "'");
+  reader.require(!checkpoint.layers.empty(), "must have layers, got none");
+  return sum;
+}
+
+// ---- checks ----
+
+/// Checks the tensors of one layer. Messages begin with context and the layer's name.
+class LayerCheck {
+ public:
+  LayerCheck(const NamedTensors& tensors, const std::string& name, std::string context)
+      : tensors_(tensors), name_(name), context_(std::move(context)) {}
+
+  void operator()(const SavedLayer& layer) const {
+    int64_t channels = 1;
+    if (const auto weight = layer.quantizers.find("weight"); weight != layer.quantizers.end()) {
+      channels = check_weight(weight->second);
+    }
+    for (const auto& [quantizer, scheme] : layer.quantizers) {
+      require(quantizer == "weight" || !scheme.axis().has_value(), "quant.", quantizer, " must have one scale, got ",
+              scheme.str());
+      const int64_t size = quantizer == "weight" && scheme.axis().has_value() ? channels : 1;
+      const std::string prefix = "quant." + quantizer + ".";
+      check_grid(prefix, {scheme.qmin(), scheme.qmax()}, size);
+      check_shape(prefix + "min_val", tensor(prefix + "min_val", torch::kFloat32), size);
+      check_shape(prefix + "max_val", tensor(prefix + "max_val", torch::kFloat32), size);
+      check_shape(prefix + "skipped", tensor(prefix + "skipped", torch::kInt64), 1);
+    }
+    if (layer.next.has_value()) {
+      check_grid("quant.next.", *layer.next, 1);
+    }
+  }
+
+ private:
+  template <typename... Rule>
+  void require(bool condition, const Rule&... rule) const {
+    TORCH_CHECK_VALUE(condition, context_, "layer ", name_, ": ", rule...);
+  }
+
+  const torch::Tensor& tensor(const std::string& name, c10::ScalarType type) const {
+    const auto* found = tensors_.find(name_ + "." + name);
+    require(found != nullptr, name, " must be there, but is missing");
+    require(found->scalar_type() == type, name, " must be ", type, ", got ", described(*found));
+    return *found;
+  }
+
+  /// The number of output channels.
+  int64_t check_weight(const Scheme& scheme) const {
+    const auto weight = tensor("weight", torch::kInt8);
+    require(weight.dim() >= 2 && weight.numel() > 0, "weight must have two or more dimensions and values, got shape ",
+            weight.sizes());
+    const int64_t axis = scheme.axis().value_or(0);
+    require(axis >= 0 && axis < weight.dim(), "the axis of quant.weight must be a dimension of the weight, got ", axis,
+            " for shape ", weight.sizes());
+    const auto low = weight.min().item<int64_t>(), high = weight.max().item<int64_t>();
+    require(low >= scheme.qmin() && high <= scheme.qmax(), "integers must be in [", scheme.qmin(), ", ", scheme.qmax(),
+            "], got ", low, " to ", high);
+    if (tensors_.contains(name_ + ".bias")) {
+      const auto bias = tensor("bias", torch::kFloat32);
+      require(bias.dim() == 1, "bias must have one dimension, got shape ", bias.sizes());
+      require(at::isfinite(bias).all().item<bool>(), "bias must be finite, but is not");
+    }
+    return weight.size(axis);
+  }
+
+  void check_shape(const std::string& name, const torch::Tensor& value, int64_t size) const {
+    require(value.dim() == 1 && value.size(0) == size, name, " must have shape [", size, "], got ", value.sizes());
+  }
+
+  void check_grid(const std::string& prefix, const IntegerRange& range, int64_t size) const {
+    const auto scale = tensor(prefix + "scale", torch::kFloat32);
+    check_shape(prefix + "scale", scale, size);
+    require((at::isfinite(scale) & (scale > 0)).all().item<bool>(), prefix, "scale must be finite and positive, got ",
+            scale.min().item<float>(), " to ", scale.max().item<float>());
+    const auto zero_point = tensor(prefix + "zero_point", torch::kInt32);
+    check_shape(prefix + "zero_point", zero_point, size);
+    const auto low = zero_point.min().item<int64_t>(), high = zero_point.max().item<int64_t>();
+    require(low >= range.qmin && high <= range.qmax, prefix, "zero_point must be in [", range.qmin, ", ", range.qmax,
+            "], got ", low, " to ", high);
+  }
+
+  const NamedTensors& tensors_;
+  const std::string& name_;
+  std::string context_;
+};
+
+}  // namespace
+
+void QuantizedCheckpoint::validate(const std::string& context) const {
+  TORCH_CHECK_VALUE(!layers.empty(), context, "there must be a converted layer, got none");
+  for (const auto& [name, layer] : layers) {
+    LayerCheck(tensors, name, context)(layer);
+  }
+}
+
+void write_quantized(const QuantizedCheckpoint& checkpoint, const std::filesystem::path& folder) {
+  const std::string context = "[save_quantized] ";
+  checkpoint.validate(context);
+  State state;
+  for (const auto& item : checkpoint.tensors) {
+    state.emplace_back(item.key(), item.value());
+  }
+  Metadata metadata;
+  const auto written = without_duplicates(std::move(state), metadata);
+  replace_folder(
+      folder, {kDescription, kTensors},
+      [&](const std::filesystem::path& made) {
+        save_safetensors(written, made / kTensors, metadata);
+        write_text(made / kDescription, to_json(checkpoint, sum_of_file(made / kTensors, context)), context);
+      },
+      context);
+}
+
+QuantizedCheckpoint read_quantized(const std::filesystem::path& folder) {
+  const std::string context = "[load_quantized] ";
+  TORCH_CHECK_VALUE(std::filesystem::is_directory(folder), context, folder.string(),
+                    " must be a folder that save_quantized has written, but is none");
+  for (const auto* name : {kDescription, kTensors}) {
+    TORCH_CHECK_VALUE(std::filesystem::exists(folder / name), context, folder.string(), " must hold ", kDescription,
+                      " and ", kTensors, ", but ", name, " is missing");
+  }
+  const auto description = folder / kDescription, file = folder / kTensors;
+  QuantizedCheckpoint result;
+  const auto said = read_description(read_text(description, context), description.string(), result);
+  const auto sum = sum_of_file(file, context);
+  TORCH_CHECK_VALUE(sum.bytes == said.bytes && sum.crc32 == said.crc32, context, file.string(),
+                    " must be as it was written, of ", said.bytes, " bytes with checksum ", said.crc32, ", got ",
+                    sum.bytes, " bytes with checksum ", sum.crc32);
+  auto checkpoint = load_safetensors(file);
+  result.tensors = std::move(checkpoint.tensors);
+  for (const auto& [alias, name] : checkpoint.metadata) {
+    if (const auto* tensor = result.tensors.find(name); tensor != nullptr && !result.tensors.contains(alias)) {
+      result.tensors.insert(alias, torch::Tensor(*tensor));
+    }
+  }
+  result.validate(context + file.string() + ": ");
+  return result;
+}
+
+}  // namespace rarefy::quantization
