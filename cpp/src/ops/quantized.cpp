@@ -20,6 +20,9 @@ TORCH_LIBRARY_FRAGMENT(rarefy, m) {
   m.def(
       "requantize(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, Tensor? output_scale=None, "
       "Tensor? output_zero_point=None, int output_qmin=0, int output_qmax=255) -> Tensor");
+  m.def(
+      "max_pool2d_bytes(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode=False) "
+      "-> Tensor");
 }
 
 namespace rarefy::ops {
@@ -77,6 +80,12 @@ at::Tensor requantize(const at::Tensor& x, const ByteGrid& input, const std::opt
   const OutputArguments out(output);
   return op.call(x, input.scale, input.zero_point, input.qmin, input.qmax, out.scale, out.zero_point, out.qmin,
                  out.qmax);
+}
+
+at::Tensor max_pool2d_bytes(const at::Tensor& x, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                            at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
+  RAREFY_OP(max_pool2d_bytes, decltype(max_pool2d_bytes));
+  return op.call(x, kernel_size, stride, padding, dilation, ceil_mode);
 }
 
 }  // namespace rarefy::ops

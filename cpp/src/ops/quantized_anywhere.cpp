@@ -7,6 +7,7 @@
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/conv3d.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/nan_to_num.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/round.h>
@@ -124,11 +125,24 @@ at::Tensor requantize_anywhere(const at::Tensor& x, const at::Tensor& scale, con
                 output_qmax);
 }
 
+namespace {
+
+at::Tensor max_pool2d_bytes_anywhere(const at::Tensor& x, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                     at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
+  check_max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode);
+  return at::max_pool2d(x.to(at::kFloat), kernel_size, stride, padding, dilation, ceil_mode)
+      .to(at::kByte)
+      .contiguous(x.suggest_memory_format());
+}
+
+}  // namespace
+
 TORCH_LIBRARY_IMPL(rarefy, CompositeExplicitAutograd, m) {
   m.impl("quantized_linear", &quantized_linear_anywhere);
   m.impl("quantized_conv", &quantized_conv_anywhere);
   m.impl("quantized_add", &quantized_add_anywhere);
   m.impl("requantize", &requantize_anywhere);
+  m.impl("max_pool2d_bytes", &max_pool2d_bytes_anywhere);
 }
 
 }  // namespace rarefy::ops

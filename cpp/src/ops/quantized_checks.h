@@ -144,6 +144,35 @@ inline void check_quantized_add(const at::Tensor& a, const at::Tensor& b) {
   check_device(function, a, b, "b");
 }
 
+/// Returns the sizes of the result.
+inline c10::SymDimVector check_max_pool2d(const at::Tensor& x, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                          at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
+  constexpr const char* function = "max_pool2d_bytes";
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kByte, "[", function, "] input must be uint8, got ", x.scalar_type());
+  TORCH_CHECK_VALUE(
+      x.dim() == 4 && kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, "[",
+      function, "] input must have 4 dimensions and kernel_size, stride, padding and dilation 2 values, ", "got shape ",
+      x.sym_sizes());
+  c10::SymDimVector sizes = {x.sym_size(0), x.sym_size(1)};
+  for (size_t i = 0; i < 2; ++i) {
+    TORCH_CHECK_VALUE(
+        kernel_size[i] > 0 && stride[i] > 0 && dilation[i] > 0 && padding[i] >= 0 && 2 * padding[i] <= kernel_size[i],
+        "[", function, "] kernel_size, stride and dilation must be positive and padding at most half of ",
+        "the kernel's size, got ", kernel_size, ", ", stride, ", ", dilation, " and ", padding);
+    const auto in = x.sym_size(static_cast<int64_t>(i) + 2);
+    const auto room = in + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1;
+    TORCH_CHECK_VALUE(room >= 0, "[", function, "] the padded input must hold a window along axis ", i + 2, ", got ",
+                      in, " values");
+    auto out = (room + (ceil_mode ? stride[i] - 1 : 0)) / stride[i] + 1;
+    if (ceil_mode &&
+        (out - 1) * stride[i] >= in + padding[i]) {  // a window begins inside the input or its padding before
+      out = out - 1;
+    }
+    sizes.push_back(out);
+  }
+  return sizes;
+}
+
 /// The layout of a sum: that of the tensor with more dimensions, the first of two.
 inline at::MemoryFormat sum_format(const at::Tensor& a, const at::Tensor& b) {
   return a.dim() >= b.dim() ? a.suggest_memory_format() : b.suggest_memory_format();

@@ -17,6 +17,7 @@ from rarefy.nn.conv_bn import (
 )
 from rarefy.nn.embedding import Embedding
 from rarefy.nn.linear import Linear
+from rarefy.nn.max_pool import MaxPool2d
 from rarefy.nn.mul import Mul
 from rarefy.nn.quantized import (
     IntegerLayer,
@@ -52,6 +53,7 @@ __all__ = [
     "IntegerLayer",
     "IntegerWeight",
     "Linear",
+    "MaxPool2d",
     "Mul",
     "MultiheadAttention",
     "QuantState",

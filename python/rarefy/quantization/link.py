@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.nn._base import ByteGrid
+from rarefy.nn.max_pool import MaxPool2d
 from rarefy.nn.quantized import IntegerLayer, QuantizedConv, QuantizedEmbedding, QuantizedLinear
 from rarefy.nn.quantized_operations import QuantizedAdd, QuantizedCat
 from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.flow import Event, Flow, Key, record
 
-# Operations that do with the bytes of a grid what they do with its values: they move them, or take the largest.
+# Operations that do with the bytes of a grid what they do with its values: they move them.
 _MOVES_BYTES = {
-    "max_pool2d", "max_pool3d", "flatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze",
+    "flatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze",
     "unsqueeze", "dropout", "clone", "detach", "chunk", "split",
 }  # fmt: skip
 
@@ -38,6 +39,7 @@ def link(model: nn.Module, example_inputs: object) -> dict[str, str]:
         Why a layer gives floats, for each integer layer that does.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, IntegerLayer)}
+    pools = {name for name, module in model.named_modules() if isinstance(module, MaxPool2d)}
     flow = _record_channels_last(model, example_inputs)
     for name, layer in layers.items():
         if _takes_relu(layer, flow.only_call(name), flow):
@@ -46,7 +48,7 @@ def link(model: nn.Module, example_inputs: object) -> dict[str, str]:
     grids: dict[str, ByteGrid] = {}
     for name, layer in layers.items():
         try:
-            grids[name] = _grid_of_readers(layer, flow.only_call(name), flow, layers)
+            grids[name] = _grid_of_readers(layer, flow.only_call(name), flow, layers, pools)
         except NotLinked as reason:
             reasons[name] = str(reason)
     for name, grid in grids.items():  # when nothing can fail any more
@@ -74,7 +76,7 @@ def _record_channels_last(model: nn.Module, example_inputs: object) -> Flow:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    return isinstance(module, (IntegerLayer, nn.ReLU))
+    return isinstance(module, (IntegerLayer, MaxPool2d, nn.ReLU))
 
 
 def _takes_relu(layer: IntegerLayer, event: Event | None, flow: Flow) -> bool:
@@ -88,7 +90,9 @@ def _takes_relu(layer: IntegerLayer, event: Event | None, flow: Flow) -> bool:
     )
 
 
-def _grid_of_readers(layer: IntegerLayer, event: Event | None, flow: Flow, layers: dict[str, IntegerLayer]) -> ByteGrid:
+def _grid_of_readers(
+    layer: IntegerLayer, event: Event | None, flow: Flow, layers: dict[str, IntegerLayer], pools: set[str]
+) -> ByteGrid:
     """The one grid on which all readers of a layer's result take it."""
     if isinstance(layer, QuantizedEmbedding):
         raise NotLinked("a table's rows lie on grids of their own")
@@ -112,7 +116,9 @@ def _grid_of_readers(layer: IntegerLayer, event: Event | None, flow: Flow, layer
         for reader in flow.consumers(key):
             if reader.module in layers:
                 quantizers += _quantizers_of(layers[reader.module], reader, key)
-            elif reader.kind in _MOVES_BYTES or (flow.is_relu(reader) and layer.relu):  # nothing is below zero
+            elif (
+                reader.kind in _MOVES_BYTES or reader.module in pools or (flow.is_relu(reader) and layer.relu)
+            ):  # nothing is below zero
                 todo.extend(reader.outputs)
             else:
                 raise NotLinked(f"{reader.kind} reads its result in floating point")

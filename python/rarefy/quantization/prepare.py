@@ -511,6 +511,14 @@ def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: 
             swaps[id(module)] = integer(module)
             if isinstance(module, rnn.ConvBnLayer):
                 swaps[id(module.bn)] = nn.Identity()
+    if example_inputs is not None:
+        swaps.update(
+            {
+                id(module): rnn.MaxPool2d.from_float(module)
+                for module in model.modules()
+                if type(module) is nn.MaxPool2d and not module.return_indices
+            }
+        )
     before = [item for item in model.named_modules(remove_duplicate=False) if id(item[1]) in swaps]
     for name, module in before:
         _replace(model, name, swaps[id(module)])

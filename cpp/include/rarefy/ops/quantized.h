@@ -58,6 +58,13 @@ RAREFY_API at::Tensor quantized_add(const at::Tensor& a, const at::Tensor& b, co
 RAREFY_API at::Tensor requantize(const at::Tensor& x, const ByteGrid& input,
                                  const std::optional<ByteGrid>& output = std::nullopt);
 
+/// The largest byte of each window: uint8 [N, C, h, w] of uint8 [N, C, H, W], in the layout of x. As torch's max_pool2d, which
+/// takes no bytes of large channels-last images; on a grid it is the largest value.
+///   kernel_size, stride, padding, dilation   2 values each; padding at most half of the kernel's size
+///   ceil_mode                                round the result's size up
+RAREFY_API at::Tensor max_pool2d_bytes(const at::Tensor& x, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                       at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode = false);
+
 /// Weights that the CPU kernels keep packed. Those whose tensor is gone are dropped first, as every new one does too; and
 /// of more than 8192, the least recently used.
 RAREFY_API int64_t packed_weight_count();

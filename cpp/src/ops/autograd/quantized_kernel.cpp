@@ -14,7 +14,7 @@ void not_differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rarefy, Autograd, m) {
-  for (const auto* name : {"quantized_linear", "quantized_conv", "quantized_add", "requantize"}) {
+  for (const auto* name : {"quantized_linear", "quantized_conv", "quantized_add", "requantize", "max_pool2d_bytes"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&not_differentiable>());
   }
 }

@@ -252,6 +252,27 @@ at::Tensor requantize_cpu(const at::Tensor& x, const at::Tensor& scale, const at
   return y;
 }
 
+at::Tensor max_pool2d_bytes_cpu(const at::Tensor& x, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
+  const auto sizes = check_max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode);
+  const auto in = x.contiguous(at::MemoryFormat::ChannelsLast);
+  auto out = at::empty(C10_AS_INTARRAYREF_SLOW(sizes), x.options(), at::MemoryFormat::ChannelsLast);
+  cpu::Windows windows{x.size(1), x.size(2), x.size(3), out.size(2), out.size(3), {}, {}, {}, {}};
+  for (size_t i = 0; i < 2; ++i) {
+    windows.kernel[i] = kernel_size[i];
+    windows.stride[i] = stride[i];
+    windows.padding[i] = padding[i];
+    windows.dilation[i] = dilation[i];
+  }
+  const auto* bytes = in.const_data_ptr<uint8_t>();
+  auto* largest = out.data_ptr<uint8_t>();
+  const int64_t row = out.size(3) * out.size(1) * kernel_size[0] * kernel_size[1];
+  at::parallel_for(
+      0, out.size(0) * out.size(2), std::max<int64_t>(1, kGrain / (row + 1)),
+      [&](int64_t begin, int64_t end) { RAREFY_ISA_CALL(max_pool_bytes, bytes, largest, windows, begin, end); });
+  return out.contiguous(x.suggest_memory_format());
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rarefy, CPU, m) {
@@ -259,6 +280,7 @@ TORCH_LIBRARY_IMPL(rarefy, CPU, m) {
   m.impl("quantized_conv", &quantized_conv_cpu);
   m.impl("quantized_add", &quantized_add_cpu);
   m.impl("requantize", &requantize_cpu);
+  m.impl("max_pool2d_bytes", &max_pool2d_bytes_cpu);
 }
 
 }  // namespace rarefy::ops

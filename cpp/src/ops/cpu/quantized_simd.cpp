@@ -19,6 +19,12 @@ void for_each_sum(const Terms& t, int64_t begin, int64_t end, Write write) {
   }
 }
 
+inline void keep_largest(const uint8_t* x, uint8_t* y, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    y[i] = x[i] > y[i] ? x[i] : y[i];
+  }
+}
+
 }  // namespace
 
 void add_bytes(Terms terms, bool relu, float* y, int64_t begin, int64_t end) {
@@ -34,6 +40,27 @@ void add_bytes_to_grid(Terms terms, Grid grid, uint8_t* y, int64_t begin, int64_
     const Vec q = max(p.qmin, min(to_grid(sum, p), p.qmax));
     count == Vec::size ? q.store_bytes(y + i) : q.store_bytes_first(y + i, count);
   });
+}
+
+void max_pool_bytes(const uint8_t* x, uint8_t* y, Windows w, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const uint8_t* image = x + row / w.out_height * w.height * w.width * w.channels;
+    const int64_t top = row % w.out_height * w.stride[0] - w.padding[0];
+    for (int64_t column = 0; column < w.out_width; ++column) {
+      uint8_t* out = y + (row * w.out_width + column) * w.channels;
+      const int64_t left = column * w.stride[1] - w.padding[1];
+      memset(out, 0, static_cast<size_t>(w.channels));
+      for (int64_t i = 0; i < w.kernel[0]; ++i) {
+        const int64_t from = top + i * w.dilation[0];
+        for (int64_t j = 0; j < w.kernel[1]; ++j) {
+          const int64_t at = left + j * w.dilation[1];
+          if (from >= 0 && from < w.height && at >= 0 && at < w.width) {
+            keep_largest(image + (from * w.width + at) * w.channels, out, w.channels);
+          }
+        }
+      }
+    }
+  }
 }
 
 }  // namespace rarefy::cpu::RAREFY_ISA

@@ -64,6 +64,12 @@ at::Tensor requantize_meta(const at::Tensor& x, const at::Tensor& scale, const a
   return at::empty_like(x, result_options(x, bytes));
 }
 
+at::Tensor max_pool2d_bytes_meta(const at::Tensor& x, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                 at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
+  const auto sizes = check_max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode);
+  return at::empty_symint(sizes, x.options(), x.suggest_memory_format());
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rarefy, Meta, m) {
@@ -71,6 +77,7 @@ TORCH_LIBRARY_IMPL(rarefy, Meta, m) {
   m.impl("quantized_conv", &quantized_conv_meta);
   m.impl("quantized_add", &quantized_add_meta);
   m.impl("requantize", &requantize_meta);
+  m.impl("max_pool2d_bytes", &max_pool2d_bytes_meta);
 }
 
 }  // namespace rarefy::ops
