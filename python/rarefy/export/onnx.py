@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rarefy._core.quantization import target_names, target_profile
+from rarefy.export.decompose import decomposing_where_needed
 from rarefy.export.lowering import check_quantizers, lower, without_rounding
 from rarefy.export.report import ExportReport
 
@@ -276,7 +277,7 @@ def _translate(
         if batch == 1:  # torch.export takes a size of 1 for a constant
             inputs = [torch.cat([x, x]) for x in inputs]
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), decomposing_where_needed():
             return torch.onnx.export(
                 lowered,
                 () if keywords else tuple(inputs),
