@@ -256,6 +256,15 @@ def test_a_table_is_refused_by_tensorrt(tmp_path):
         rf.export.to_onnx(model, ids, tmp_path / "m.onnx", target="tensorrt")
 
 
+def test_the_target_is_the_one_that_was_chosen(tmp_path):
+    x = torch.randn(2, 3, 6, 6)
+    for config, target in ((QConfig.int8(), "onnxruntime"), (QConfig.int8(target="tensorrt"), "tensorrt")):
+        model = quantized(Residual(), config, x)
+        for exported in (model, rf.quantization.convert(model)):
+            assert rf.export.to_onnx(exported, x, tmp_path / "m.onnx", verify=False).target == target
+    assert rf.export.to_onnx(Residual(), x, tmp_path / "m.onnx", verify=False).target == "onnxruntime"
+
+
 def test_targets_that_agree_take_each_other(tmp_path):
     x = torch.randn(2, 3, 6, 6)
     model = quantized(Residual(), QConfig.int8(target="tensorrt"), x)

@@ -23,7 +23,7 @@ const std::vector<TargetProfile>& profiles() {
        .splits_linear_bias = true,
        .pools_means = true,
        .residual_as_sum = true},
-      // Grids of 255 or 256 levels; what it computes from 16 bits is wrong (2026.4.1). A weight's zero point, even of zeros,
+      // Grids of 255 or 256 levels; quantizers to 16 bits do not saturate (2026.4.1). A weight's zero point, even of zeros,
       // costs it the int4 kernels.
       {.name = "openvino",
        .families = kEveryFamily,

@@ -41,7 +41,7 @@ def to_onnx(
     example_inputs: Tensor | Sequence[Tensor] | Mapping[str, object],
     path: str | os.PathLike[str],
     *,
-    target: str = "onnxruntime",
+    target: str | None = None,
     opset: int | None = None,
     dynamic_batch: bool | None = None,
     dynamic_shapes: Mapping[str, Mapping[int, str]] | Sequence[Mapping[int, str] | None] | None = None,
@@ -63,7 +63,8 @@ def to_onnx(
         example_inputs: what the model is called with: a tensor, a sequence of tensors, or tensors by argument name.
             Truth values, numbers, strings and None by argument name (`use_cache=False`) are fixed in the file.
         path: the file to write. It is written under another name in the same folder and renamed when all checks passed.
-        target: the runtime: "onnxruntime", "openvino", "tensorrt" or "qnn".
+        target: the runtime: "onnxruntime", "openvino", "tensorrt" or "qnn". None: the one that the model was prepared for, and
+            "onnxruntime" when none was chosen.
         opset: version of the ONNX operator set, 13 or more, and 21 or more for 16-bit activations; 21 unless given, 19 for
             TensorRT. From 21 on 4-bit weights of layers with a float input take half a byte.
         dynamic_batch: the file takes any size of the first dimension, which all inputs must share. True unless the target
@@ -98,6 +99,7 @@ def to_onnx(
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"[to_onnx] model must be a torch.nn.Module, got {type(model).__name__}")
+    target = targets.chosen_target(model) if target is None else target
     if target not in target_names():
         raise ValueError(f"[to_onnx] target must be one of {', '.join(target_names())}, got {target!r}")
     profile = target_profile(target)

@@ -37,6 +37,12 @@ def _activations(model: nn.Module) -> Iterator[tuple[str, FakeQuantizer]]:
             yield name, module
 
 
+def chosen_target(model: nn.Module) -> str:
+    """The target that the model was prepared for; "onnxruntime" when none was chosen."""
+    chosen = (getattr(module, "target", None) for module in model.modules() if hasattr(module, "quant"))
+    return next((name for name in chosen if isinstance(name, str)), "onnxruntime")
+
+
 def check_target(function: str, model: nn.Module, profile: TargetProfile) -> None:
     """Whether a file for the target can hold every layer and every grid of the model.
 

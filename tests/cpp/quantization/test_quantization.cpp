@@ -57,7 +57,7 @@ TEST_CASE("a scheme knows its range", "[quantization]") {
   REQUIRE(Scheme{.bits = 4, .symmetric = false, .is_signed = true}.qmin() == -8);
   REQUIRE(Scheme{.granularity = PerChannel{1}}.axis() == 1);
   REQUIRE_THAT(message_of([] { Scheme{.bits = 9}.validate(); }),
-               ContainsSubstring("[Scheme] bits must be in 2..8, got 9"));
+               ContainsSubstring("[Scheme] bits must be in 2..8, or 16, got 9"));
 }
 
 TEST_CASE("name patterns", "[quantization]") {
