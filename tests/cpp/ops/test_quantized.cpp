@@ -54,7 +54,8 @@ TEST_CASE("padding of bytes is the zero point's", "[quantized]") {
   const auto y = ops::quantized_conv(x, w, w_scale, std::nullopt, in, stride, padding, dilation, 2);
   const auto x_hat = ops::fake_quantize(x, in.scale, in.zero_point, std::nullopt, in.qmin, in.qmax);
   const auto padded = torch::constant_pad_nd(x_hat.to(torch::kDouble), {0, 1, 1, 2});
-  const auto expected = torch::conv2d(padded, w.to(torch::kDouble) * 0.01, {}, stride, std::vector<int64_t>{0, 0}, dilation, 2);
+  const auto expected =
+      torch::conv2d(padded, w.to(torch::kDouble) * 0.01, {}, stride, std::vector<int64_t>{0, 0}, dilation, 2);
   REQUIRE(torch::allclose(y.to(torch::kDouble), expected, 1e-5, 1e-5));
   const auto q =
       ops::quantized_conv(bytes(x, in), w, w_scale, std::nullopt, in, stride, padding, dilation, 2, false, out);
