@@ -327,7 +327,8 @@ def _translate(
             )
     except Exception as error:
         cause = error.__cause__ or error
-        hint = " (if the model fixes the size of its batch, pass dynamic_batch=False)" if any(axes) else ""
+        free = ", ".join(dict.fromkeys(name for named in axes for name in named.values()))
+        hint = f" (an axis whose size the model fixes cannot be free; here free: {free})" if free else ""
         raise RuntimeError(
             f"[to_onnx] torch.onnx.export cannot translate the model{hint}: {type(cause).__name__}: {cause}"
         ) from error
