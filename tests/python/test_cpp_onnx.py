@@ -18,6 +18,11 @@ CASES = [
     *(f"{network}-onnxruntime-{opset}" for network in NETWORKS for opset in (13, 17, 18, 21)),
     *(f"{network}-{kind}-onnxruntime" for network in NETWORKS for kind in ("signed", "exact", "float", "converted")),
     *(f"{network}-converted-tensorrt" for network in NETWORKS),
+    *(
+        f"{network}-{target}"
+        for network in ("joined", "joined-linked", "joined-plain-first", "joined-plain-first-linked", "widened")
+        for target in ("onnxruntime", "openvino", "qnn")
+    ),
     "bytes",
     "transformer-float-external-onnxruntime",
 ]

@@ -23,6 +23,9 @@ Rule unary(const char* op) {
 Rule binary(const char* op, const char* first = "self", const char* second = "other") {
   return [=](const Call& c) -> std::vector<Value*> {
     const auto dtype = c.result_dtype();
+    if (dtype == at::kBool) {
+      c.refuse("ONNX computes with numbers, got bool (torch::logical_and and logical_or have a form)");
+    }
     auto *a = operand(c, first, dtype), *b = operand(c, second, dtype);
     if (c.has("alpha") && c.number("alpha") != 1.0) {
       b = c.t.emit("Mul", {b, c.t.scalar(c.number("alpha"), dtype)});
@@ -108,8 +111,10 @@ std::vector<Value*> hardtanh(const Call& c) {
 
 std::vector<Value*> relu6(const Call& c) { return {clip(c, c.tensor("self"), 0.0, 6.0)}; }
 
+/// Bytes are never negative, and ONNX has no Relu of them: the layer that gave them clamped at its zero point already.
 std::vector<Value*> relu(const Call& c) {
-  return {c.t.emit("Relu", {c.tensor(c.node().op.name.starts_with("rarefy::") ? "x" : "self")})};
+  auto* x = c.tensor(c.node().op.name.starts_with("rarefy::") ? "x" : "self");
+  return {x->dtype == at::kByte ? x : c.t.emit("Relu", {x})};
 }
 
 std::vector<Value*> hardsigmoid(const Call& c) {

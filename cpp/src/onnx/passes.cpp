@@ -315,12 +315,10 @@ void limit_integers(Model& model, Node* quantize, const std::array<double, 2>& l
         model.add_constant(stem(quantize) + (i == 0 ? "min" : "max"),
                            at::full({}, bounds[i], at::TensorOptions().dtype(at::kLong)).to(output->dtype)));
   }
-  const auto readers = output->consumers;
   auto* clipped =
       add_like(model, after(model, quantize), stem(quantize) + "Clip", "Clip", inputs, output->dtype, output);
-  for (auto* reader : readers) {
-    model.set_input(reader, 0, clipped);
-  }
+  model.replace(output, clipped);
+  model.set_input(clipped->producer, 0, output);
 }
 
 }  // namespace
@@ -359,12 +357,13 @@ void split_linear_bias(Model& model) {
     }
     auto* add = product->consumers[0];
     auto* bias = add->inputs[add->inputs[0] == product ? 1 : 0];
-    if (!bias->constant.defined() || bias->constant.dim() != 1) {
-      continue;
+    if (!bias->constant.defined() || bias->constant.dim() != 1 || !product->has_shape || product->shape.empty() ||
+        (bias->constant.numel() != 1 && product->shape.back() != Dim{bias->constant.numel(), 0})) {
+      continue;  // another constant would make the result wider than the product
     }
     auto* output = add->outputs[0];
-    const bool to_gemm = product->has_shape && product->shape.size() == 2 && output->consumers.size() == 1 &&
-                         only_readers(model, output, "QuantizeLinear");
+    const bool to_gemm =
+        product->shape.size() == 2 && output->consumers.size() == 1 && only_readers(model, output, "QuantizeLinear");
     const std::string op = to_gemm ? "Gemm" : "Sum";
     const auto inputs =
         to_gemm ? std::vector<Value*>{node->inputs[0], node->inputs[1], bias} : std::vector<Value*>{product, bias};

@@ -38,6 +38,7 @@ struct Case {
   bool exact = false;
   bool quantized = true;
   bool converted = false;
+  bool linked = false;
   bool external = false;
 };
 
@@ -59,6 +60,8 @@ class Exporter {
     }
     if (c.converted) {
       quantization::convert(*model);
+    } else if (c.linked) {
+      quantization::convert(*model, [&] { return run(whole); });
     }
     std::vector<Tensor> example;
     for (const auto& input : whole) {
@@ -124,6 +127,15 @@ void write_networks(const std::string& folder) {
   write_all({.name = "-float", .target = "onnxruntime", .quantized = false});
   write_all({.name = "-converted", .target = "onnxruntime", .converted = true});
   write_all({.name = "-converted", .target = "tensorrt", .converted = true});
+  for (const auto* target : {"onnxruntime", "openvino", "qnn"}) {
+    for (const bool plain_first : {false, true}) {
+      const std::string name = plain_first ? "joined-plain-first" : "joined";
+      exporter.write({.name = name, .target = target}, onnx_models::Joined(plain_first), patches);
+      exporter.write({.name = name + "-linked", .target = target, .linked = true}, onnx_models::Joined(plain_first),
+                     patches);
+    }
+    exporter.write({.name = "widened", .target = target}, onnx_models::Widened(), rows);
+  }
   const Case external{
       .name = "transformer-float-external", .target = "onnxruntime", .quantized = false, .external = true};
   exporter.write(external, onnx_models::Transformer(), ids);

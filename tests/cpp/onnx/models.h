@@ -104,6 +104,39 @@ struct SignalsImpl : torch::nn::Module {
 };
 TORCH_MODULE(Signals);
 
+/// Images [N, 3, 8, 8] to [N, 4, 6, 6]: branches with a ReLU, the function and the layer, and without, concatenated.
+struct JoinedImpl : torch::nn::Module {
+  rnn::Conv2d first{nullptr}, second{nullptr}, last{nullptr};
+  torch::nn::Sequential third;
+  rnn::Cat cat{nullptr};
+  bool plain_first;
+
+  explicit JoinedImpl(bool plain_first)
+      : first(register_module("first", conv(3))),
+        second(register_module("second", conv(3))),
+        last(register_module("last", rnn::Conv2d(rnn::Conv2dOptions(12, 4, 3)))),
+        third(register_module("third", torch::nn::Sequential(conv(3), torch::nn::ReLU()))),
+        cat(register_module("cat", rnn::Cat(1))),
+        plain_first(plain_first) {}
+  static rnn::Conv2d conv(int64_t in) { return rnn::Conv2d(rnn::Conv2dOptions(in, 4, 3).padding(1)); }
+  Tensor forward(const Tensor& x) {
+    const auto a = torch::relu(first(x)), b = second(x), c = third->forward(x);
+    return last(cat(plain_first ? std::vector<Tensor>{b, a, c} : std::vector<Tensor>{a, b, c}));
+  }
+};
+TORCH_MODULE(Joined);
+
+/// [N, 10] to [N, 4]: what is added to the first product is wider than it, and no bias.
+struct WidenedImpl : torch::nn::Module {
+  rnn::Linear narrow{nullptr}, wide{nullptr};
+
+  WidenedImpl()
+      : narrow(register_module("narrow", rnn::Linear(torch::nn::LinearOptions(10, 1).bias(false)))),
+        wide(register_module("wide", rnn::Linear(5, 4))) {}
+  Tensor forward(const Tensor& x) { return wide(narrow(x) + torch::arange(5).to(torch::kFloat)); }
+};
+TORCH_MODULE(Widened);
+
 /// [N, 10] to [N, 4], of torch's own layers in a Sequential.
 inline torch::nn::Sequential make_mlp() {
   return torch::nn::Sequential(torch::nn::Linear(10, 16), torch::nn::ReLU(), torch::nn::Linear(16, 16),

@@ -197,6 +197,8 @@ TEST_CASE("export_onnx refuses what a value of ONNX cannot do", "[onnx]") {
       refusal(*model,
               of([](const Tensor& input) { return input.sum().item<double>() > 0 ? input.abs() : input.neg(); }), {x}),
       ContainsSubstring("aten::item"));
+  CHECK_THAT(refusal(*model, of([](const Tensor& input) { return (input > 0) + (input < 1); }), {x}),
+             ContainsSubstring("aten::add: ONNX computes with numbers, got bool"));
   CHECK_THAT(refusal(*model, of([](const Tensor& input) { return torch::dropout(input, 0.5, true); }), {x}),
              ContainsSubstring("dropout must be off"));
 }
