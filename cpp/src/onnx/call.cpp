@@ -3,6 +3,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "onnx/translate.h"
 
 namespace rarefy::onnx {
@@ -21,7 +23,9 @@ const c10::IValue& Call::literal(std::string_view name) const {
     return none;
   }
   const auto& value = node_.inputs[*index];
-  if (other_ != nullptr && !(value == other_->inputs[*index])) {
+  const bool equal = std::all_of(others_.begin(), others_.end(),
+                                 [&](const graph::Node* other) { return value == other->inputs[*index]; });
+  if (!equal) {
     refuse(
         fmt::format("argument '{}' must not depend on the size of the batch (dynamic_batch = false fixes it)", name));
   }
@@ -94,6 +98,14 @@ Shape Call::result_shape(size_t i) const {
 }
 at::ScalarType Call::result_dtype() const {
   return t.graph().values[node_.outputs.empty() ? node_.input(0) : node_.outputs[0]].dtype;
+}
+
+bool Call::keeps_shape_of(std::string_view name) const {
+  const auto id = id_of(name), result = node_.outputs.empty() ? node_.input(0) : node_.outputs[0];
+  const auto equal = [&](const graph::Graph& graph) { return graph.values[id].sizes == graph.values[result].sizes; };
+  const auto& others = t.recording().others;
+  return equal(t.graph()) &&
+         std::all_of(others.begin(), others.end(), [&](const Recording::Run& run) { return equal(run.graph); });
 }
 
 int64_t Call::dimension(std::string_view name, int64_t rank) const {

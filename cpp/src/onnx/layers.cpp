@@ -324,6 +324,9 @@ std::vector<Value*> attention(const Call& c) {
   }
   auto* query = c.tensor("query");
   const auto features = c.shape_of("query").back();
+  if (!features.is_fixed()) {
+    c.refuse("the number of features must not depend on the size of the batch (dynamic_batch = false fixes it)");
+  }
   const auto scale = c.has("scale") ? c.number("scale") : 1.0 / std::sqrt(static_cast<double>(features.size));
   auto* keys = transpose_last(c, c.tensor("key"), c.shape_of("key").size());
   auto* scores = c.t.emit("MatMul", {query, keys});

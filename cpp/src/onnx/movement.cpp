@@ -61,8 +61,8 @@ std::vector<Value*> swap_last(const Call& c) {
 }
 
 std::vector<Value*> expand(const Call& c) {
-  const auto to = c.result_shape();
-  return {to == c.shape_of("self") ? c.tensor("self") : c.t.emit("Expand", {c.tensor("self"), c.t.shape_value(to)})};
+  auto* x = c.tensor("self");
+  return {c.keeps_shape_of("self") ? x : c.t.emit("Expand", {x, c.t.shape_value(c.result_shape())})};
 }
 
 /// One number everywhere: zeros_like, new_full, fill_ and the like. What is empty is zeros.
@@ -100,7 +100,7 @@ std::vector<Value*> slice_from(const Call& c, int64_t axis, int64_t start, int64
 
 std::vector<Value*> slice(const Call& c) {
   const auto axis = c.dimension("dim", c.rank_of("self"));
-  if (c.result_shape() == c.shape_of("self")) {
+  if (c.keeps_shape_of("self")) {
     return identity(c);
   }
   const auto start = c.has("start") ? c.integer("start") : 0;

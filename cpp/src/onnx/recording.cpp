@@ -24,27 +24,27 @@ std::vector<at::Tensor> with_rows(const std::vector<at::Tensor>& inputs, int64_t
 }
 
 /// Both runs must have called the same operators on the same tensors.
-void check_equal_runs(const graph::Graph& a, const graph::Graph& b, int64_t batch) {
+void check_equal_runs(const graph::Graph& a, int64_t batch, const graph::Graph& b, int64_t other) {
   const auto hint = " (dynamic_batch = false fixes the size of the batch)";
   for (size_t i = 0; i < std::min(a.schedule.size(), b.schedule.size()); ++i) {
     const auto &x = a.nodes[a.schedule[i]], &y = b.nodes[b.schedule[i]];
     TORCH_CHECK_VALUE(
         x.op == y.op && a.schedule[i] == b.schedule[i] && x.input_values == y.input_values && x.outputs == y.outputs,
         "[export_onnx] the model must run the same operators for every batch, but runs ", x.describe(), " for ", batch,
-        " samples where it runs ", y.describe(), " for ", batch + 1, hint);
+        " samples where it runs ", y.describe(), " for ", other, hint);
   }
   TORCH_CHECK_VALUE(a.schedule.size() == b.schedule.size() && a.outputs == b.outputs,
                     "[export_onnx] the model must run the same operators for every batch, but runs ", a.schedule.size(),
-                    " of them for ", batch, " samples and ", b.schedule.size(), " for ", batch + 1, hint);
+                    " of them for ", batch, " samples and ", b.schedule.size(), " for ", other, hint);
   for (size_t i = 0; i < a.values.size() && i < b.values.size(); ++i) {
     TORCH_CHECK_VALUE(a.values[i].sizes.size() == b.values[i].sizes.size(),
                       "[export_onnx] the model's tensors must have as many dimensions for every batch", hint);
   }
 }
 
-/// Constants that do not have a size of the batch must be equal; the others are looked at where they are used.
-/// The second copy of what is equal is given free.
-void check_equal_constants(const graph::Graph& a, graph::Graph& b) {
+/// Constants whose sizes are those of every run must be equal; the others are looked at where they are used.
+/// The copies of what is equal are given free.
+void check_equal_constants(const graph::Graph& a, std::vector<Recording::Run>& others) {
   std::set<int64_t> read(a.outputs.begin(),
                          a.outputs.end());  // inside of operators there are others, without data even
   for (auto index : a.schedule) {
@@ -55,14 +55,18 @@ void check_equal_constants(const graph::Graph& a, graph::Graph& b) {
   read.erase(-1);
   for (auto id : read) {
     const auto& x = a.values[id];
-    auto& y = b.values[id];
-    if (x.origin != graph::Origin::constant || !x.tensor.defined() || x.sizes != y.sizes) {
+    if (x.origin != graph::Origin::constant || !x.tensor.defined() ||
+        !std::all_of(others.begin(), others.end(),
+                     [&](const Recording::Run& run) { return run.graph.values[id].sizes == x.sizes; })) {
       continue;
     }
-    TORCH_CHECK_VALUE(y.tensor.defined() && at::equal(x.tensor, y.tensor),
-                      "[export_onnx] constants must not depend on the size of the batch, but one of shape ",
-                      x.tensor.sizes(), " does (dynamic_batch = false fixes it)");
-    y.tensor.reset();
+    for (auto& run : others) {
+      auto& y = run.graph.values[id];
+      TORCH_CHECK_VALUE(y.tensor.defined() && at::equal(x.tensor, y.tensor),
+                        "[export_onnx] constants must not depend on the size of the batch, but one of shape ",
+                        x.tensor.sizes(), " does (dynamic_batch = false fixes it)");
+      y.tensor.reset();
+    }
   }
 }
 
@@ -94,11 +98,14 @@ Recording record_runs(torch::nn::Module& model,
   // With one sample, sizes of 1 that follow the batch look like those that broadcast.
   out.batch = std::max<int64_t>(inputs.at(0).size(0), 2);
   auto graph = record(with_rows(inputs, out.batch));
-  auto other = record(with_rows(inputs, out.batch + 1));
-  check_equal_runs(graph, other, out.batch);
+  // The next size tells what follows the batch, a distant one that it does so in proportion: 2 / 2 and 3 / 2 are both 1.
+  for (const auto batch : {out.batch + 1, 2 * out.batch + 3}) {
+    auto other = record(with_rows(inputs, batch));
+    check_equal_runs(graph, out.batch, other, batch);
+    out.others.push_back({fold(std::move(other)), batch});
+  }
   out.graph = fold(std::move(graph));
-  out.other = fold(std::move(other));
-  check_equal_constants(out.graph, *out.other);
+  check_equal_constants(out.graph, out.others);
   return out;
 }
 

@@ -49,10 +49,6 @@ std::string folder(const std::string& name) {
 /// "fc1" of "fc1.quant.weight".
 std::string layer_of(const std::string& module) { return module.substr(0, module.find(".quant.")); }
 
-const graph::Node* node_at(const std::optional<graph::Graph>& graph, int64_t index) {
-  return graph.has_value() ? &graph->nodes[index] : nullptr;
-}
-
 }  // namespace
 
 const Rule* find_rule(const c10::OperatorName& op) {
@@ -175,11 +171,16 @@ const graph::Node* Translator::maker(int64_t id) const {
 Shape Translator::shape_of(int64_t id) const {
   const auto& sizes = graph().values[id].sizes;
   auto shape = fixed(sizes);
-  if (recording_.other.has_value()) {
-    const auto& more = recording_.other->values[id].sizes;
-    for (size_t i = 0; i < sizes.size(); ++i) {
-      if (const auto step = more[i] - sizes[i]; step != 0) {
-        shape[i].per_batch = step * recording_.batch == sizes[i] ? step : -1;
+  const auto fits = [&](size_t i, const Dim& dim) {
+    return std::all_of(recording_.others.begin(), recording_.others.end(), [&](const Recording::Run& run) {
+      return run.graph.values[id].sizes[i] == (dim.is_fixed() ? dim.size : dim.per_batch * run.batch);
+    });
+  };
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    for (const int64_t per_batch : {int64_t{0}, recording_.batch > 0 ? sizes[i] / recording_.batch : 0, int64_t{-1}}) {
+      shape[i].per_batch = per_batch;
+      if (fits(i, shape[i])) {
+        break;
       }
     }
   }
@@ -211,7 +212,6 @@ Value* Translator::value(int64_t id, std::string_view role) {
 /// A constant that has a size of the batch: the same row for each sample.
 Value* Translator::batch_constant(int64_t id, std::string_view role) {
   const auto& tensor = graph().values[id].tensor;
-  const auto& more = recording_.other->values[id].tensor;
   auto row = tensor;
   const auto shape = shape_of(id);
   for (size_t i = 0; i < shape.size(); ++i) {
@@ -219,7 +219,9 @@ Value* Translator::batch_constant(int64_t id, std::string_view role) {
       row = row.narrow(static_cast<int64_t>(i), 0, 1);
     }
   }
-  if (!at::equal(row.expand(tensor.sizes()), tensor) || !at::equal(row.expand(more.sizes()), more)) {
+  const auto repeats = [&](const at::Tensor& rows) { return at::equal(row.expand(rows.sizes()), rows); };
+  if (!repeats(tensor) || !std::all_of(recording_.others.begin(), recording_.others.end(),
+                                       [&](const auto& run) { return repeats(run.graph.values[id].tensor); })) {
     refuse(fmt::format("argument '{}' has values that depend on the size of the batch (dynamic_batch = false fixes it)",
                        role));
   }
@@ -305,7 +307,7 @@ Model Translator::run() {
   }
   const auto& schedule = graph().schedule;
   for (size_t place = 0; place < schedule.size(); ++place) {
-    run_node(graph().nodes[schedule[place]], node_at(recording_.other, schedule[place]), place);
+    run_node(graph().nodes[schedule[place]], place);
   }
   for (auto id : graph().outputs) {
     module_.clear();
@@ -315,13 +317,17 @@ Model Translator::run() {
   return std::move(model_);
 }
 
-void Translator::run_node(const graph::Node& node, const graph::Node* other, size_t place) {
+void Translator::run_node(const graph::Node& node, size_t place) {
   if (asks_for_a_fact(node) || (!node.outputs.empty() && is_passed_on(node))) {
     return;
   }
   current_ = &node;
   module_ = module_of(node);
-  const auto results = (*find_rule(node.op))(Call(*this, node, other));
+  std::vector<const graph::Node*> others;
+  for (const auto& run : recording_.others) {
+    others.push_back(&run.graph.nodes[graph().schedule[place]]);
+  }
+  const auto results = (*find_rule(node.op))(Call(*this, node, std::move(others)));
   const auto& schema = graph::schema_of(node);
   bool written = false;
   for (size_t i = 0; i < node.input_values.size(); ++i) {

@@ -11,6 +11,7 @@
 #include <string_view>
 #include <unordered_map>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "onnx/model.h"
@@ -44,11 +45,15 @@ struct TranslateOptions {
   std::vector<std::string> input_names, output_names;
 };
 
-/// The same run on batches of two sizes; without `other`, all sizes are those of `graph`.
+/// The same run on batches of several sizes; without `others`, all sizes are those of `graph`.
 struct Recording {
+  struct Run {
+    graph::Graph graph;
+    int64_t batch = 0;
+  };
   graph::Graph graph;
-  std::optional<graph::Graph> other;
-  int64_t batch = 0;  // of `graph`; `other` has one more
+  int64_t batch = 0;  // of `graph`
+  std::vector<Run> others;
 };
 
 class Translator;
@@ -56,8 +61,9 @@ class Translator;
 /// One operator of the recording, as the rules see it. Arguments go by the names of the operator's schema.
 class Call {
  public:
-  Call(Translator& translator, const graph::Node& node, const graph::Node* other)
-      : t(translator), node_(node), other_(other) {}
+  /// `others` are the same call in the other runs.
+  Call(Translator& translator, const graph::Node& node, std::vector<const graph::Node*> others)
+      : t(translator), node_(node), others_(std::move(others)) {}
 
   Translator& t;
 
@@ -85,6 +91,8 @@ class Call {
   at::ScalarType dtype_of(std::string_view name) const;
   Shape result_shape(size_t i = 0) const;
   at::ScalarType result_dtype() const;
+  /// Whether the result has the sizes of the argument in every run.
+  bool keeps_shape_of(std::string_view name) const;
   size_t results() const { return node_.outputs.size(); }
   std::string_view overload() const { return node_.op.overload_name; }
   const graph::Node& node() const { return node_; }
@@ -99,7 +107,7 @@ class Call {
   const c10::IValue& literal(std::string_view name) const;
 
   const graph::Node& node_;
-  const graph::Node* other_;
+  std::vector<const graph::Node*> others_;
 };
 
 /// What one operator becomes: the values of its results.
@@ -151,6 +159,7 @@ class Translator {
   Value* dequantize(Value* q, const Grid& grid);
 
   const graph::Graph& graph() const { return recording_.graph; }
+  const Recording& recording() const { return recording_; }
   /// The node that made a value of the recording, also where constants were folded since; null when none did.
   const graph::Node* maker(int64_t id) const;
   Shape shape_of(int64_t id) const;
@@ -159,7 +168,7 @@ class Translator {
 
  private:
   void check_rules() const;
-  void run_node(const graph::Node& node, const graph::Node* other, size_t place);
+  void run_node(const graph::Node& node, size_t place);
   void check_views(int64_t written, size_t place) const;
   std::string name_here(std::string_view what) const;
   std::string owner(int64_t id) const;

@@ -170,6 +170,21 @@ TEST_CASE("export_onnx refuses what cannot follow the batch", "[onnx]") {
              ContainsSubstring("constants must not depend on the size of the batch"));
   CHECK_THAT(refused([](const Tensor& y) { return y * static_cast<double>(y.size(0)); }),
              ContainsSubstring("argument 'other' must not depend on the size of the batch"));
+  // Equal for 2 and 3 samples.
+  CHECK_THAT(refused([](const Tensor& y) { return y.slice(0, 0, y.size(0) / 2); }),
+             ContainsSubstring("aten::slice: argument 'end' must not depend on the size of the batch"));
+  CHECK_THAT(refused([](const Tensor& y) { return y * static_cast<double>(y.size(0) / 2); }),
+             ContainsSubstring("argument 'other' must not depend on the size of the batch"));
+  CHECK_THAT(refused([](const Tensor& y) { return y * torch::full({3}, static_cast<double>(y.size(0) / 2)); }),
+             ContainsSubstring("constants must not depend on the size of the batch"));
+  CHECK_THAT(refused([](const Tensor& y) { return y + torch::ones({y.size(0) / 2, 1, 3}); }),
+             ContainsSubstring("a size must be fixed or a multiple of the batch"));
+  CHECK_THAT(refused([](const Tensor& y) { return y.unsqueeze(0).expand({y.size(0) / 2 + 1, -1, -1}).contiguous(); }),
+             ContainsSubstring("aten::expand: a size must be fixed or a multiple of the batch"));
+  CHECK_THAT(refused([](const Tensor& y) { return y.size(0) > 4 ? y.neg() : y.abs(); }),
+             ContainsSubstring("runs aten::abs for 2 samples where it runs aten::neg for 7"));
+  CHECK_THAT(refused([](const Tensor& y) { return torch::cat({y, y}).slice(0, 0, y.size(0) > 4 ? 6 : 9); }),
+             ContainsSubstring("aten::slice: argument 'end' must not depend on the size of the batch"));
   CHECK_THAT(refused([](const Tensor& y) { return y.size(0) > 2 ? y.neg() : y.abs(); }),
              ContainsSubstring(
                  "the same operators for every batch, but runs aten::abs for 2 samples where it runs aten::neg"));

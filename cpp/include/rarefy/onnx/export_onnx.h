@@ -56,8 +56,9 @@ using OnnxForward = std::function<std::vector<at::Tensor>(const std::vector<at::
 /// and models that prepare_qat, prepare (after calibrate) or convert made: their weights are the trained integers behind
 /// DequantizeLinear, with batch normalization folded in, their quantizers QuantizeLinear and DequantizeLinear.
 ///
-/// `forward` runs in evaluation mode three times: the operators that it calls are recorded, with batches of two sizes, and
-/// what differs between the two follows the batch in the file. Code that takes another way for other values is not seen.
+/// `forward` runs in evaluation mode four times: the operators that it calls are recorded, with batches of three sizes, the
+/// largest of more than twice the example's, and what differs between them follows the batch in the file. Code that takes
+/// another way for other values is not seen.
 /// The model is as before afterwards; ranges of weights follow the weights, as in every run.
 ///
 /// Throws, with no file written and one of that name as it was:
