@@ -65,12 +65,47 @@ class PendingFile {
   }
 
   void commit() {
-    require(::fsync(file_.get()) == 0, "write");
-    require(::rename(temporary_.c_str(), path_.c_str()) == 0, "rename");
-    committed_ = true;
+    sync();
+    require(move_into_place(), "rename");
+  }
+
+  /// Both files take their places, or neither does: where `last` cannot, what this one replaced comes back.
+  void commit_with(PendingFile& last) {
+    sync();
+    last.sync();
+    const auto kept = name_beside(path_);
+    std::error_code unseen;  // what cannot be looked at cannot be replaced either: the renaming below says why
+    const bool replaces = std::filesystem::is_regular_file(path_, unseen);
+    require(!replaces || ::rename(path_.c_str(), kept.c_str()) == 0, "rename");
+    const auto restore = [&](int error) {
+      if (replaces) {
+        require(::rename(kept.c_str(), path_.c_str()) == 0, "restore");
+      }
+      errno = error;
+    };
+    if (!move_into_place()) {
+      restore(errno);
+      require(false, "rename");
+    }
+    if (!last.move_into_place()) {
+      const auto error = errno;
+      ::unlink(path_.c_str());
+      restore(error);
+      last.require(false, "rename");
+    }
+    if (replaces) {
+      ::unlink(kept.c_str());
+    }
   }
 
  private:
+  void sync() const { require(::fsync(file_.get()) == 0, "write"); }
+
+  bool move_into_place() {
+    committed_ = ::rename(temporary_.c_str(), path_.c_str()) == 0;
+    return committed_;
+  }
+
   static std::filesystem::path name_beside(const std::filesystem::path& path) {
     std::random_device random;
     return path.parent_path() / fmt::format(".{}.{:08x}{:08x}.tmp", path.filename().string(), random(), random());

@@ -292,9 +292,10 @@ int64_t write_file(const Model& model, const std::filesystem::path& path, const 
     (initializers[i].offset.has_value() ? *data : file).write(tensor.const_data_ptr(), tensor.nbytes());
   }
   if (data) {
-    data->commit();
+    data->commit_with(file);
+  } else {
+    file.commit();
   }
-  file.commit();
   return model_size + data_size;
 }
 

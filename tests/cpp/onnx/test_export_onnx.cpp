@@ -95,6 +95,38 @@ TEST_CASE("export_onnx puts large weights into a file of their own", "[onnx]") {
   CHECK(folder.files() == 2);
 }
 
+TEST_CASE("export_onnx leaves the file of weights as it was when the model cannot take its place", "[onnx]") {
+  const Folder folder;
+  const auto path = folder.path / "model.onnx", data = folder.path / "model.onnx.data";
+  torch::nn::Linear model(64, 64);
+  const auto x = torch::randn({2, 64});
+  rarefy::OnnxOptions options;
+  options.external_data_above = 1000;
+  const auto blocked = [&](const std::vector<Tensor>& inputs) {
+    fs::remove_all(path);
+    fs::create_directory(path);  // after the arguments were checked
+    return std::vector<Tensor>{model(inputs[0])};
+  };
+  CHECK_THROWS_WITH(rarefy::export_onnx(*model, blocked, {x}, path, options),
+                    ContainsSubstring("[export_onnx] cannot rename " + path.string()));
+  CHECK(folder.files() == 1);  // the folder in the model's place
+  fs::remove_all(path);
+  rarefy::export_onnx(model, x, path, options);
+  const auto before = bytes_of(data);
+  CHECK(before.size() == 64 * 64 * 4);
+  {
+    const torch::NoGradGuard no_grad;
+    model->weight.add_(1.0);
+  }
+  CHECK_THROWS_WITH(rarefy::export_onnx(*model, blocked, {x}, path, options), ContainsSubstring("Is a directory"));
+  CHECK(bytes_of(data) == before);
+  CHECK(folder.files() == 2);
+  fs::remove_all(path);
+  rarefy::export_onnx(model, x, path, options);
+  CHECK(bytes_of(data) != before);
+  CHECK(folder.files() == 2);
+}
+
 TEST_CASE("export_onnx refuses arguments that are wrong", "[onnx]") {
   torch::nn::Linear model(3, 2);
   const auto x = torch::randn({2, 3});
