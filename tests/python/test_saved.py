@@ -240,6 +240,17 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["link", "real"]
 
 
+@pytest.mark.parametrize("name", ["net", "net/", "./net", "a/net"])
+def test_a_relative_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    x = torch.randn(4, 3)
+    model = prepare(nn.Sequential(nn.Linear(3, 2)), QConfig.int8())
+    calibrate(model, [x])
+    model = convert(model)
+    save_quantized(model, name)
+    assert torch.equal(load_quantized(nn.Sequential(nn.Linear(3, 2)), name)(x), model(x))
+
+
 def test_other_files_are_not_lost(tmp_path):
     folder = tmp_path / "int8"
     folder.mkdir()

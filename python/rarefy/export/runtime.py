@@ -20,16 +20,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from rarefy.export.comparison import (
+    HALF,
+    NOISE_FACTOR,
+    RELATIVE,
+    compare_integers,
+    finite_values,
+    largest,
+    noise_of_rounding,
+    rms,
+)
 from rarefy.export.lowering import QuantizeDequantize, check_quantizers, lower, without_rounding
 from rarefy.export.report import Difference
 
 ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, object]
-
-# How far a deep network's outputs may be from the model's: the unit is what rounding the activations does to them on the
-# same inputs (one value on the other side of a tie moves them about as much). Runtimes round biases to the grid of the
-# products and requantize with multipliers of their own; the last terms are for networks without quantizers.
-_NOISE_FACTOR = 4.0
-_RELATIVE_RMS, _RELATIVE_MAX = 1e-4, 1e-3
 
 _RUNTIMES = {"to_openvino": "OpenVINO", "to_executorch": "ExecuTorch", "to_litert": "LiteRT"}
 
@@ -222,16 +226,13 @@ def quiet(*loggers: str) -> Iterator[None]:
 # ---- comparison -----------------------------------------------------------------------------------------------------
 
 
-def _rms(values: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) if values.size else 0.0
-
-
-def _largest(values: np.ndarray) -> float:
-    return float(np.abs(values).max()) if values.size else 0.0
-
-
 def compare(
-    function: str, got: Sequence[np.ndarray], prepared: Prepared, scales: Sequence[float | None]
+    function: str,
+    got: Sequence[np.ndarray],
+    prepared: Prepared,
+    scales: Sequence[float | None],
+    *,
+    half: bool = False,
 ) -> tuple[Difference, ...]:
     """Every output of the file against the model's.
 
@@ -240,6 +241,7 @@ def compare(
         got: the file's outputs.
         prepared: the model's, rounded and not: their distance is the unit of what is allowed.
         scales: of the outputs that are quantized.
+        half: the file holds numbers in half precision.
 
     Raises:
         RuntimeError: a shape, a type or a value differs. Names the output and both numbers.
@@ -255,34 +257,27 @@ def compare(
         failed = f"[{function}] verification failed: {name}"
         if mine.shape != want.shape or mine.dtype.kind != want.dtype.kind:
             raise RuntimeError(f"{failed} is {mine.dtype} {mine.shape}, but the model gives {want.dtype} {want.shape}")
+        noise = noise_of_rounding(free, want)
         if want.dtype.kind != "f":
-            differing = float(np.mean(mine != want)) if want.size else 0.0
-            allowed = 0.05 + 1.0 / max(want.size, 1)  # an index or a truth value flips where two scores are close
-            if differing > allowed:
-                raise RuntimeError(f"{failed} differs from the model in {differing:.1%} of its values")
+            differing, allowed = compare_integers(failed, mine, want, noise)
             gap = mine.astype(np.float64) - want.astype(np.float64)
-            differences.append(Difference(name, where, True, (), _largest(gap), _rms(gap), allowed, None, differing))
+            differences.append(Difference(name, where, True, (), largest(gap), rms(gap), allowed, None, differing))
             continue
-        finite = np.isfinite(want)
-        if not np.array_equal(np.isfinite(mine), finite):
-            raise RuntimeError(f"{failed} is not finite where the model is, or the reverse")
-        want = want[finite].astype(np.float64)
-        gap, noise = (
-            mine[finite].astype(np.float64) - want,
-            free[finite & np.isfinite(free)] - prepared.expected[index][finite & np.isfinite(free)].astype(np.float64),
-        )
-        allowed = _NOISE_FACTOR * _rms(noise) + _RELATIVE_RMS * _rms(want)
-        allowed_max = _NOISE_FACTOR * _largest(noise) + _RELATIVE_MAX * _largest(want)
+        rounding = HALF if half or want.dtype == np.float16 else 0.0
+        mine, want = finite_values(failed, mine, want)
+        gap = mine - want
+        allowed = NOISE_FACTOR * rms(noise) + (RELATIVE[0] + rounding) * rms(want)
+        allowed_max = NOISE_FACTOR * largest(noise) + (RELATIVE[1] + rounding) * largest(want)
         scale = scales[index]
         if scale is not None:  # one integer of a small output is more than the noise of a large one
             allowed, allowed_max = max(allowed, scale), max(allowed_max, 2 * scale)
-        if _rms(gap) > allowed or _largest(gap) > allowed_max * (1 + 1e-5):
+        if rms(gap) > allowed or largest(gap) > allowed_max * (1 + 1e-5):
             raise RuntimeError(
-                f"{failed} differs from the model by {_rms(gap):.3g} rms and {_largest(gap):.3g} at most "
-                f"(allowed {allowed:.3g} and {allowed_max:.3g}; rms of the output {_rms(want):.3g})"
+                f"{failed} differs from the model by {rms(gap):.3g} rms and {largest(gap):.3g} at most "
+                f"(allowed {allowed:.3g} and {allowed_max:.3g}; rms of the output {rms(want):.3g})"
             )
-        edge = 0.5 * scale if scale else 1e-5 * _largest(want)
+        edge = 0.5 * scale if scale else 1e-5 * largest(want)
         differing = float(np.mean(np.abs(gap) > edge)) if gap.size else 0.0
-        steps = _largest(gap) / scale if scale else None
-        differences.append(Difference(name, where, True, (), _largest(gap), _rms(gap), allowed, steps, differing))
+        steps = largest(gap) / scale if scale else None
+        differences.append(Difference(name, where, True, (), largest(gap), rms(gap), allowed, steps, differing))
     return tuple(differences)
