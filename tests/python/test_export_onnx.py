@@ -505,7 +505,7 @@ def test_the_path_is_checked_before_the_work(simple, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", lambda *a, **k: pytest.fail("exported first"))
     with pytest.raises(FileNotFoundError, match=r"\[to_onnx\] path must be in a folder that exists, got .*nowhere"):
         rf.export.to_onnx(model, x, tmp_path / "nowhere" / "m.onnx")
-    with pytest.raises(IsADirectoryError, match=r"\[to_onnx\] path must name a file, got the folder"):
+    with pytest.raises(IsADirectoryError, match=r"\[to_onnx\] path must name a file, got a folder"):
         rf.export.to_onnx(model, x, tmp_path)
     with pytest.raises(OSError, match=r"\[to_onnx\] path must be in a folder that can be written, got /proc/m.onnx"):
         rf.export.to_onnx(model, x, "/proc/m.onnx")

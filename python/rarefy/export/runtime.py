@@ -7,8 +7,6 @@ import copy
 import importlib.util
 import logging
 import os
-import shutil
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,11 +28,13 @@ from rarefy.export.comparison import (
     noise_of_rounding,
     rms,
 )
+from rarefy.export.files import check_path, staged
 from rarefy.export.lowering import QuantizeDequantize, check_quantizers, lower, without_rounding
 from rarefy.export.report import Difference
 
 ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, object]
 
+_FLOATS = frozenset({torch.float32, torch.float64, torch.float16})
 _RUNTIMES = {"to_openvino": "OpenVINO", "to_executorch": "ExecuTorch", "to_litert": "LiteRT"}
 
 
@@ -76,6 +76,39 @@ def require(function: str, extra: str, *packages: str) -> None:
         raise ImportError(f"[{function}] needs {', '.join(missing)}: pip install rarefy[{extra}]")
 
 
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Computes in the types of the tensors, whatever surrounds the call: files are made, and run, outside of autocast."""
+    with torch.autocast("cpu", enabled=False):
+        yield
+
+
+def check_parameters(function: str, model: nn.Module) -> None:
+    """Raises TypeError where a parameter has a type that numpy, and with it the check of the file, does not know."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype not in _FLOATS:
+            raise TypeError(
+                f"[{function}] parameters must be float32, float64 or float16, got {_name(parameter.dtype)} at {name}; "
+                "call model.float()"
+            )
+
+
+def to_numpy(function: str, what: str, tensor: Tensor) -> np.ndarray:
+    """The values of an input or output.
+
+    Raises:
+        TypeError: numpy has no such type.
+    """
+    try:
+        return tensor.detach().cpu().numpy()
+    except TypeError as error:
+        raise TypeError(f"[{function}] {what} must be of a type that numpy has, got {_name(tensor.dtype)}") from error
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def check_example(function: str, example: object) -> Example:
     """The example inputs, checked.
 
@@ -108,7 +141,7 @@ def outputs_of(function: str, model: nn.Module, example: Example) -> list[np.nda
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             raise TypeError(f"[{function}] the model must return tensors, got {type(leaf).__name__} among them")
-    return [leaf.detach().cpu().numpy() for leaf in leaves]
+    return [to_numpy(function, "outputs", leaf) for leaf in leaves]
 
 
 def prepare_model(
@@ -133,7 +166,10 @@ def prepare_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"[{function}] model must be a torch.nn.Module, got {type(model).__name__}")
+    check_parameters(function, model)
     example = check_example(function, example_inputs)
+    for tensor in example.tensors:
+        to_numpy(function, "example_inputs", tensor)
     check_quantizers(function, model)
     model = copy.deepcopy(model).cpu().eval()
     expected = outputs_of(function, model, example)
@@ -174,30 +210,16 @@ def pending(function: str, path: str | os.PathLike[str], suffix: str, *, folder:
 
     Raises:
         ValueError: the name ends in something else.
-        OSError: the folder around it is missing or cannot be written; or a file stands for a folder, or the reverse.
+        TypeError, OSError: see `check_path`; or the folder around it cannot be written. Nothing is left then, and what had
+            one of the names before is as it was.
     """
-    path = Path(path)
+    path = check_path(function, path, folder=folder)
     if path.suffix != suffix:
         raise ValueError(f"[{function}] path must end in {suffix}, got {path}")
-    if path.exists() and path.is_dir() != folder:
-        kind, error = ("a file", NotADirectoryError) if folder else ("a folder", IsADirectoryError)
-        raise error(f"[{function}] path must name {'a folder' if folder else 'a file'}, got {kind}: {path}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"[{function}] path must be in a folder that exists, got {path}")
-    hidden = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}")
-    try:
-        hidden.mkdir()  # some formats are several files; they are collected here
-    except OSError as error:
-        raise type(error)(f"[{function}] path must be in a folder that can be written, got {path} ({error})") from error
-    try:
-        yield hidden / path.name
-        if folder and path.exists():
-            os.replace(path, hidden / "replaced")  # a folder cannot take the place of another one in one step
-        for item in sorted(hidden.iterdir(), key=lambda item: item.suffix == suffix):  # the named file comes last
-            if item.name != "replaced":
-                os.replace(item, path.with_name(item.name))
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+    with staged(function, path, folder=folder) as stage:  # some formats are several files; they are collected there
+        yield stage / path.name
+        names = [item.name for item in sorted(stage.folder.iterdir()) if item.name != path.name]
+        stage.commit(*names, path.name)  # the named file comes last
 
 
 def size_of(path: Path) -> int:
