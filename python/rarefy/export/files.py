@@ -20,7 +20,7 @@ class Staged:
         return self.folder / name
 
     def commit(self, *names: str) -> None:
-        """Moves files, or a folder, to where they belong, in this order; when one cannot be moved, what was there comes back."""
+        """Moves files, or a folder, to where they belong, in this order; if one cannot be moved, what was there comes back."""
         places: list[tuple[Path, Path | None]] = []  # with what was there, where it had to go aside
         try:
             for name in names:
