@@ -81,7 +81,7 @@ void replace_folder(const fs::path& target, const std::vector<std::string>& know
                     const std::function<void(const fs::path&)>& fill, const std::string& context) {
   TORCH_CHECK_VALUE(!target.empty(), context, "the folder must have a name, got an empty path");
   std::error_code error;
-  auto place = fs::weakly_canonical(target, error);  // of a link, what it leads to is replaced
+  auto place = fs::weakly_canonical(fs::absolute(target), error);  // of a link, what it leads to is replaced
   TORCH_CHECK(!error, context, "cannot write ", target.string(), ": ", error.message());
   if (!place.has_filename()) {
     place = place.parent_path();

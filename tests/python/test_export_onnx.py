@@ -389,6 +389,41 @@ def test_several_inputs_by_name_and_several_outputs(tmp_path):
     assert {d.output for d in report.differences} == {"scores", "best"}
 
 
+def test_an_input_may_have_the_name_of_the_output(tmp_path):
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 5)
+
+        def forward(self, output):
+            return self.layer(output)
+
+    x = torch.randn(8, 6)
+    rf.export.to_onnx(Loss(), {"output": x}, tmp_path / "m.onnx")
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    assert ([i.name for i in graph.input], [o.name for o in graph.output]) == (["output"], ["output_0"])
+
+
+def test_autocast_around_the_export_changes_nothing(tmp_path):
+    x = torch.randn(9, 12)
+    model = prepared(mlp(), x)
+    rf.export.to_onnx(model, x, tmp_path / "a.onnx")
+    with torch.autocast("cpu", torch.bfloat16):
+        rf.export.to_onnx(model, x, tmp_path / "b.onnx")
+    assert torch.equal(run(tmp_path / "a.onnx", x, True), run(tmp_path / "b.onnx", x, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_float_types(tmp_path, dtype):
+    x = torch.randn(9, 12).to(dtype)
+    model = mlp().to(dtype)
+    rf.export.to_onnx(model, x, tmp_path / "m.onnx")
+    got = run(tmp_path / "m.onnx", x, True)
+    assert got.dtype == dtype
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(x), rtol=2e-3, atol=2e-3)
+
+
 def test_constants_by_name_are_fixed_in_the_file(tmp_path):
     class Cached(nn.Module):
         def __init__(self):
@@ -475,6 +510,24 @@ def test_scales_must_be_positive(simple, tmp_path, scale):
         ({"opset": "21"}, TypeError, r"opset must be an integer, got '21'"),
         ({"input_names": ["a", "b"]}, ValueError, r"input_names must be 1 different names, got \['a', 'b'\]"),
         ({"output_names": []}, ValueError, r"output_names must be 1 different names, got \[\]"),
+        ({"input_names": [""]}, ValueError, r"input_names must be 1 different names, got \[''\]"),
+        ({"input_names": [1]}, TypeError, r"input_names must be a sequence of strings, got \[1\]"),
+        ({"input_names": 3}, TypeError, r"input_names must be a sequence of strings, got 3"),
+        ({"output_names": "y"}, TypeError, r"output_names must be a sequence of strings, got 'y'"),
+        (
+            {"input_names": ["x"], "output_names": ["x"]},
+            ValueError,
+            r"output_names must differ from the names of the inputs, got 'x' in both",
+        ),
+        ({"example_inputs": {1: torch.zeros(2, 12)}}, TypeError, r"example_inputs must have names .* got 1 among them"),
+        ({"path": None}, TypeError, r"path must be a string or a pathlib.Path, got None"),
+        ({"path": 3}, TypeError, r"path must be a string or a pathlib.Path, got 3"),
+        ({"path": "folder/"}, IsADirectoryError, r"path must name a file, got a folder: folder/"),
+        (
+            {"model": nn.Linear(12, 2).bfloat16()},
+            TypeError,
+            r"parameters must be .* got bfloat16 at weight; call model",
+        ),
         ({"example_inputs": 3}, TypeError, r"example_inputs must be tensors, got int"),
         ({"example_inputs": [1.0]}, TypeError, r"example_inputs must be tensors, got float among them"),
         ({"example_inputs": []}, ValueError, r"example_inputs must hold at least one tensor"),
@@ -505,7 +558,7 @@ def test_the_path_is_checked_before_the_work(simple, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", lambda *a, **k: pytest.fail("exported first"))
     with pytest.raises(FileNotFoundError, match=r"\[to_onnx\] path must be in a folder that exists, got .*nowhere"):
         rf.export.to_onnx(model, x, tmp_path / "nowhere" / "m.onnx")
-    with pytest.raises(IsADirectoryError, match=r"\[to_onnx\] path must name a file, got the folder"):
+    with pytest.raises(IsADirectoryError, match=r"\[to_onnx\] path must name a file, got a folder"):
         rf.export.to_onnx(model, x, tmp_path)
     with pytest.raises(OSError, match=r"\[to_onnx\] path must be in a folder that can be written, got /proc/m.onnx"):
         rf.export.to_onnx(model, x, "/proc/m.onnx")

@@ -13,6 +13,8 @@ from rarefy.export import to_openvino
 
 ov = pytest.importorskip("openvino")
 pytest.importorskip("onnx")
+from rarefy.export import onnx_edit, onnx_targets  # noqa: E402
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtimes"))
 
 from cases import Cnn, evaluate, make, mlp, trained, with_quantized_output  # noqa: E402
@@ -95,6 +97,53 @@ def test_float16_halves_what_is_float(tmp_path):
     assert whole.differences == ()
     assert (tmp_path / "b.bin").stat().st_size < 0.52 * (tmp_path / "a.bin").stat().st_size
     assert half.bytes < whole.bytes
+
+
+def test_float16_is_verified(tmp_path):
+    x = torch.randn(5, 64)
+    report = to_openvino(mlp(), x, tmp_path / "a.xml", float16=True)
+    assert 0 < report.max_abs < 1e-2
+    to_openvino(*make("cnn"), tmp_path / "b.xml", float16=True)
+
+
+def test_every_quantized_tensor_is_compared(tmp_path):
+    report = to_openvino(*make("mlp"), tmp_path / "model.xml")
+    assert {check.runtime for check in report.nodes_checked} >= {"OpenVINO", "ONNX Runtime with optimizations off"}
+    report = to_openvino(*make("mlp"), tmp_path / "model.xml", verify=False)
+    assert report.nodes_checked == ()
+
+
+def test_few_bits_hide_no_error(tmp_path, monkeypatch):
+    """The noise of rounding to 2 bits is as large as the output, so that outputs alone say nothing."""
+    x = torch.randn(8, 64)
+    config = rf.quantization.QConfig.int8(activation=rf.quantization.Scheme(bits=2, symmetric=False))
+    model = rf.quantization.prepare(mlp().eval(), config, x)
+    rf.quantization.calibrate(model, [x])
+    to_openvino(model, x, tmp_path / "model.xml")
+    original = rf.export.openvino._run
+
+    def zeros(*arguments):
+        operators, outputs = original(*arguments)
+        return operators, [np.zeros_like(output) for output in outputs]
+
+    monkeypatch.setattr(rf.export.openvino, "_run", zeros)
+    with pytest.raises(
+        RuntimeError, match=r"\[to_openvino\] verification failed: output_0 (of the file is not|differs)"
+    ):
+        to_openvino(model, x, tmp_path / "other.xml")
+    monkeypatch.undo()
+    place = onnx_targets.place
+
+    def faulty(ir_model, profile):
+        place(ir_model, profile)
+        node = [node for node in ir_model.graph if node.op_type == "DequantizeLinear"][-1]
+        array = onnx_edit.constant(node.inputs[1])
+        node.replace_input_with(1, onnx_edit.initializer(ir_model.graph, "spoiled", (array * 0).astype(array.dtype)))
+
+    monkeypatch.setattr(onnx_targets, "place", faulty)
+    with pytest.raises(RuntimeError, match=r"verification failed: node '4/\w+'"):
+        to_openvino(model, x, tmp_path / "other.xml")
+    assert files(tmp_path) == ["model.bin", "model.xml"]
 
 
 def test_bad_input(tmp_path, monkeypatch):

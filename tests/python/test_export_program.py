@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,6 +172,117 @@ def test_comparison():
     one_wrong[0, 0] = np.nan
     with pytest.raises(RuntimeError, match="is not finite where the model is"):
         runtime.compare("f", [one_wrong], prepared, [None])
+
+
+def test_values_that_are_not_finite_must_be_the_same():
+    x = torch.randn(4, 3)
+    prepared = runtime.prepare_model("f", nn.Identity(), x)
+    (want,) = prepared.expected
+    want[0] = (np.nan, np.inf, -np.inf)
+    (same,) = runtime.compare("f", [want.copy()], prepared, [None])
+    assert same.max_abs == 0.0
+    for value, place in ((-np.inf, 1), (np.nan, 2), (np.inf, 0)):
+        other = want.copy()
+        other[0, place] = value
+        with pytest.raises(RuntimeError, match=r"\[f\] verification failed: output_0 has other infinities or NaN"):
+            runtime.compare("f", [other], prepared, [None])
+    want[:] = np.nan
+    with pytest.raises(RuntimeError, match="output_0: the model gives no finite value on the example"):
+        runtime.compare("f", [want.copy()], prepared, [None])
+
+
+def test_an_index_may_differ_where_rounding_changes_it():
+    want = np.arange(4)
+    prepared = runtime.Prepared(nn.Identity(), runtime.check_example("f", torch.ones(1)), [want], [want])
+    one_wrong = want + (want == 2)
+    with pytest.raises(RuntimeError, match=r"differs from the model in 25.0% of its values \(allowed 0.0%\)"):
+        runtime.compare("f", [one_wrong], prepared, [None])
+    (found,) = runtime.compare("f", [one_wrong], dataclasses.replace(prepared, unrounded=[want - (want == 3)]), [None])
+    assert (found.differing, found.allowed) == (0.25, 0.25)
+    alone = dataclasses.replace(prepared, expected=[want[:1]], unrounded=[want[:1]])
+    with pytest.raises(RuntimeError, match=r"differs from the model in 100.0% of its values"):
+        runtime.compare("f", [one_wrong[:1] + 900], alone, [None])
+    many = np.arange(100)
+    prepared = dataclasses.replace(prepared, expected=[many], unrounded=[many])
+    runtime.compare("f", [many + (many < 5)], prepared, [None])
+    with pytest.raises(RuntimeError, match=r"in 6.0% of its values \(allowed 5.0%\)"):
+        runtime.compare("f", [many + (many < 6)], prepared, [None])
+
+
+def test_half_precision_has_its_own_tolerance():
+    x = torch.randn(64, 12)
+    prepared = runtime.prepare_model("f", nn.Linear(12, 7), x)
+    (want,) = prepared.expected
+    rounded = want * np.float32(1 + 2.0**-11)
+    with pytest.raises(RuntimeError, match="differs from the model by"):
+        runtime.compare("f", [rounded], prepared, [None])
+    runtime.compare("f", [rounded], prepared, [None], half=True)
+    with pytest.raises(RuntimeError, match="differs from the model by"):
+        runtime.compare("f", [want * np.float32(1.01)], prepared, [None], half=True)
+
+
+def test_types_that_numpy_lacks_are_refused():
+    x = torch.randn(4, 3)
+    message = r"\[f\] parameters must be float32, float64 or float16, got bfloat16 at weight; call model.float\(\)"
+    with pytest.raises(TypeError, match=message):
+        runtime.prepare_model("f", nn.Linear(3, 2).bfloat16(), x.bfloat16())
+    with pytest.raises(TypeError, match=r"\[f\] example_inputs must be of a type that numpy has, got bfloat16"):
+        runtime.prepare_model("f", nn.Identity(), x.bfloat16())
+
+
+def test_what_was_there_comes_back_when_a_file_cannot_be_moved(tmp_path, monkeypatch):
+    path, folder = tmp_path / "m.xml", tmp_path / "p.mlpackage"
+    path.write_text("old graph")
+    path.with_suffix(".bin").write_text("old weights")
+    folder.mkdir()
+    (folder / "x").write_text("old package")
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target) in (path, folder) and ".before" not in Path(source).name:
+            raise OSError("no space left")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+
+    def write_files() -> None:
+        with runtime.pending("f", path, ".xml") as temporary:
+            for suffix in (".xml", ".bin", ".map"):
+                temporary.with_suffix(suffix).write_text("new")
+
+    def write_folder() -> None:
+        with runtime.pending("f", folder, ".mlpackage", folder=True) as temporary:
+            temporary.mkdir()
+
+    for write in (write_files, write_folder):
+        with pytest.raises(OSError, match="no space left"):
+            write()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.bin", "m.xml", "p.mlpackage"]
+    assert path.with_suffix(".bin").read_text() == "old weights"
+    assert path.read_text() == "old graph"
+    assert (folder / "x").read_text() == "old package"
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        (None, TypeError, "path must be a string or a pathlib.Path, got None"),
+        (3, TypeError, "path must be a string or a pathlib.Path, got 3"),
+        (b"a.xml", TypeError, "path must be a string or a pathlib.Path, got b'a.xml'"),
+        ("", IsADirectoryError, "path must name a file, got a folder"),
+        ("missing.xml/", IsADirectoryError, "path must name a file, got a folder: missing.xml/"),
+    ],
+)
+def test_what_is_no_path_of_a_file_is_refused(tmp_path, monkeypatch, path, error, message):
+    monkeypatch.chdir(tmp_path)
+
+    def enter() -> None:
+        with runtime.pending("f", path, ".xml"):
+            pass
+
+    with pytest.raises(error, match=rf"^\[f\] {message}"):
+        enter()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_get_their_names_when_all_is_well(tmp_path):

@@ -242,6 +242,45 @@ def test_what_the_fused_kernels_get_wrong_is_named(tmp_path, monkeypatch):
     assert files(tmp_path) == []
 
 
+def test_a_model_without_finite_outputs_cannot_be_verified(tmp_path):
+    model = mlp()
+    nn.init.constant_(model[2].bias, float("nan"))
+    with pytest.raises(RuntimeError, match=r"output 'output', .*: the model gives no finite value on the example"):
+        rf.export.to_onnx(model, torch.randn(9, 12), tmp_path / "m.onnx")
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (np.array([[-np.inf, np.nan, 1.0]], np.float32), "output 'scores', .* has other infinities or NaN"),
+        (np.array([2]), "output 'best', .* differs from the model in 100.0% of its values"),
+    ],
+    ids=["infinity", "index"],
+)
+def test_one_wrong_value_that_is_no_number_is_found(tmp_path, monkeypatch, wrong, message):
+    class Best(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x / x.new_tensor([0.0, 0.0, 1.0]), x.argmax(1)
+
+    x = torch.tensor([[1.0, 0.0, 1.0]])
+    keywords = {"output_names": ["scores", "best"], "dynamic_batch": False}
+    rf.export.to_onnx(Best(), x, tmp_path / "m.onnx", **keywords)
+    session = onnx_verify._session
+
+    class Wrong:
+        def __init__(self, session):
+            self.session = session
+
+        def run(self, names, feed):
+            values = self.session.run(names, feed)
+            return [wrong if value.dtype == wrong.dtype else value for value in values]
+
+    monkeypatch.setattr(onnx_verify, "_session", lambda *a, **k: Wrong(session(*a, **k)))
+    with pytest.raises(RuntimeError, match=message):
+        rf.export.to_onnx(Best(), x, tmp_path / "m.onnx", **keywords)
+
+
 # ---- free axes ------------------------------------------------------------------------------------------------------
 
 

@@ -1,12 +1,14 @@
 """convert(model, example_inputs): bytes between converted layers, and the compilers of torch on such models."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import rarefy as rf
 from rarefy.quantization import QConfig, calibrate, convert, prepare, report
@@ -280,3 +282,80 @@ def test_inductor_and_ahead_of_time(tmp_path):
     program = torch.export.export(model, (IMAGES,))
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     torch.testing.assert_close(torch._inductor.aoti_load_package(path)(IMAGES), y, rtol=0, atol=1e-6)
+
+
+@torch.jit.script
+def doubled(x: torch.Tensor):
+    return x * 2.0
+
+
+@dataclass
+class Pair:
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+class Watched(nn.Module):
+    """Two layers, and something that reads the result between them in a way that is easily overlooked."""
+
+    def __init__(self, reads) -> None:
+        super().__init__()
+        self.a, self.b, self.reads = nn.Linear(16, 16), nn.Linear(16, 16), reads
+
+    def forward(self, x):
+        return self.reads(self, self.a(x))
+
+
+def kept(model, h):
+    model.state = h
+    return model.b(h)
+
+
+READERS = {
+    "transposed": lambda model, h: (model.b(h), h.mT),
+    "its data": lambda model, h: model.b(h) + h.data * 2,
+    "a dataclass": lambda model, h: Pair(model.b(h), h),
+    "an attribute": kept,
+    "a scripted function": lambda model, h: model.b(h) + doubled(h),
+    "vmap": lambda model, h: model.b(h) + torch.vmap(lambda row: row * 2)(h),
+    "dropout at work": lambda model, h: model.b(F.dropout(h, 0.5, training=True)),
+}
+
+
+@pytest.mark.parametrize("reads", READERS.values(), ids=READERS)
+def test_hidden_readers_get_floats(reads):
+    torch.manual_seed(0)
+    x = torch.randn(16, 16)
+    prepared = rf.quantization.prepare(Watched(reads), rf.quantization.QConfig.int8(), x)
+    rf.quantization.calibrate(prepared, [x])
+    plain, linked = rf.quantization.convert(prepared), rf.quantization.convert(prepared, x)
+    results = []
+    for model in (plain, linked):
+        torch.manual_seed(1)
+        out = model(x)
+        results.append([*tree_leaves(vars(out) if isinstance(out, Pair) else out), getattr(model, "state", x)])
+    for got, expected in zip(*results, strict=True):
+        assert got.dtype == expected.dtype == torch.float32
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("reads", ["transposed", "a dataclass", "an attribute"])
+def test_prepare_fuses_no_relu_that_is_not_the_only_reader(reads):
+    torch.manual_seed(0)
+    x = torch.randn(16, 16)
+
+    def forward(model, h):
+        other = READERS[reads](model, h)
+        return model.b(F.relu(h)), other
+
+    prepared = rf.quantization.prepare(Watched(forward), rf.quantization.QConfig.int8(), x)
+    assert not prepared.a.relu
+
+
+@torch.inference_mode()
+def test_links_in_inference_mode():
+    x = torch.randn(16, 16)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    prepared = rf.quantization.prepare(model, rf.quantization.QConfig.int8(), x)
+    rf.quantization.calibrate(prepared, [x])
+    assert torch.equal(rf.quantization.convert(prepared, x)(x), rf.quantization.convert(prepared)(x))

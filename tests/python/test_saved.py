@@ -240,6 +240,17 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["link", "real"]
 
 
+@pytest.mark.parametrize("name", ["net", "net/", "./net", "a/net"])
+def test_a_relative_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    x = torch.randn(4, 3)
+    model = prepare(nn.Sequential(nn.Linear(3, 2)), QConfig.int8())
+    calibrate(model, [x])
+    model = convert(model)
+    save_quantized(model, name)
+    assert torch.equal(load_quantized(nn.Sequential(nn.Linear(3, 2)), name)(x), model(x))
+
+
 def test_other_files_are_not_lost(tmp_path):
     folder = tmp_path / "int8"
     folder.mkdir()
@@ -376,6 +387,17 @@ DESCRIPTIONS = {
         lambda d: d["layers"]["stem"]["quantizers"]["input"].update(axis=0),
         "layer stem: quant.input must have one scale",
     ),
+    "weight that is not symmetric": (
+        lambda d: d["layers"]["stem"]["quantizers"]["weight"].update(symmetric=False),
+        "layer stem: weights must be symmetric and of 8 bits or fewer, got int8 asymmetric",
+    ),
+    "unknown quantizer": (
+        lambda d: d["layers"]["stem"]["quantizers"].update(inputs=d["layers"]["stem"]["quantizers"]["input"]),
+        "layer stem: quantizers must be of input, input0, input1, weight, output, got 'inputs'",
+    ),
+    "unknown target": (
+        lambda d: d["layers"]["stem"].update(target="tpu"), "layer stem: target must be one of onnxruntime, .*, got 'tpu'",
+    ),
     "another file": (lambda d: d["tensors"].update(file="../x"), "must belong to model.safetensors, got '../x'"),
     "batch normalization": (lambda d: d["folded"].append("block.2"), "block.2 must be a batch normalization in the model"),
     "not folded": (lambda d: d["folded"].remove("bn"), "missing are: bn.weight, bn.bias"),
@@ -392,6 +414,15 @@ def test_descriptions_that_are_wrong(copied, case):
     damage(copied.description)
     copied.write()
     refused(copied.path, message)
+
+
+def test_a_checksum_of_more_bits(copied):
+    copied.write()
+    file = copied.path / "quantization.json"
+    description = json.loads(file.read_text())
+    description["tensors"]["crc32"] += 2**32
+    file.write_text(json.dumps(description))
+    refused(copied.path, "must have a checksum of 32 bits, got")
 
 
 def test_text_that_is_no_json(copied):
@@ -411,6 +442,10 @@ TENSORS = {
     "scale": (
         lambda t: t["stem.quant.weight.scale"][1].fill_(-1),
         "layer stem: quant.weight.scale must be finite and positive, got -1 to",
+    ),
+    "zero point of a weight": (
+        lambda t: t["stem.quant.weight.zero_point"][1].fill_(1),
+        "layer stem: the zero points of quant.weight must be 0",
     ),
     "zero point": (
         lambda t: t["stem.quant.input.zero_point"].fill_(300),

@@ -2,10 +2,13 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 #include <rarefy/quantization/quantized_checkpoint.h>
+#include <rarefy/quantization/target.h>
 #include <rarefy/version.h>
 
+#include <algorithm>
 #include <array>
 #include <charconv>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <utility>
@@ -29,6 +32,7 @@ constexpr uint64_t kFormat = 1;
 constexpr const char* kDescription = "quantization.json";
 constexpr const char* kTensors = "model.safetensors";
 constexpr const char* kMode = "converted";
+constexpr std::array kQuantizers = {"input", "input0", "input1", "weight", "output"};
 
 std::string described(const torch::Tensor& tensor) {
   std::ostringstream text;
@@ -219,7 +223,9 @@ FileSum read_description(const std::string& json, const std::string& file, Quant
         } else if (key == "bytes") {
           sum.bytes = reader.integer();
         } else if (key == "crc32") {
-          sum.crc32 = static_cast<uint32_t>(reader.integer());
+          const auto crc32 = reader.integer();
+          reader.require(crc32 <= std::numeric_limits<uint32_t>::max(), "must have a checksum of 32 bits, got ", crc32);
+          sum.crc32 = static_cast<uint32_t>(crc32);
         } else {
           reader.value();
         }
@@ -253,7 +259,14 @@ class LayerCheck {
     if (const auto weight = layer.quantizers.find("weight"); weight != layer.quantizers.end()) {
       channels = check_weight(weight->second);
     }
+    const auto targets = target_names();
+    require(layer.target.empty() || std::find(targets.begin(), targets.end(), layer.target) != targets.end(),
+            "target must be one of ", fmt::format("{}", fmt::join(targets, ", ")), ", got '", layer.target, "'");
+    require(!layer.next.has_value() || layer.quantizers.count("output") == 0,
+            "a layer that hands on bytes must have no quant.output, which they would not pass");
     for (const auto& [quantizer, scheme] : layer.quantizers) {
+      require(std::find(kQuantizers.begin(), kQuantizers.end(), quantizer) != kQuantizers.end(),
+              "quantizers must be of ", fmt::format("{}", fmt::join(kQuantizers, ", ")), ", got '", quantizer, "'");
       require(quantizer == "weight" || !scheme.axis().has_value(), "quant.", quantizer, " must have one scale, got ",
               scheme.str());
       const int64_t size = quantizer == "weight" && scheme.axis().has_value() ? channels : 1;
@@ -284,6 +297,10 @@ class LayerCheck {
   /// The number of output channels.
   int64_t check_weight(const Scheme& scheme) const {
     const auto weight = tensor("weight", torch::kInt8);
+    require(scheme.symmetric && scheme.bits <= 8, "weights must be symmetric and of 8 bits or fewer, got ",
+            scheme.str());
+    require(tensor("quant.weight.zero_point", torch::kInt32).eq(0).all().item<bool>(),
+            "the zero points of quant.weight must be 0, which integer kernels take them for");
     require(weight.dim() >= 2 && weight.numel() > 0, "weight must have two or more dimensions and values, got shape ",
             weight.sizes());
     const int64_t axis = scheme.axis().value_or(0);

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _FUNCTION = "to_coreml"
 
 
+@runtime.without_autocast()
 def to_coreml(
     model: nn.Module, example_inputs: ExampleInputs, path: str | os.PathLike[str], *, float16: bool = False
 ) -> ExportReport:

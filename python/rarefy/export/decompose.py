@@ -6,6 +6,7 @@ everything else that it does. A lowered model rarely has any, but for the few be
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -123,9 +124,20 @@ def is_translatable(program: ExportedProgram, table: Mapping[Any, Any]) -> bool:
     return True
 
 
+_ONE_AT_A_TIME = threading.RLock()
+
+
 @contextmanager
 def decomposing_where_needed() -> Iterator[None]:
-    """While it is active, a program without operators to decompose is its own decomposition."""
+    """While it is active, a program without operators to decompose is its own decomposition.
+
+    One thread at a time: it changes a class of torch.
+    """
+    with _ONE_AT_A_TIME:
+        yield from _patched()
+
+
+def _patched() -> Iterator[None]:
     original = ExportedProgram.run_decompositions
 
     @wraps(original)

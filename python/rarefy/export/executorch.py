@@ -41,6 +41,7 @@ _COUNTED = {
 }  # fmt: skip
 
 
+@runtime.without_autocast()
 def to_executorch(
     model: nn.Module, example_inputs: ExampleInputs, path: str | os.PathLike[str], *, verify: bool = True
 ) -> ExportReport:

@@ -35,6 +35,7 @@ _COUNTED = frozenset(
 _ELEMENTWISE = frozenset({"ADD", "MUL", "MEAN", "CONCATENATION", "AVERAGE_POOL_2D"})
 
 
+@runtime.without_autocast()
 def to_litert(
     model: nn.Module, example_inputs: ExampleInputs, path: str | os.PathLike[str], *, verify: bool = True
 ) -> ExportReport:

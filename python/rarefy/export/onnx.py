@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import itertools
 import logging
 import os
 import time
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rarefy._core.quantization import TargetProfile, target_names, target_profile
+from rarefy.export import runtime
 from rarefy.export.decompose import decomposing_where_needed
 from rarefy.export.files import Staged, staged
 from rarefy.export.lowering import check_quantizers, lower, without_rounding
@@ -36,6 +38,7 @@ _SMALL_TENSOR = 1024  # bytes
 _LARGEST_FILE = 1536 << 20  # bytes of tensors in one protobuf message, which must stay below 2 GiB
 
 
+@runtime.without_autocast()
 def to_onnx(
     model: nn.Module,
     example_inputs: Tensor | Sequence[Tensor] | Mapping[str, object],
@@ -99,6 +102,7 @@ def to_onnx(
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"[to_onnx] model must be a torch.nn.Module, got {type(model).__name__}")
+    runtime.check_parameters("to_onnx", model)
     target = targets.chosen_target(model) if target is None else target
     if target not in target_names():
         raise ValueError(f"[to_onnx] target must be one of {', '.join(target_names())}, got {target!r}")
@@ -108,7 +112,7 @@ def to_onnx(
         openvino_verify.require("to_onnx")
     opset = onnx_opset.choose_opset("to_onnx", opset, profile, onnx.defs.onnx_opset_version(), wide)
     inputs, keywords, constants = _check_inputs(example_inputs)
-    input_names = _names("input_names", input_names, keywords or _numbered("input", len(inputs)), len(inputs))
+    input_names = _names("input_names", input_names, len(inputs), keywords or _numbered("input", len(inputs)))
     axes = free_axes(inputs, input_names, _check_dynamic(profile, dynamic_batch, dynamic_shapes), dynamic_shapes)
     check_quantizers("to_onnx", model)
     targets.check_target("to_onnx", model, profile)
@@ -118,7 +122,8 @@ def to_onnx(
         model = _with_constants(_private_copy(model), constants)
         cases = _cases(model, inputs, keywords, axes, verify)
         output_count = len(cases[0].expected)
-        output_names = _names("output_names", output_names, _numbered("output", output_count), output_count)
+        default = _numbered("output", output_count, taken=input_names)
+        output_names = _names("output_names", output_names, output_count, default, taken=input_names)
 
         lowered = lower(model, unsigned=profile.unsigned_activations)
         del model
@@ -180,6 +185,9 @@ def _check_inputs(example: Any) -> tuple[list[Tensor], list[str], dict[str, obje
     constants: dict[str, object] = {}
     if isinstance(example, Mapping):
         constants = {k: v for k, v in example.items() if v is None or isinstance(v, (bool, int, float, str))}
+        for name in example:
+            if not isinstance(name, str) or not name:
+                raise TypeError(f"[to_onnx] example_inputs must have names of arguments, got {name!r} among them")
         keywords = [name for name in example if name not in constants]
         values = [example[name] for name in keywords]
     elif isinstance(example, Tensor):
@@ -208,14 +216,26 @@ def _check_dynamic(profile: TargetProfile, dynamic_batch: bool | None, dynamic_s
     return False
 
 
-def _numbered(stem: str, count: int) -> list[str]:
-    return [stem] if count == 1 else [f"{stem}_{index}" for index in range(count)]
+def _numbered(stem: str, count: int, taken: Sequence[str] = ()) -> list[str]:
+    """`stem` for one name, else `stem_0`, ...; names that are taken are passed over."""
+    if count == 1 and stem not in taken:
+        return [stem]
+    free = (name for name in (f"{stem}_{index}" for index in itertools.count()) if name not in taken)
+    return list(itertools.islice(free, count))
 
 
-def _names(argument: str, given: Sequence[str] | None, default: list[str], count: int) -> list[str]:
-    names = default if given is None else list(given)
-    if isinstance(given, str) or len(names) != count or len(set(names)) != count:
+def _names(argument: str, given: Any, count: int, default: list[str], taken: Sequence[str] = ()) -> list[str]:
+    """The names that were given, checked; or the default."""
+    if given is None:
+        return default
+    if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"[to_onnx] {argument} must be a sequence of strings, got {given!r}")
+    names = list(given)
+    if not all(names) or len(names) != count or len(set(names)) != count:
         raise ValueError(f"[to_onnx] {argument} must be {count} different names, got {given!r}")
+    for name in names:
+        if name in taken:
+            raise ValueError(f"[to_onnx] {argument} must differ from the names of the inputs, got {name!r} in both")
     return names
 
 
@@ -235,7 +255,11 @@ def _cases(model: nn.Module, inputs: list[Tensor], keywords: list[str], axes: Ax
     from rarefy.export.onnx_verify import Case
 
     def case(tensors: list[Tensor]) -> Case:
-        return Case(sizes_of(tensors, axes), [x.numpy() for x in tensors], _run(model, tensors, keywords))
+        return Case(
+            sizes_of(tensors, axes),
+            [runtime.to_numpy("to_onnx", "example_inputs", x) for x in tensors],
+            _run(model, tensors, keywords),
+        )
 
     cases = [case(inputs)]
     if not verify or not any(axes):
@@ -274,7 +298,7 @@ def _run(model: nn.Module, inputs: list[Tensor], keywords: list[str]) -> list[np
         if not isinstance(leaf, Tensor):
             hint = " (use_cache=False among the example inputs leaves it out)" if "Cache" in type(leaf).__name__ else ""
             raise TypeError(f"[to_onnx] the model must return tensors, got {type(leaf).__name__} among them{hint}")
-    return [leaf.detach().cpu().numpy() for leaf in leaves]
+    return [runtime.to_numpy("to_onnx", "outputs", leaf) for leaf in leaves]
 
 
 @contextlib.contextmanager

@@ -14,6 +14,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
+from rarefy.export.comparison import (
+    HALF,
+    NOISE_FACTOR,
+    RELATIVE,
+    compare_integers,
+    finite_values,
+    largest,
+    noise_of_rounding,
+    rms,
+)
 from rarefy.export.node_check import EXACT, FUSED, QuantizedGraph, Replayed, Tolerance, replay
 from rarefy.export.report import Difference, NodeCheck, Operator
 
@@ -24,12 +34,6 @@ if TYPE_CHECKING:
 # Above these the reference evaluator, which is numpy, would take longer than the export.
 _REFERENCE_MACS, _REFERENCE_BYTES, _REFERENCE_OPSET = 200_000_000, 32 << 20, 19
 
-# An end-to-end difference cannot be bounded by a constant: one value that rounds to the other side of a tie (float sums
-# have no fixed order) moves a deep network's outputs about as much as rounding all its activations does. So that
-# effect, measured on the same inputs, is the unit. On untrained networks of 9 and 21 layers, 2 to 8 bits, the
-# differences were at most 1.3 (rms) and 1.8 (largest) of it.
-_NOISE_FACTOR = 4.0
-RELATIVE = (1e-4, 1e-3)  # rms and largest, for float networks: sums in another order
 _ROUNDED = (2e-2, 5e-2)  # for MatMulNBits, which rounds its float input to 8 bits by blocks
 
 #: The operators whose execution is worth a line in the report.
@@ -108,14 +112,6 @@ def output_scales(model: onnx.ModelProto) -> dict[str, float]:
     return scales
 
 
-def _rms(values: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) if values.size else 0.0
-
-
-def _largest(values: np.ndarray) -> float:
-    return float(np.abs(values).max()) if values.size else 0.0
-
-
 def _compare(
     where: str,
     got: np.ndarray,
@@ -131,27 +127,22 @@ def _compare(
             f"{failed} is {got.dtype} {got.shape}, but the model gives {expected.dtype} {expected.shape}"
         )
     if not np.issubdtype(expected.dtype, np.floating):
-        differing = float(np.mean(got != expected)) if got.size else 0.0
-        allowed = 0.05 + 1.0 / max(got.size, 1)  # an index or a truth value flips where two scores are close
-        if differing > allowed:
-            raise RuntimeError(f"{failed} differs from the model in {differing:.1%} of its values")
+        differing, allowed = compare_integers(failed, got, expected, noise)
         difference = got.astype(np.float64) - expected.astype(np.float64)
-        return _largest(difference), _rms(difference), allowed, None, differing
+        return largest(difference), rms(difference), allowed, None, differing
 
-    finite = np.isfinite(expected)
-    if not np.array_equal(np.isfinite(got), finite):
-        raise RuntimeError(f"{failed} is not finite where the model is, or the reverse")
-    got, expected = got[finite].astype(np.float64), expected[finite].astype(np.float64)
-    difference, noise = got - expected, noise[np.isfinite(noise)]
-    seen, seen_max = _rms(difference), _largest(difference)
-    allowed = _NOISE_FACTOR * _rms(noise) + relative[0] * _rms(expected)
-    allowed_max = _NOISE_FACTOR * _largest(noise) + relative[1] * _largest(expected)
+    half = HALF if expected.dtype == np.float16 else 0.0
+    got, expected = finite_values(failed, got, expected)
+    difference = got - expected
+    seen, seen_max = rms(difference), largest(difference)
+    allowed = NOISE_FACTOR * rms(noise) + (relative[0] + half) * rms(expected)
+    allowed_max = NOISE_FACTOR * largest(noise) + (relative[1] + half) * largest(expected)
     if seen > allowed or seen_max > allowed_max:
         raise RuntimeError(
             f"{failed} differs from the model by {seen:.3g} rms and {seen_max:.3g} at most "
-            f"(allowed {allowed:.3g} and {allowed_max:.3g}; rms of the output {_rms(expected):.3g})"
+            f"(allowed {allowed:.3g} and {allowed_max:.3g}; rms of the output {rms(expected):.3g})"
         )
-    edge = 0.5 * scale if scale else 1e-5 * _largest(expected)
+    edge = 0.5 * scale if scale else 1e-5 * largest(expected)
     differing = float(np.mean(np.abs(difference) > edge)) if difference.size else 0.0
     return seen_max, seen, allowed, seen_max / scale if scale else None, differing
 
@@ -339,10 +330,7 @@ def compare_outputs(
         RuntimeError: a difference is too large. Names the output, the runtime and both numbers.
     """
     scales = output_scales(subject.model)
-    noise = [
-        free.astype(np.float64) - want if np.issubdtype(want.dtype, np.floating) else np.zeros(0)
-        for free, want in zip(subject.unrounded, subject.cases[0].expected, strict=True)
-    ]
+    noise = list(map(noise_of_rounding, subject.unrounded, subject.cases[0].expected))
     differences = []
     for case in subject.cases:
         for name, got, want, unit in zip(subject.outputs, run(case), case.expected, noise, strict=True):

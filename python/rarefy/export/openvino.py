@@ -15,6 +15,7 @@ import numpy as np
 from torch import nn
 
 from rarefy.export import runtime
+from rarefy.export.comparison import RELATIVE, largest
 from rarefy.export.onnx import to_onnx
 from rarefy.export.report import ExportReport, Operator
 from rarefy.export.runtime import ExampleInputs, Prepared
@@ -29,6 +30,7 @@ _COUNTED = frozenset({"Convolution", "GroupConvolution", "ConvolutionBackpropDat
 _ELEMENTWISE = frozenset({"Add", "Multiply"})
 
 
+@runtime.without_autocast()
 def to_openvino(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -65,17 +67,19 @@ def to_openvino(
             In every case no file is left, and one that had the name before is as it was.
     """
     start = time.perf_counter()
-    runtime.require(_FUNCTION, "openvino", "openvino", "onnx", "onnxscript")
+    runtime.require(_FUNCTION, "openvino", "openvino", "onnx", "onnxscript", *(["onnxruntime"] if verify else []))
     prepared = runtime.prepare_model(_FUNCTION, model, example_inputs, unsigned=True, eight_bits=False)
     with runtime.pending(_FUNCTION, path, ".xml") as temporary:
-        converted = _convert(model, example_inputs, dynamic_batch)
+        converted, exported = _convert(model, example_inputs, dynamic_batch, verify)
         _save(converted, temporary, float16)
         size = runtime.size_of(temporary.parent)
         operators, differences = (), ()
         if verify:
             operators, outputs = _run(temporary, prepared)
             scales = [_output_scale(result) for result in converted.get_results()]
-            differences = runtime.compare(_FUNCTION, outputs, prepared, scales)
+            differences = runtime.compare(_FUNCTION, outputs, prepared, scales, half=float16)
+            if not float16:
+                _check_same(_execute(converted, prepared)[1], outputs)
         nodes = Counter(node.get_type_name() for node in converted.get_ops())
     for kind in ("Constant", "Parameter", "Result"):
         del nodes[kind]
@@ -87,18 +91,23 @@ def to_openvino(
         nodes=dict(nodes.most_common()),
         operators=operators,
         differences=differences,
+        nodes_checked=exported.nodes_checked,
+        skipped=exported.skipped,
         seconds=time.perf_counter() - start,
     )
 
 
-def _convert(model: nn.Module, example_inputs: ExampleInputs, dynamic_batch: bool) -> openvino.Model:
+def _convert(
+    model: nn.Module, example_inputs: ExampleInputs, dynamic_batch: bool, verify: bool
+) -> tuple[openvino.Model, ExportReport]:
+    """The model by way of an ONNX file, and what was found about that: every quantized tensor is compared there."""
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        to_onnx(model, example_inputs, file, target="openvino", dynamic_batch=dynamic_batch, verify=False)
+        exported = to_onnx(model, example_inputs, file, target="openvino", dynamic_batch=dynamic_batch, verify=verify)
         try:
-            return openvino.convert_model(file)
+            return openvino.convert_model(file), exported
         except RuntimeError as error:
             raise RuntimeError(f"[{_FUNCTION}] OpenVINO cannot read the model: {error}") from error
 
@@ -113,14 +122,31 @@ def _run(path: Path, prepared: Prepared) -> tuple[tuple[Operator, ...], list[np.
     import openvino
 
     try:
-        core = openvino.Core()
-        written = core.read_model(path)
-        compiled = core.compile_model(written, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        written = openvino.Core().read_model(path)
+    except RuntimeError as error:
+        raise RuntimeError(f"[{_FUNCTION}] OpenVINO cannot read the file: {error}") from error
+    compiled, outputs = _execute(written, prepared)
+    return tuple(executed_operators(written, compiled)), outputs
+
+
+def _execute(model: openvino.Model, prepared: Prepared) -> tuple[openvino.CompiledModel, list[np.ndarray]]:
+    import openvino
+
+    try:
+        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         results = compiled([tensor.numpy() for tensor in prepared.example.tensors])
     except RuntimeError as error:
         raise RuntimeError(f"[{_FUNCTION}] OpenVINO cannot run the file: {error}") from error
-    operators = tuple(executed_operators(written, compiled))
-    return operators, [np.array(results[index]) for index in range(len(compiled.outputs))]
+    return compiled, [np.array(results[index]) for index in range(len(compiled.outputs))]
+
+
+def _check_same(converted: list[np.ndarray], outputs: list[np.ndarray]) -> None:
+    """The file against the model that was stored in it, whose tensors were compared one by one: no rounding between them."""
+    for index, (want, got) in enumerate(zip(converted, outputs, strict=True)):
+        if not np.allclose(got, want, rtol=0, atol=RELATIVE[1] * largest(want[np.isfinite(want)]), equal_nan=True):
+            raise RuntimeError(
+                f"[{_FUNCTION}] verification failed: output_{index} of the file is not that of the model stored in it"
+            )
 
 
 def executed_operators(model: openvino.Model, compiled: openvino.CompiledModel) -> Iterator[Operator]:

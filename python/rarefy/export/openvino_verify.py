@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rarefy.export.comparison import RELATIVE
 from rarefy.export.node_check import QuantizedGraph, Tolerance
 from rarefy.export.onnx_verify import (
-    RELATIVE,
     Case,
     Subject,
     check_nodes,

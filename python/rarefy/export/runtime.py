@@ -7,8 +7,6 @@ import copy
 import importlib.util
 import logging
 import os
-import shutil
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,17 +18,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from rarefy.export.comparison import (
+    HALF,
+    NOISE_FACTOR,
+    RELATIVE,
+    compare_integers,
+    finite_values,
+    largest,
+    noise_of_rounding,
+    rms,
+)
+from rarefy.export.files import check_path, staged
 from rarefy.export.lowering import QuantizeDequantize, check_quantizers, lower, without_rounding
 from rarefy.export.report import Difference
 
 ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, object]
 
-# How far a deep network's outputs may be from the model's: the unit is what rounding the activations does to them on the
-# same inputs (one value on the other side of a tie moves them about as much). Runtimes round biases to the grid of the
-# products and requantize with multipliers of their own; the last terms are for networks without quantizers.
-_NOISE_FACTOR = 4.0
-_RELATIVE_RMS, _RELATIVE_MAX = 1e-4, 1e-3
-
+_FLOATS = frozenset({torch.float32, torch.float64, torch.float16})
 _RUNTIMES = {"to_openvino": "OpenVINO", "to_executorch": "ExecuTorch", "to_litert": "LiteRT"}
 
 
@@ -72,6 +76,39 @@ def require(function: str, extra: str, *packages: str) -> None:
         raise ImportError(f"[{function}] needs {', '.join(missing)}: pip install rarefy[{extra}]")
 
 
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Computes in the types of the tensors, whatever surrounds the call: files are made, and run, outside of autocast."""
+    with torch.autocast("cpu", enabled=False):
+        yield
+
+
+def check_parameters(function: str, model: nn.Module) -> None:
+    """Raises TypeError where a parameter has a type that numpy, and with it the check of the file, does not know."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype not in _FLOATS:
+            raise TypeError(
+                f"[{function}] parameters must be float32, float64 or float16, got {_name(parameter.dtype)} at {name}; "
+                "call model.float()"
+            )
+
+
+def to_numpy(function: str, what: str, tensor: Tensor) -> np.ndarray:
+    """The values of an input or output.
+
+    Raises:
+        TypeError: numpy has no such type.
+    """
+    try:
+        return tensor.detach().cpu().numpy()
+    except TypeError as error:
+        raise TypeError(f"[{function}] {what} must be of a type that numpy has, got {_name(tensor.dtype)}") from error
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def check_example(function: str, example: object) -> Example:
     """The example inputs, checked.
 
@@ -104,7 +141,7 @@ def outputs_of(function: str, model: nn.Module, example: Example) -> list[np.nda
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             raise TypeError(f"[{function}] the model must return tensors, got {type(leaf).__name__} among them")
-    return [leaf.detach().cpu().numpy() for leaf in leaves]
+    return [to_numpy(function, "outputs", leaf) for leaf in leaves]
 
 
 def prepare_model(
@@ -129,7 +166,10 @@ def prepare_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"[{function}] model must be a torch.nn.Module, got {type(model).__name__}")
+    check_parameters(function, model)
     example = check_example(function, example_inputs)
+    for tensor in example.tensors:
+        to_numpy(function, "example_inputs", tensor)
     check_quantizers(function, model)
     model = copy.deepcopy(model).cpu().eval()
     expected = outputs_of(function, model, example)
@@ -170,30 +210,16 @@ def pending(function: str, path: str | os.PathLike[str], suffix: str, *, folder:
 
     Raises:
         ValueError: the name ends in something else.
-        OSError: the folder around it is missing or cannot be written; or a file stands for a folder, or the reverse.
+        TypeError, OSError: see `check_path`; or the folder around it cannot be written. Nothing is left then, and what had
+            one of the names before is as it was.
     """
-    path = Path(path)
+    path = check_path(function, path, folder=folder)
     if path.suffix != suffix:
         raise ValueError(f"[{function}] path must end in {suffix}, got {path}")
-    if path.exists() and path.is_dir() != folder:
-        kind, error = ("a file", NotADirectoryError) if folder else ("a folder", IsADirectoryError)
-        raise error(f"[{function}] path must name {'a folder' if folder else 'a file'}, got {kind}: {path}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"[{function}] path must be in a folder that exists, got {path}")
-    hidden = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}")
-    try:
-        hidden.mkdir()  # some formats are several files; they are collected here
-    except OSError as error:
-        raise type(error)(f"[{function}] path must be in a folder that can be written, got {path} ({error})") from error
-    try:
-        yield hidden / path.name
-        if folder and path.exists():
-            os.replace(path, hidden / "replaced")  # a folder cannot take the place of another one in one step
-        for item in sorted(hidden.iterdir(), key=lambda item: item.suffix == suffix):  # the named file comes last
-            if item.name != "replaced":
-                os.replace(item, path.with_name(item.name))
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+    with staged(function, path, folder=folder) as stage:  # some formats are several files; they are collected there
+        yield stage / path.name
+        names = [item.name for item in sorted(stage.folder.iterdir()) if item.name != path.name]
+        stage.commit(*names, path.name)  # the named file comes last
 
 
 def size_of(path: Path) -> int:
@@ -222,16 +248,13 @@ def quiet(*loggers: str) -> Iterator[None]:
 # ---- comparison -----------------------------------------------------------------------------------------------------
 
 
-def _rms(values: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) if values.size else 0.0
-
-
-def _largest(values: np.ndarray) -> float:
-    return float(np.abs(values).max()) if values.size else 0.0
-
-
 def compare(
-    function: str, got: Sequence[np.ndarray], prepared: Prepared, scales: Sequence[float | None]
+    function: str,
+    got: Sequence[np.ndarray],
+    prepared: Prepared,
+    scales: Sequence[float | None],
+    *,
+    half: bool = False,
 ) -> tuple[Difference, ...]:
     """Every output of the file against the model's.
 
@@ -240,6 +263,7 @@ def compare(
         got: the file's outputs.
         prepared: the model's, rounded and not: their distance is the unit of what is allowed.
         scales: of the outputs that are quantized.
+        half: the file holds numbers in half precision.
 
     Raises:
         RuntimeError: a shape, a type or a value differs. Names the output and both numbers.
@@ -255,34 +279,27 @@ def compare(
         failed = f"[{function}] verification failed: {name}"
         if mine.shape != want.shape or mine.dtype.kind != want.dtype.kind:
             raise RuntimeError(f"{failed} is {mine.dtype} {mine.shape}, but the model gives {want.dtype} {want.shape}")
+        noise = noise_of_rounding(free, want)
         if want.dtype.kind != "f":
-            differing = float(np.mean(mine != want)) if want.size else 0.0
-            allowed = 0.05 + 1.0 / max(want.size, 1)  # an index or a truth value flips where two scores are close
-            if differing > allowed:
-                raise RuntimeError(f"{failed} differs from the model in {differing:.1%} of its values")
+            differing, allowed = compare_integers(failed, mine, want, noise)
             gap = mine.astype(np.float64) - want.astype(np.float64)
-            differences.append(Difference(name, where, True, (), _largest(gap), _rms(gap), allowed, None, differing))
+            differences.append(Difference(name, where, True, (), largest(gap), rms(gap), allowed, None, differing))
             continue
-        finite = np.isfinite(want)
-        if not np.array_equal(np.isfinite(mine), finite):
-            raise RuntimeError(f"{failed} is not finite where the model is, or the reverse")
-        want = want[finite].astype(np.float64)
-        gap, noise = (
-            mine[finite].astype(np.float64) - want,
-            free[finite & np.isfinite(free)] - prepared.expected[index][finite & np.isfinite(free)].astype(np.float64),
-        )
-        allowed = _NOISE_FACTOR * _rms(noise) + _RELATIVE_RMS * _rms(want)
-        allowed_max = _NOISE_FACTOR * _largest(noise) + _RELATIVE_MAX * _largest(want)
+        rounding = HALF if half or want.dtype == np.float16 else 0.0
+        mine, want = finite_values(failed, mine, want)
+        gap = mine - want
+        allowed = NOISE_FACTOR * rms(noise) + (RELATIVE[0] + rounding) * rms(want)
+        allowed_max = NOISE_FACTOR * largest(noise) + (RELATIVE[1] + rounding) * largest(want)
         scale = scales[index]
         if scale is not None:  # one integer of a small output is more than the noise of a large one
             allowed, allowed_max = max(allowed, scale), max(allowed_max, 2 * scale)
-        if _rms(gap) > allowed or _largest(gap) > allowed_max * (1 + 1e-5):
+        if rms(gap) > allowed or largest(gap) > allowed_max * (1 + 1e-5):
             raise RuntimeError(
-                f"{failed} differs from the model by {_rms(gap):.3g} rms and {_largest(gap):.3g} at most "
-                f"(allowed {allowed:.3g} and {allowed_max:.3g}; rms of the output {_rms(want):.3g})"
+                f"{failed} differs from the model by {rms(gap):.3g} rms and {largest(gap):.3g} at most "
+                f"(allowed {allowed:.3g} and {allowed_max:.3g}; rms of the output {rms(want):.3g})"
             )
-        edge = 0.5 * scale if scale else 1e-5 * _largest(want)
+        edge = 0.5 * scale if scale else 1e-5 * largest(want)
         differing = float(np.mean(np.abs(gap) > edge)) if gap.size else 0.0
-        steps = _largest(gap) / scale if scale else None
-        differences.append(Difference(name, where, True, (), _largest(gap), _rms(gap), allowed, steps, differing))
+        steps = largest(gap) / scale if scale else None
+        differences.append(Difference(name, where, True, (), largest(gap), rms(gap), allowed, steps, differing))
     return tuple(differences)

@@ -7,8 +7,8 @@ results go into a ReLU and nothing else, and which results reach an operation th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,27 @@ _PASS_THROUGH = {
 _RELU = {"relu", "relu_"}
 # Reading a tensor's facts is not computing with it.
 _DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
-_NO_USE = {"size", "dim", "numel", "__get__", "is_floating_point", "stride", "__len__", "is_contiguous"}
+_NO_USE = {"size", "dim", "numel", "__get__", "is_floating_point", "is_inference", "stride", "__len__", "is_contiguous"}
 
 Key = tuple[int, int]  # identity of a tensor and its version, as in-place operations make a new value
+
+
+def tensors_of(values: object) -> Iterator[Tensor]:
+    """The tensors in nested containers and dataclasses."""
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from tensors_of([getattr(leaf, item.name) for item in fields(leaf)])
+
+
+def call(model: nn.Module, example_inputs: object) -> object:
+    """What the model gives: a tuple or list holds positional arguments, a dict arguments by name."""
+    if isinstance(example_inputs, dict):
+        return model(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return model(*example_inputs)
+    return model(example_inputs)
 
 
 @dataclass(frozen=True)
@@ -116,9 +134,10 @@ class _Recorder(TorchFunctionMode):
         self.inside = 0  # depth of watched layers: what they do inside is theirs
 
     def keys(self, values: object) -> tuple[Key, ...]:
-        tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+        tensors = list(tensors_of(values))
         self.flow._kept.extend(tensors)
-        return tuple((id(tensor), tensor._version) for tensor in tensors)
+        # Inference tensors count no versions: whoever writes to one is then a reader of it like any other.
+        return tuple((id(tensor), -1 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -131,9 +150,11 @@ class _Recorder(TorchFunctionMode):
         finally:
             self.inside -= 1
         name = getattr(func, "__name__", str(func))
+        if name == "dropout" and kwargs.get("training", args[2] if len(args) > 2 else True):
+            name = "random dropout"
         if name == "is_floating_point" or func == _DTYPE:
             self.flow.typed.update(inputs)
-        if name not in _NO_USE:
+        if name not in _NO_USE or (name == "__get__" and isinstance(out, Tensor)):  # x.T, x.data
             self.flow.add(Event(name, None, inputs, self.keys(out)))
         return out
 
@@ -177,14 +198,11 @@ def record(model: nn.Module, example_inputs: object, watched: Callable[[nn.Modul
                 handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
                 handles.append(module.register_forward_hook(after(kind), with_kwargs=True))
         model.eval()
-        with torch.no_grad(), recorder:
-            if isinstance(example_inputs, dict):
-                out = model(**example_inputs)
-            elif isinstance(example_inputs, (tuple, list)):
-                out = model(*example_inputs)
-            else:
-                out = model(example_inputs)
-        flow.results = set(recorder.keys(out))
+        with torch.inference_mode(False), torch.no_grad(), recorder:
+            out = call(model, example_inputs)
+        # What modules keep for later leaves the model too.
+        kept = [value for module in model.modules() for name, value in vars(module).items() if not name.startswith("_")]
+        flow.results = set(recorder.keys((out, kept)))
     finally:
         for handle in handles:
             handle.remove()

@@ -15,7 +15,7 @@ from rarefy.nn.max_pool import MaxPool2d
 from rarefy.nn.quantized import IntegerLayer, QuantizedConv, QuantizedEmbedding, QuantizedLinear
 from rarefy.nn.quantized_operations import QuantizedAdd, QuantizedCat
 from rarefy.quantization.fake_quantizer import FakeQuantizer
-from rarefy.quantization.flow import Event, Flow, Key, record
+from rarefy.quantization.flow import Event, Flow, Key, call, record, tensors_of
 
 # Operations that do with the bytes of a grid what they do with its values: they move them.
 _MOVES_BYTES = {
@@ -41,9 +41,10 @@ def link(model: nn.Module, example_inputs: object) -> dict[str, str]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, IntegerLayer)}
     pools = {name for name, module in model.named_modules() if isinstance(module, MaxPool2d)}
     flow = _record_channels_last(model, example_inputs)
-    for name, layer in layers.items():
-        if _takes_relu(layer, flow.only_call(name), flow):
-            layer.relu = True
+    expected = _outputs(model, example_inputs)
+    with_relu = [layer for name, layer in layers.items() if _takes_relu(layer, flow.only_call(name), flow)]
+    for layer in with_relu:
+        layer.relu = True
     reasons: dict[str, str] = {}
     grids: dict[str, ByteGrid] = {}
     for name, layer in layers.items():
@@ -51,9 +52,39 @@ def link(model: nn.Module, example_inputs: object) -> dict[str, str]:
             grids[name] = _grid_of_readers(layer, flow.only_call(name), flow, layers, pools)
         except NotLinked as reason:
             reasons[name] = str(reason)
-    for name, grid in grids.items():  # when nothing can fail any more
+    for name, grid in grids.items():
         layers[name].quant.set_next(grid)
+    try:
+        same = _is_equal(_outputs(model, example_inputs), expected)
+    except (RuntimeError, TypeError, ValueError):  # an operation that knows no bytes
+        same = False
+    if not same:  # something reads a result that no recording sees: a scripted function, say
+        for layer in with_relu:
+            layer.relu = False
+        for name in grids:
+            layers[name].quant.set_next(None)
+            reasons[name] = "the example run gives other results with links: something unseen reads one of them"
     return reasons
+
+
+def _outputs(model: nn.Module, example_inputs: object) -> list[Tensor]:
+    """What the model gives in evaluation mode, always with the same random numbers."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return list(tensors_of(call(model, example_inputs)))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _is_equal(got: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(got) == len(expected) and all(
+        x.dtype == y.dtype and x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all())
+        for x, y in zip(got, expected, strict=True)
+    )
 
 
 def _record_channels_last(model: nn.Module, example_inputs: object) -> Flow:
