@@ -20,12 +20,27 @@ using graph::Graph;
 using graph::Node;
 using nn::Quantizable;
 
-// Operators that do with the bytes of a grid what they do with its values: they move them, or take the largest.
-constexpr std::array<std::string_view, 20> kMovesBytes{
-    "aten::max_pool2d", "aten::max_pool3d", "aten::flatten",    "aten::reshape", "aten::view",
-    "aten::permute",    "aten::transpose",  "aten::contiguous", "aten::squeeze", "aten::unsqueeze",
-    "aten::dropout",    "aten::clone",      "aten::detach",     "aten::chunk",   "aten::split",
-    "aten::select",     "aten::slice",      "aten::narrow",     "aten::t",       "aten::alias"};
+// Operators that do with the bytes of a grid what they do with its values: they move them, or take the largest. Not
+// aten::max_pool2d and aten::max_pool3d, which refuse bytes of images with more than 127 pixels.
+constexpr std::array<std::string_view, 19> kMovesBytes{"rarefy::max_pool2d_bytes",
+                                                       "aten::flatten",
+                                                       "aten::reshape",
+                                                       "aten::view",
+                                                       "aten::permute",
+                                                       "aten::transpose",
+                                                       "aten::contiguous",
+                                                       "aten::squeeze",
+                                                       "aten::unsqueeze",
+                                                       "aten::dropout",
+                                                       "aten::clone",
+                                                       "aten::detach",
+                                                       "aten::chunk",
+                                                       "aten::split",
+                                                       "aten::select",
+                                                       "aten::slice",
+                                                       "aten::narrow",
+                                                       "aten::t",
+                                                       "aten::alias"};
 
 /// An argument that lies on a grid, and the argument that has the scale of the grid.
 struct Operand {
@@ -123,14 +138,24 @@ class Linker {
     return quantizer == nullptr ? std::nullopt : std::optional<Reading>({layer->first, quantizer});
   }
 
-  /// The operators that the model called which read a value; what runs inside of them is theirs.
+  /// The operator that the model called, of one that runs inside of it.
+  int64_t called(int64_t node) const {
+    while (graph_.nodes[static_cast<size_t>(node)].parent != -1) {
+      node = graph_.nodes[static_cast<size_t>(node)].parent;
+    }
+    return node;
+  }
+
+  /// The operators that the model called which read a value; what runs inside of them is theirs. The one that made the value
+  /// is none of them, whatever it did with it on the way (changed its layout, say).
   std::vector<const Node*> readers_of(int64_t value) const {
+    const auto producer = graph_.values[static_cast<size_t>(value)].producer;
     std::set<int64_t> nodes;
-    for (auto node : graph_.values[static_cast<size_t>(value)].consumers) {
-      while (graph_.nodes[static_cast<size_t>(node)].parent != -1) {
-        node = graph_.nodes[static_cast<size_t>(node)].parent;
-      }
-      nodes.insert(node);
+    for (const auto node : graph_.values[static_cast<size_t>(value)].consumers) {
+      nodes.insert(called(node));
+    }
+    if (producer >= 0) {
+      nodes.erase(called(producer));
     }
     std::vector<const Node*> readers;
     for (const auto node : nodes) {
