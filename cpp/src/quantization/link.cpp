@@ -13,6 +13,9 @@
 #include <string_view>
 #include <utility>
 
+#include "graph/evaluation.h"
+#include "quantization/replace.h"
+
 namespace rarefy::quantization {
 namespace {
 
@@ -21,7 +24,7 @@ using graph::Node;
 using nn::Quantizable;
 
 // Operators that do with the bytes of a grid what they do with its values: they move them, or take the largest. Not
-// aten::max_pool2d and aten::max_pool3d, which refuse bytes of images with more than 127 pixels.
+// aten::max_pool2d and aten::max_pool3d, which refuse bytes of images with more than 127 pixels: see replace_max_pools.
 constexpr std::array<std::string_view, 19> kMovesBytes{"rarefy::max_pool2d_bytes",
                                                        "aten::flatten",
                                                        "aten::reshape",
@@ -60,8 +63,12 @@ std::vector<Operand> operands_of(const Node& node) {
 
 bool is_relu(const Node& node) { return node.op.name == "aten::relu" || node.op.name == "aten::relu_"; }
 
+// The module that a recording gives to the operators of poolings which take bytes.
+constexpr const char* kMaxPool = "max_pool";
+
 bool moves_bytes(const Node& node) {
-  return std::find(kMovesBytes.begin(), kMovesBytes.end(), node.op.name) != kMovesBytes.end();
+  return (node.op.name == "aten::max_pool2d" && node.module == kMaxPool) ||
+         std::find(kMovesBytes.begin(), kMovesBytes.end(), node.op.name) != kMovesBytes.end();
 }
 
 bool has_relu_kernel(const Quantizable& layer) {
@@ -298,17 +305,25 @@ class Layout {
   std::vector<std::pair<torch::Tensor, torch::Tensor>> weights_;
 };
 
+Graph record_calls(torch::nn::Module& model, const std::function<std::vector<torch::Tensor>()>& forward) {
+  const graph::Evaluation evaluation(model);
+  graph::RecordOptions options;
+  options.location = [] { return graph::Location{in_max_pool_of_bytes() ? kMaxPool : "", ""}; };
+  return graph::record(forward, graph::named_tensors(model), options);
+}
+
 }  // namespace
 
 void link(torch::nn::Module& model, const std::function<std::vector<torch::Tensor>()>& forward) {
+  replace_max_pools(model);
   Layout layout(model);
   Graph recording;
   layout.set(at::MemoryFormat::ChannelsLast);
   try {
-    recording = graph::record(model, forward, {});
+    recording = record_calls(model, forward);
   } catch (const c10::Error&) {  // Tensor::view, say, may refuse the layout
     layout.set(at::MemoryFormat::Contiguous);
-    recording = graph::record(model, forward, {});
+    recording = record_calls(model, forward);
   }
   Linker(converted_layers(model), std::move(recording)).link();
 }

@@ -18,7 +18,7 @@ struct NetImpl : torch::nn::Module {
   rnn::Add add;
   rnn::Cat cat;
   rnn::Linear fc1{nullptr}, fc2{nullptr};
-  bool view = false, mean = false;
+  bool view = false, mean = false, pool = false;
 
   NetImpl() : add(register_module("add", rnn::Add())), cat(register_module("cat", rnn::Cat(1))) {
     const auto conv = [](int64_t in, int64_t out, int64_t kernel, int64_t stride = 1) {
@@ -34,6 +34,7 @@ struct NetImpl : torch::nn::Module {
 
   torch::Tensor forward(torch::Tensor x) {
     x = torch::relu(first(x));
+    x = pool ? torch::max_pool2d(x, 3, 1, 1) : x;
     x = torch::relu(add(x, inner(x)));
     if (mean) {
       x = x - x.mean({2, 3}, /*keepdim=*/true);
@@ -213,14 +214,17 @@ TEST_CASE("a Sequential of torch's layers is linked", "[link]") {
   REQUIRE(gives_bytes(*dynamic_cast<rnn::Quantizable*>(clone->ptr(0).get())));
 }
 
-TEST_CASE("a pooling gets floats, at any size of image", "[link]") {
+TEST_CASE("bytes flow through the poolings of a Sequential, at any size of image", "[link][saved]") {
   // torch's max_pool2d refuses bytes of channels-last images with more than 127 pixels.
   const auto images = torch::randn({2, 3, 32, 32});
-  const auto make_pooled = [&] {
+  const auto make_float = [] {
     torch::manual_seed(10);
-    torch::nn::Sequential model(torch::nn::Conv2d(torch::nn::Conv2dOptions(3, 8, 3)), torch::nn::ReLU(),
-                                torch::nn::MaxPool2d(2), torch::nn::Conv2d(torch::nn::Conv2dOptions(8, 4, 1)),
-                                torch::nn::ReLU(), torch::nn::Flatten(), torch::nn::Linear(900, 4));
+    return torch::nn::Sequential(torch::nn::Conv2d(torch::nn::Conv2dOptions(3, 8, 3)), torch::nn::ReLU(),
+                                 torch::nn::MaxPool2d(2), torch::nn::Conv2d(torch::nn::Conv2dOptions(8, 4, 1)),
+                                 torch::nn::ReLU(), torch::nn::Flatten(), torch::nn::Linear(900, 4));
+  };
+  const auto make_pooled = [&] {
+    auto model = make_float();
     prepare(*model, QConfig::int8());
     calibrate(*model, [&] { model->forward(images); });
     model->eval();
@@ -231,10 +235,34 @@ TEST_CASE("a pooling gets floats, at any size of image", "[link]") {
   convert(*linked, [&] { return std::vector{linked->forward(images)}; });
   const torch::NoGradGuard no_grad;
   REQUIRE(torch::equal(linked->forward(images), apart->forward(images)));
-  const auto& first = *dynamic_cast<rnn::Quantizable*>(linked->ptr(0).get());
-  REQUIRE_FALSE(gives_bytes(first));
-  REQUIRE(first.note == "gives floats: aten::max_pool2d reads its result in floating point");
-  REQUIRE(gives_bytes(*dynamic_cast<rnn::Quantizable*>(linked->ptr(3).get())));
+  const auto layer = [](const torch::nn::Sequential& model, size_t i) {
+    return dynamic_cast<rnn::Quantizable*>(model->ptr(i).get());
+  };
+  REQUIRE(gives_bytes(*layer(linked, 0)));
+  REQUIRE(gives_bytes(*layer(linked, 3)));
+  auto clone = std::dynamic_pointer_cast<torch::nn::SequentialImpl>(linked->clone());
+  REQUIRE(torch::equal(clone->forward(images), apart->forward(images)));
+
+  std::random_device random;
+  const auto folder = std::filesystem::temp_directory_path() / ("rarefy_pool_" + std::to_string(random()));
+  save_quantized(*linked, folder);
+  auto fresh = make_float();
+  load_quantized(*fresh, folder);
+  std::filesystem::remove_all(folder);
+  fresh->eval();
+  REQUIRE(gives_bytes(*layer(fresh, 0)));
+  REQUIRE(torch::equal(fresh->forward(images), apart->forward(images)));
+}
+
+TEST_CASE("torch's max_pool2d in forward gets floats", "[link]") {
+  const auto pooled = [](NetImpl& net) { net.pool = true; };
+  auto apart = make(pooled), linked = make(pooled);
+  convert(*apart);
+  link(linked);
+  const auto large = torch::randn({1, 3, 8, 8});
+  REQUIRE(torch::equal(run(linked, large), run(apart, large)));
+  REQUIRE_FALSE(gives_bytes(*linked->first));
+  REQUIRE(linked->first->note == "gives floats: aten::max_pool2d reads its result in floating point");
 }
 
 TEST_CASE("an operator is no reader of its own result", "[link]") {
