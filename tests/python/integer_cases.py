@@ -190,8 +190,8 @@ def conv(
     size: tuple[int, ...] = (3, 4, 9, 7),
     out: int = 6,
     kernel: tuple[int, ...] = (3, 3),
-    stride: int = 1,
-    padding: int = 0,
+    stride: int | list[int] = 1,
+    padding: int | list[int] = 0,
     dilation: int = 1,
     groups: int = 1,
     x_limits: tuple[int, int] = (0, 255),
@@ -219,7 +219,8 @@ def conv(
         multiplier[-1] = 0.01
     quantized = weight if multiplier is None else weight * multiplier.reshape(-1, *[1] * (dims + 1))
     scale = _w_scale(quantized, w_limits, 0 if per_channel else None)
-    geometry = ([stride] * dims, [padding] * dims, [dilation] * dims, groups)
+    stride, padding = (v if isinstance(v, list) else [v] * dims for v in (stride, padding))
+    geometry = (stride, padding, [dilation] * dims, groups)
     own_bias = torch.randn(out, generator=g) if bias else None
     grid = _grid(x, x_limits, seed)
     return Layer(

@@ -36,6 +36,12 @@ CONVOLUTIONS = {
     "2d sides": ((2, 8, 9, 7), (12, 4, 2, 3), (1, 1), (1, 0, 2, 1), (1, 1), 2),
     "2d depthwise": ((1, 16, 8, 8), (16, 1, 3, 3), (1, 1), (1, 1), (1, 1), 16),
     "2d pointwise": ((3, 16, 5, 6), (4, 16, 1, 1), (1, 1), (0, 0), (1, 1), 1),
+    # One input channel in each group, where oneDNN's kernel reads what nothing has written (see ops/cpu/onednn.h).
+    "1d far padding": ((2, 1, 40), (8, 1, 2), (1,), (2,), (1,), 1),
+    "2d far padding": ((2, 1, 28, 28), (2, 1, 3, 3), (1, 1), (4, 4), (1, 1), 1),
+    "2d depthwise far padding": ((2, 16, 7, 5), (16, 1, 1, 2), (1, 1), (1, 0), (1, 1), 16),
+    "2d depthwise of width 1": ((2, 4, 7, 5), (8, 1, 2, 3), (1, 3), (0, 0), (1, 1), 4),
+    "2d depthwise of width 1, 4x4": ((2, 4, 4, 4), (8, 1, 2, 3), (1, 3), (0, 0), (1, 1), 4),
     "3d": ((1, 4, 5, 6, 7), (6, 4, 2, 3, 1), (1, 2, 1), (0, 1, 0), (1, 1, 1), 1),
     "3d groups": ((1, 4, 5, 6, 7), (6, 2, 2, 3, 1), (1, 2, 1), (0, 1, 0), (1, 1, 1), 2),
 }
@@ -227,3 +233,38 @@ def test_arguments_that_do_not_fit(change, error, message):
         arguments[i] = value
     with pytest.raises(error, match=rf"\[quantized_linear\] {message}"):
         ops.quantized_linear(*arguments)
+
+
+def test_a_weight_scale_that_is_no_number():
+    for name in ("linear", "2d"):
+        op, x, (w, s, bias), geometry = layers()[name]
+        s[3] = float("nan")
+        with pytest.raises(ValueError, match=rf"\[{op}\] weight_scale must be finite, got nan"):
+            getattr(ops, op)(x, w, s, bias, *grid(*GRIDS[0]), *geometry, True)
+
+
+@pytest.mark.parametrize("argument", range(3))
+def test_windows_fit_32_bits(argument):
+    _, x, weight, (*geometry, groups) = layers()["2d"]
+    geometry[argument] = (1, 2**63 - 1)
+    with pytest.raises(
+        ValueError, match=r"\[quantized_conv\] sizes of windows, strides, padding and dilation must fit 32"
+    ):
+        ops.quantized_conv(x, *weight, *grid(*GRIDS[0]), *geometry, groups, False)
+
+
+@pytest.mark.parametrize("argument", range(4))
+def test_pooled_windows_fit_32_bits(argument):
+    arguments = [[2, 2], [2, 2], [0, 0], [1, 1]]
+    arguments[argument] = [2, 2**63 - 1]
+    with pytest.raises(
+        ValueError, match=r"\[max_pool2d_bytes\] sizes of windows, strides, padding and dilation must fit"
+    ):
+        ops.max_pool2d_bytes(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), *arguments)
+
+
+def test_a_window_far_larger_than_its_image():
+    x = torch.randint(0, 256, (1, 3, 5, 5), dtype=torch.uint8)
+    size = 2**31 - 1
+    y = ops.max_pool2d_bytes(x, [size] * 2, [size] * 2, [size // 2] * 2, [1, 1])
+    assert torch.equal(y, x.amax((2, 3), keepdim=True))

@@ -6,6 +6,7 @@
 #include <c10/util/Exception.h>
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -75,6 +76,14 @@ inline void check_quantized_linear(const at::Tensor& x, const at::Tensor& weight
   check_sum_length(function, weight.sym_size(1));
 }
 
+/// Sizes of windows and steps fit 32 bits, in which oneDNN counts; no product of two of them overflows.
+inline void check_window_numbers(const char* function, at::IntArrayRef numbers) {
+  for (const auto number : numbers) {
+    TORCH_CHECK_VALUE(number <= std::numeric_limits<int32_t>::max(), "[", function,
+                      "] sizes of windows, strides, padding and dilation must fit 32 bits, got ", number);
+  }
+}
+
 /// Padding before and after every dimension, of one value for each dimension or two.
 struct Sides {
   std::vector<int64_t> before, after;
@@ -118,6 +127,9 @@ inline c10::SymDimVector check_quantized_conv(const at::Tensor& x, const at::Ten
   const auto dims = static_cast<size_t>(weight.dim() - 2);
   TORCH_CHECK_VALUE(stride.size() == dims && dilation.size() == dims, "[", function, "] stride and dilation must have ",
                     dims, " values, got ", stride.size(), " and ", dilation.size());
+  for (const auto& numbers : {stride, padding, dilation}) {
+    check_window_numbers(function, numbers);
+  }
   const Sides sides(function, padding, dims);
   c10::SymDimVector sizes = {x.sym_size(0), weight.sym_size(0)};
   c10::SymInt products = weight.sym_size(1);
@@ -153,6 +165,9 @@ inline c10::SymDimVector check_max_pool2d(const at::Tensor& x, at::IntArrayRef k
       x.dim() == 4 && kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, "[",
       function, "] input must have 4 dimensions and kernel_size, stride, padding and dilation 2 values, ", "got shape ",
       x.sym_sizes());
+  for (const auto& numbers : {kernel_size, stride, padding, dilation}) {
+    check_window_numbers(function, numbers);
+  }
   c10::SymDimVector sizes = {x.sym_size(0), x.sym_size(1)};
   for (size_t i = 0; i < 2; ++i) {
     TORCH_CHECK_VALUE(

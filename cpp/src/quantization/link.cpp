@@ -13,6 +13,9 @@
 #include <string_view>
 #include <utility>
 
+#include "graph/evaluation.h"
+#include "quantization/replace.h"
+
 namespace rarefy::quantization {
 namespace {
 
@@ -20,12 +23,27 @@ using graph::Graph;
 using graph::Node;
 using nn::Quantizable;
 
-// Operators that do with the bytes of a grid what they do with its values: they move them, or take the largest.
-constexpr std::array<std::string_view, 20> kMovesBytes{
-    "aten::max_pool2d", "aten::max_pool3d", "aten::flatten",    "aten::reshape", "aten::view",
-    "aten::permute",    "aten::transpose",  "aten::contiguous", "aten::squeeze", "aten::unsqueeze",
-    "aten::dropout",    "aten::clone",      "aten::detach",     "aten::chunk",   "aten::split",
-    "aten::select",     "aten::slice",      "aten::narrow",     "aten::t",       "aten::alias"};
+// Operators that do with the bytes of a grid what they do with its values: they move them, or take the largest. Not
+// aten::max_pool2d and aten::max_pool3d, which refuse bytes of images with more than 127 pixels: see replace_max_pools.
+constexpr std::array<std::string_view, 19> kMovesBytes{"rarefy::max_pool2d_bytes",
+                                                       "aten::flatten",
+                                                       "aten::reshape",
+                                                       "aten::view",
+                                                       "aten::permute",
+                                                       "aten::transpose",
+                                                       "aten::contiguous",
+                                                       "aten::squeeze",
+                                                       "aten::unsqueeze",
+                                                       "aten::dropout",
+                                                       "aten::clone",
+                                                       "aten::detach",
+                                                       "aten::chunk",
+                                                       "aten::split",
+                                                       "aten::select",
+                                                       "aten::slice",
+                                                       "aten::narrow",
+                                                       "aten::t",
+                                                       "aten::alias"};
 
 /// An argument that lies on a grid, and the argument that has the scale of the grid.
 struct Operand {
@@ -45,8 +63,12 @@ std::vector<Operand> operands_of(const Node& node) {
 
 bool is_relu(const Node& node) { return node.op.name == "aten::relu" || node.op.name == "aten::relu_"; }
 
+// The module that a recording gives to the operators of poolings which take bytes.
+constexpr const char* kMaxPool = "max_pool";
+
 bool moves_bytes(const Node& node) {
-  return std::find(kMovesBytes.begin(), kMovesBytes.end(), node.op.name) != kMovesBytes.end();
+  return (node.op.name == "aten::max_pool2d" && node.module == kMaxPool) ||
+         std::find(kMovesBytes.begin(), kMovesBytes.end(), node.op.name) != kMovesBytes.end();
 }
 
 bool has_relu_kernel(const Quantizable& layer) {
@@ -123,14 +145,24 @@ class Linker {
     return quantizer == nullptr ? std::nullopt : std::optional<Reading>({layer->first, quantizer});
   }
 
-  /// The operators that the model called which read a value; what runs inside of them is theirs.
+  /// The operator that the model called, of one that runs inside of it.
+  int64_t called(int64_t node) const {
+    while (graph_.nodes[static_cast<size_t>(node)].parent != -1) {
+      node = graph_.nodes[static_cast<size_t>(node)].parent;
+    }
+    return node;
+  }
+
+  /// The operators that the model called which read a value; what runs inside of them is theirs. The one that made the value
+  /// is none of them, whatever it did with it on the way (changed its layout, say).
   std::vector<const Node*> readers_of(int64_t value) const {
+    const auto producer = graph_.values[static_cast<size_t>(value)].producer;
     std::set<int64_t> nodes;
-    for (auto node : graph_.values[static_cast<size_t>(value)].consumers) {
-      while (graph_.nodes[static_cast<size_t>(node)].parent != -1) {
-        node = graph_.nodes[static_cast<size_t>(node)].parent;
-      }
-      nodes.insert(node);
+    for (const auto node : graph_.values[static_cast<size_t>(value)].consumers) {
+      nodes.insert(called(node));
+    }
+    if (producer >= 0) {
+      nodes.erase(called(producer));
     }
     std::vector<const Node*> readers;
     for (const auto node : nodes) {
@@ -273,17 +305,25 @@ class Layout {
   std::vector<std::pair<torch::Tensor, torch::Tensor>> weights_;
 };
 
+Graph record_calls(torch::nn::Module& model, const std::function<std::vector<torch::Tensor>()>& forward) {
+  const graph::Evaluation evaluation(model);
+  graph::RecordOptions options;
+  options.location = [] { return graph::Location{in_max_pool_of_bytes() ? kMaxPool : "", ""}; };
+  return graph::record(forward, graph::named_tensors(model), options);
+}
+
 }  // namespace
 
 void link(torch::nn::Module& model, const std::function<std::vector<torch::Tensor>()>& forward) {
+  replace_max_pools(model);
   Layout layout(model);
   Graph recording;
   layout.set(at::MemoryFormat::ChannelsLast);
   try {
-    recording = graph::record(model, forward, {});
+    recording = record_calls(model, forward);
   } catch (const c10::Error&) {  // Tensor::view, say, may refuse the layout
     layout.set(at::MemoryFormat::Contiguous);
-    recording = graph::record(model, forward, {});
+    recording = record_calls(model, forward);
   }
   Linker(converted_layers(model), std::move(recording)).link();
 }

@@ -4,6 +4,7 @@
 #include <rarefy/nn/conv_bn.h>
 #include <rarefy/nn/embedding.h>
 #include <rarefy/nn/linear.h>
+#include <rarefy/ops/quantized.h>
 #include <torch/nn/modules/activation.h>
 #include <torch/nn/modules/batchnorm.h>
 #include <torch/nn/modules/container/moduledict.h>
@@ -12,6 +13,7 @@
 #include <torch/nn/modules/conv.h>
 #include <torch/nn/modules/embedding.h>
 #include <torch/nn/modules/linear.h>
+#include <torch/nn/modules/pooling.h>
 
 #include <algorithm>
 #include <map>
@@ -74,6 +76,40 @@ template <typename Type>
 std::shared_ptr<Type> exactly(const std::shared_ptr<Module>& module) {
   return module != nullptr && typeid(*module) == typeid(Type) ? std::dynamic_pointer_cast<Type>(module) : nullptr;
 }
+
+thread_local bool in_pool = false;
+
+/// torch::nn::MaxPool2d that takes bytes too: torch's own kernel refuses those of channels-last images with more than 127
+/// pixels.
+class MaxPool2dImpl : public torch::nn::Cloneable<MaxPool2dImpl> {
+ public:
+  explicit MaxPool2dImpl(const torch::nn::MaxPool2dOptions& options) : options_(options) {}
+
+  void reset() override {}
+  void pretty_print(std::ostream& stream) const override { torch::nn::MaxPool2dImpl(options_).pretty_print(stream); }
+
+  torch::Tensor forward(const torch::Tensor& x) {
+    if (x.scalar_type() != torch::kUInt8) {
+      const InPool guard;
+      return torch::nn::functional::max_pool2d(x, options_);
+    }
+    if (x.dim() == 3) {  // one image without a batch dimension
+      return forward(x.unsqueeze(0)).squeeze(0);
+    }
+    return ops::max_pool2d_bytes(x, *options_.kernel_size(), *options_.stride(), *options_.padding(),
+                                 *options_.dilation(), options_.ceil_mode());
+  }
+
+ private:
+  struct InPool {
+    InPool() { in_pool = true; }
+    InPool(const InPool&) = delete;
+    InPool& operator=(const InPool&) = delete;
+    ~InPool() { in_pool = false; }
+  };
+
+  torch::nn::MaxPool2dOptions options_;
+};
 
 /// What becomes of one layer.
 struct Plan {
@@ -338,6 +374,29 @@ void remove_fused_relus(Module& model) {
     }
   }
 }
+
+void replace_max_pools(Module& model) {
+  Slots slots;
+  collect(model, "", slots);
+  for (const auto& [module, places] : slots) {
+    const auto in_sequential = [](const Slot& slot) {
+      return typeid(*slot.parent) == typeid(torch::nn::SequentialImpl);
+    };
+    if (typeid(*module) != typeid(torch::nn::MaxPool2dImpl) ||
+        !std::all_of(places.begin(), places.end(), in_sequential)) {
+      continue;
+    }
+    const auto& pool = dynamic_cast<const torch::nn::MaxPool2dImpl&>(*module);
+    const auto twin = std::make_shared<MaxPool2dImpl>(pool.options);
+    twin->train(pool.is_training());
+    const auto own = places;
+    for (const auto& slot : own) {
+      put(slot, AnyModule(twin));
+    }
+  }
+}
+
+bool in_max_pool_of_bytes() { return in_pool; }
 
 std::vector<FloatLayer> float_layers(Module& model) { return Finder(model).find(model); }
 

@@ -40,5 +40,9 @@ std::optional<std::string> why_not_removable(torch::nn::Module& model, const std
 void remove_batch_norm(torch::nn::Module& model, const std::string& name);
 /// Puts an Identity in the place of each ReLU that, in a Sequential, follows a layer with a ReLU of its own.
 void remove_fused_relus(torch::nn::Module& model);
+/// Puts in the place of each torch::nn::MaxPool2d of a Sequential one that takes bytes too.
+void replace_max_pools(torch::nn::Module& model);
+/// Whether such a pooling runs on this thread.
+bool in_max_pool_of_bytes();
 
 }  // namespace rarefy::quantization

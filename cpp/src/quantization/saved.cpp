@@ -218,6 +218,7 @@ class Loader {
       }
     }
     remove_fused_relus(model_);
+    replace_max_pools(model_);
   }
 
   void restore(Step& step) {

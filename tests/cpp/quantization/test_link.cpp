@@ -12,19 +12,19 @@ using Catch::Matchers::ContainsSubstring;
 
 namespace {
 
-/// Every way that bytes can take: a ReLU, a pooling, a residual, a concatenation, a reshaping. `head` chooses the end.
+/// Every way that bytes can take: a ReLU, a residual, a concatenation, a reshaping. `head` chooses the end.
 struct NetImpl : torch::nn::Module {
   rnn::Conv2d first{nullptr}, inner{nullptr}, left{nullptr}, right{nullptr};
   rnn::Add add;
   rnn::Cat cat;
   rnn::Linear fc1{nullptr}, fc2{nullptr};
-  bool view = false, mean = false;
+  bool view = false, mean = false, pool = false;
 
   NetImpl() : add(register_module("add", rnn::Add())), cat(register_module("cat", rnn::Cat(1))) {
-    const auto conv = [](int64_t in, int64_t out, int64_t kernel) {
-      return rnn::Conv2d(rnn::Conv2dOptions(in, out, kernel).padding(kernel / 2));
+    const auto conv = [](int64_t in, int64_t out, int64_t kernel, int64_t stride = 1) {
+      return rnn::Conv2d(rnn::Conv2dOptions(in, out, kernel).padding(kernel / 2).stride(stride));
     };
-    first = register_module("first", conv(3, 8, 3));
+    first = register_module("first", conv(3, 8, 3, 2));
     inner = register_module("inner", conv(8, 8, 3));
     left = register_module("left", conv(8, 4, 1));
     right = register_module("right", conv(8, 6, 3));
@@ -33,7 +33,8 @@ struct NetImpl : torch::nn::Module {
   }
 
   torch::Tensor forward(torch::Tensor x) {
-    x = torch::max_pool2d(torch::relu(first(x)), 2);
+    x = torch::relu(first(x));
+    x = pool ? torch::max_pool2d(x, 3, 1, 1) : x;
     x = torch::relu(add(x, inner(x)));
     if (mean) {
       x = x - x.mean({2, 3}, /*keepdim=*/true);
@@ -191,9 +192,9 @@ TEST_CASE("a Sequential of torch's layers is linked", "[link]") {
   const auto make_sequential = [] {
     torch::manual_seed(9);
     torch::nn::Sequential model(torch::nn::Conv2d(torch::nn::Conv2dOptions(3, 8, 3)), torch::nn::BatchNorm2d(8),
-                                torch::nn::ReLU(), torch::nn::MaxPool2d(2),
+                                torch::nn::ReLU(), torch::nn::Dropout(),
                                 torch::nn::Conv2d(torch::nn::Conv2dOptions(8, 4, 1)), torch::nn::ReLU(),
-                                torch::nn::Flatten(), torch::nn::Dropout(), torch::nn::Linear(36, 4));
+                                torch::nn::Flatten(), torch::nn::Dropout(), torch::nn::Linear(144, 4));
     prepare(*model, QConfig::int8());
     calibrate(*model, [&] { model->forward(images()); });
     model->eval();
@@ -211,4 +212,82 @@ TEST_CASE("a Sequential of torch's layers is linked", "[link]") {
   auto clone = std::dynamic_pointer_cast<torch::nn::SequentialImpl>(linked->clone());
   REQUIRE(torch::equal(clone->forward(images()), apart->forward(images())));
   REQUIRE(gives_bytes(*dynamic_cast<rnn::Quantizable*>(clone->ptr(0).get())));
+}
+
+TEST_CASE("bytes flow through the poolings of a Sequential, at any size of image", "[link][saved]") {
+  // torch's max_pool2d refuses bytes of channels-last images with more than 127 pixels.
+  const auto images = torch::randn({2, 3, 32, 32});
+  const auto make_float = [] {
+    torch::manual_seed(10);
+    return torch::nn::Sequential(torch::nn::Conv2d(torch::nn::Conv2dOptions(3, 8, 3)), torch::nn::ReLU(),
+                                 torch::nn::MaxPool2d(2), torch::nn::Conv2d(torch::nn::Conv2dOptions(8, 4, 1)),
+                                 torch::nn::ReLU(), torch::nn::Flatten(), torch::nn::Linear(900, 4));
+  };
+  const auto make_pooled = [&] {
+    auto model = make_float();
+    prepare(*model, QConfig::int8());
+    calibrate(*model, [&] { model->forward(images); });
+    model->eval();
+    return model;
+  };
+  auto apart = make_pooled(), linked = make_pooled();
+  convert(*apart);
+  convert(*linked, [&] { return std::vector{linked->forward(images)}; });
+  const torch::NoGradGuard no_grad;
+  REQUIRE(torch::equal(linked->forward(images), apart->forward(images)));
+  const auto layer = [](const torch::nn::Sequential& model, size_t i) {
+    return dynamic_cast<rnn::Quantizable*>(model->ptr(i).get());
+  };
+  REQUIRE(gives_bytes(*layer(linked, 0)));
+  REQUIRE(gives_bytes(*layer(linked, 3)));
+  auto clone = std::dynamic_pointer_cast<torch::nn::SequentialImpl>(linked->clone());
+  REQUIRE(torch::equal(clone->forward(images), apart->forward(images)));
+
+  std::random_device random;
+  const auto folder = std::filesystem::temp_directory_path() / ("rarefy_pool_" + std::to_string(random()));
+  save_quantized(*linked, folder);
+  auto fresh = make_float();
+  load_quantized(*fresh, folder);
+  std::filesystem::remove_all(folder);
+  fresh->eval();
+  REQUIRE(gives_bytes(*layer(fresh, 0)));
+  REQUIRE(torch::equal(fresh->forward(images), apart->forward(images)));
+}
+
+TEST_CASE("torch's max_pool2d in forward gets floats", "[link]") {
+  const auto pooled = [](NetImpl& net) { net.pool = true; };
+  auto apart = make(pooled), linked = make(pooled);
+  convert(*apart);
+  link(linked);
+  const auto large = torch::randn({1, 3, 8, 8});
+  REQUIRE(torch::equal(run(linked, large), run(apart, large)));
+  REQUIRE_FALSE(gives_bytes(*linked->first));
+  REQUIRE(linked->first->note == "gives floats: aten::max_pool2d reads its result in floating point");
+}
+
+TEST_CASE("an operator is no reader of its own result", "[link]") {
+  // Few channels, and one dimension: the operator copies what it computed to its layout.
+  const auto check = [](torch::nn::Sequential model, const torch::Tensor& x) {
+    prepare(*model, QConfig::int8());
+    calibrate(*model, [&] { model->forward(x); });
+    model->eval();
+    auto apart = std::dynamic_pointer_cast<torch::nn::SequentialImpl>(model->clone());
+    convert(*apart);
+    convert(*model, [&] { return std::vector{model->forward(x)}; });
+    const auto& first = *dynamic_cast<rnn::Quantizable*>(model->ptr(0).get());
+    INFO(first.note);
+    REQUIRE(gives_bytes(first));
+    const torch::NoGradGuard no_grad;
+    REQUIRE(torch::equal(model->forward(x), apart->forward(x)));
+  };
+  torch::manual_seed(11);
+  check(torch::nn::Sequential(torch::nn::Conv1d(torch::nn::Conv1dOptions(4, 8, 3)), torch::nn::ReLU(),
+                              torch::nn::Conv1d(torch::nn::Conv1dOptions(8, 4, 1))),
+        torch::randn({2, 4, 20}));
+  check(torch::nn::Sequential(torch::nn::Conv2d(torch::nn::Conv2dOptions(1, 8, 3)), torch::nn::ReLU(),
+                              torch::nn::Conv2d(torch::nn::Conv2dOptions(8, 4, 1))),
+        torch::randn({2, 1, 9, 9}));
+  check(torch::nn::Sequential(torch::nn::Conv2d(torch::nn::Conv2dOptions(1, 1, 3)), torch::nn::ReLU(),
+                              torch::nn::Conv2d(torch::nn::Conv2dOptions(1, 4, 1))),
+        torch::randn({2, 1, 9, 9}));
 }

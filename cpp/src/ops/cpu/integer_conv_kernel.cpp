@@ -1,4 +1,6 @@
 #include <ATen/ops/bitwise_xor.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -97,6 +99,22 @@ at::Tensor multiply_patches(const at::Tensor& q_x, const at::Tensor& rows, const
   return sums;
 }
 
+/// int32 [positions, out] of a convolution that oneDNN's int8 kernel fails at, through its floating-point one: the sums are
+/// integers below 2^24, or are added in double precision, and are exact.
+at::Tensor convolve_floats(const at::Tensor& q_x, const at::Tensor& q_w, const at::Tensor& x_zero_point,
+                           at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  constexpr int64_t kLargestProduct = 255 * 128, kExact = int64_t{1} << 24;
+  const auto type = q_w.numel() / q_w.size(0) * kLargestProduct <= kExact ? at::kFloat : at::kDouble;
+  std::vector<int64_t> around;  // the last dimension first
+  for (size_t d = padding.size(); d-- > 0;) {
+    around.insert(around.end(), 2, padding[d]);
+  }
+  const auto x = at::constant_pad_nd(q_x, around, x_zero_point.item<int32_t>()).to(type);
+  const std::vector<int64_t> none(stride.size(), 0);
+  const auto sums = at::convolution(x, q_w.to(type), std::nullopt, stride, none, dilation, false, none, groups);
+  return as_rows(sums.to(at::kInt)).contiguous();
+}
+
 /// oneDNN's int8 convolution: float32 [N, out, spatial...], channels-last.
 at::Tensor convolve_onednn(const at::Tensor& q_x, const at::Tensor& q_w, const at::Tensor& x_scale,
                            const at::Tensor& x_zero_point, const at::Tensor& w_scale,
@@ -141,6 +159,13 @@ std::tuple<at::Tensor, at::Tensor> integer_conv_forward_cpu(
         at::full({geometry.positions(), q_w.size(0)}, std::numeric_limits<float>::quiet_NaN(), options.dtype(dtype));
     return {as_image(y, geometry, q_x.dim()),
             at::full({relu ? mask_bytes(y.numel()) : 0}, 0xff, options.dtype(at::kByte))};
+  }
+  const int64_t zero_byte = x_zero_point.item<int32_t>() + (q_x.scalar_type() == at::kChar ? 128 : 0);
+  if (!onednn::convolves_exactly(q_w, stride, padding, zero_byte, geometry.out[2])) {
+    const Epilogue epilogue(weight_rows(q_w), x_scale, x_zero_point, w_scale, bias);
+    const auto sums = convolve_floats(q_x, q_w, x_zero_point, stride, padding, dilation, groups);
+    auto [y, mask] = epilogue.apply(sums, relu, dtype);
+    return {as_image(y, geometry, q_x.dim()), mask};
   }
   const onednn::Movement movement(function, q_x.dim() - 2, stride, padding, dilation, groups);
   const auto y = convolve_onednn(q_x, q_w, x_scale, x_zero_point, w_scale, bias, movement, relu);

@@ -4,6 +4,7 @@
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 
@@ -21,6 +22,26 @@ struct Movement {
 
 /// Whether this LibTorch has the operators.
 bool is_available();
+
+/// Whether `conv` gives the sums of this convolution. With one input channel in each group, oneDNN's int8 kernel reads memory
+/// that nothing has written where
+///   - a padding is at least as wide as the kernel, so that some windows lie in the padding alone, and the zero point is not
+///     0: what it takes off for the padded places is set for windows that reach the image only;
+///   - the result has width 1 and the horizontal stride is above 1.
+/// Seen with LibTorch 2.13 on AVX-512 VNNI, at dilation 1; such shapes are rare, and refused at any dilation.
+/// weight: [out, in / groups, kernel...]; output_width: of the result's last dimension.
+inline bool convolves_exactly(const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+                              int64_t zero_point, int64_t output_width) {
+  if (weight.size(1) != 1) {
+    return true;
+  }
+  if (output_width == 1 && stride.back() > 1) {
+    return false;
+  }
+  const auto kernel = weight.sizes().slice(2);
+  return zero_point == 0 ||
+         std::equal(padding.begin(), padding.end(), kernel.begin(), [](int64_t p, int64_t k) { return p < k; });
+}
 
 /// [N, C, L] as [N, C, 1, L], without a copy; other tensors as they are.
 at::Tensor with_height(const at::Tensor& x);

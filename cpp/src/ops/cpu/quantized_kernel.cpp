@@ -85,7 +85,13 @@ at::Tensor finish(const at::Tensor& y, bool relu, const std::optional<ByteNumber
   return output.has_value() ? round_to_bytes(y, relu ? output->rectified() : *output) : y;
 }
 
-at::Tensor per_channel_scale(const at::Tensor& weight_scale, int64_t channels) {
+/// One scale for each output channel. Not a number would be hidden by a ReLU, and by rounding to bytes.
+at::Tensor per_channel_scale(const char* function, const at::Tensor& weight_scale, int64_t channels) {
+  const auto scales = weight_scale.contiguous();
+  const auto* values = scales.const_data_ptr<float>();
+  for (int64_t i = 0; i < scales.numel(); ++i) {
+    TORCH_CHECK_VALUE(std::isfinite(values[i]), "[", function, "] weight_scale must be finite, got ", values[i]);
+  }
   return weight_scale.expand({channels}).contiguous();
 }
 
@@ -119,10 +125,11 @@ at::Tensor quantized_linear_cpu(const at::Tensor& x, const at::Tensor& weight, c
     sizes.back() = weight.size(0);
     return at::empty(sizes, x.options().dtype(output.has_value() ? at::kByte : at::kFloat));
   }
+  const auto scales = per_channel_scale(function, weight_scale, weight.size(0));
   const auto q = to_bytes(x, input).contiguous();
   const auto packed = packed_weight(weight, {}, {}, [&] { return onednn::pack_linear(weight); });
-  const auto y = onednn::linear(q, input.scale, input.zero(), packed, per_channel_scale(weight_scale, weight.size(0)),
-                                optional_contiguous(bias), relu && !output.has_value());
+  const auto y = onednn::linear(q, input.scale, input.zero(), packed, scales, optional_contiguous(bias),
+                                relu && !output.has_value());
   return finish(y, relu, output);
 }
 
@@ -139,7 +146,13 @@ at::Tensor quantized_conv_cpu(const at::Tensor& x, const at::Tensor& weight, con
   const ByteNumbers input(function, "input", input_scale, input_zero_point, qmin, qmax);
   const auto output = output_numbers(function, output_scale, output_zero_point, output_qmin, output_qmax);
   const auto dims = weight.dim() - 2;
-  if (!runs_on_onednn() || (dims == 3 && groups > 1)) {  // oneDNN's operator has no groups in three dimensions
+  const Sides sides(function, padding, stride.size());
+  auto symmetric = sides.before;
+  if (!sides.symmetric()) {  // the image is padded beforehand
+    symmetric.assign(symmetric.size(), 0);
+  }
+  if (!runs_on_onednn() || (dims == 3 && groups > 1) ||  // oneDNN's operator has no groups in three dimensions
+      !onednn::convolves_exactly(weight, stride, symmetric, input.zero(), sizes.back().expect_int())) {
     return quantized_conv_anywhere(x, weight, weight_scale, bias, input_scale, input_zero_point, qmin, qmax, stride,
                                    padding, dilation, groups, relu, output_scale, output_zero_point, output_qmin,
                                    output_qmax);
@@ -150,16 +163,13 @@ at::Tensor quantized_conv_cpu(const at::Tensor& x, const at::Tensor& weight, con
                      format);
   }
   auto q = onednn::with_height(to_bytes(x, input));
-  const Sides sides(function, padding, stride.size());
-  auto symmetric = sides.before;
   if (!sides.symmetric()) {
     q = at::constant_pad_nd(q, sides.reversed(), input.zero());
-    symmetric.assign(symmetric.size(), 0);
   }
   const auto channels_last = dims == 3 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
   q = q.contiguous(channels_last);
   const onednn::Movement movement(function, dims, stride, symmetric, dilation, groups);
-  const auto scales = per_channel_scale(weight_scale, weight.size(0));
+  const auto scales = per_channel_scale(function, weight_scale, weight.size(0));
   std::vector<int64_t> how = {input.zero() == 0 ? 0 : 1, groups};
   for (const auto& values : {stride, at::IntArrayRef(symmetric), dilation}) {
     how.insert(how.end(), values.begin(), values.end());
@@ -266,7 +276,8 @@ at::Tensor max_pool2d_bytes_cpu(const at::Tensor& x, at::IntArrayRef kernel_size
   }
   const auto* bytes = in.const_data_ptr<uint8_t>();
   auto* largest = out.data_ptr<uint8_t>();
-  const int64_t row = out.size(3) * out.size(1) * kernel_size[0] * kernel_size[1];
+  const int64_t row =
+      out.size(3) * out.size(1) * std::min(kernel_size[0], x.size(2)) * std::min(kernel_size[1], x.size(3));
   at::parallel_for(
       0, out.size(0) * out.size(2), std::max<int64_t>(1, kGrain / (row + 1)),
       [&](int64_t begin, int64_t end) { RAREFY_ISA_CALL(max_pool_bytes, bytes, largest, windows, begin, end); });

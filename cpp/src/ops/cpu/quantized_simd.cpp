@@ -42,21 +42,36 @@ void add_bytes_to_grid(Terms terms, Grid grid, uint8_t* y, int64_t begin, int64_
   });
 }
 
+namespace {
+
+/// The part [begin, end) of a window that begins at `start` and lies in an image of `size`.
+struct Inside {
+  int64_t begin, end;
+
+  Inside(int64_t start, int64_t size, int64_t kernel, int64_t dilation) {
+    begin = start < 0 ? (dilation - 1 - start) / dilation : 0;
+    const int64_t room = (size - start + dilation - 1) / dilation;
+    end = room < kernel ? room : kernel;
+  }
+};
+
+}  // namespace
+
 void max_pool_bytes(const uint8_t* x, uint8_t* y, Windows w, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const uint8_t* image = x + row / w.out_height * w.height * w.width * w.channels;
     const int64_t top = row % w.out_height * w.stride[0] - w.padding[0];
+    const Inside rows(top, w.height, w.kernel[0], w.dilation[0]);
     for (int64_t column = 0; column < w.out_width; ++column) {
       uint8_t* out = y + (row * w.out_width + column) * w.channels;
       const int64_t left = column * w.stride[1] - w.padding[1];
       memset(out, 0, static_cast<size_t>(w.channels));
-      for (int64_t i = 0; i < w.kernel[0]; ++i) {
+      const Inside columns(left, w.width, w.kernel[1], w.dilation[1]);
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
         const int64_t from = top + i * w.dilation[0];
-        for (int64_t j = 0; j < w.kernel[1]; ++j) {
+        for (int64_t j = columns.begin; j < columns.end; ++j) {
           const int64_t at = left + j * w.dilation[1];
-          if (from >= 0 && from < w.height && at >= 0 && at < w.width) {
-            keep_largest(image + (from * w.width + at) * w.channels, out, w.channels);
-          }
+          keep_largest(image + (from * w.width + at) * w.channels, out, w.channels);
         }
       }
     }
