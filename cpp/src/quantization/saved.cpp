@@ -218,7 +218,10 @@ class Loader {
       }
     }
     remove_fused_relus(model_);
-    replace_max_pools(model_);
+    if (std::any_of(checkpoint_.layers.begin(), checkpoint_.layers.end(),
+                    [](const auto& item) { return item.second.next.has_value(); })) {
+      replace_max_pools(model_);
+    }
   }
 
   void restore(Step& step) {
