@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from test_parity import EveryLayer, make_batch
@@ -171,7 +172,10 @@ def test_int8_activations_load_at_operator_set_21(tmp_path):
     x = torch.randn(2, 3, 8)
     model = quantized(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4)), QConfig.int8(target="tensorrt"), x)
     report = rf.export.to_onnx(model, x, tmp_path / "m.onnx", target="tensorrt", opset=21)
-    assert {d.optimized for d in report.differences} == {False, True}
+    assert {d.optimized for d in report.differences} == {False}  # TensorRT's kernels are not ONNX Runtime's
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"input": x.numpy()})
+    np.testing.assert_allclose(got, model(x).detach(), atol=0.02)
 
 
 @pytest.mark.parametrize("target", TARGETS)

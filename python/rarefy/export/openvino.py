@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
-from rarefy.export import runtime
+from rarefy.export import openvino_verify, runtime
 from rarefy.export.comparison import RELATIVE, largest
 from rarefy.export.onnx import to_onnx
 from rarefy.export.report import ExportReport, Operator
@@ -133,7 +133,7 @@ def _execute(model: openvino.Model, prepared: Prepared) -> tuple[openvino.Compil
     import openvino
 
     try:
-        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = openvino.Core().compile_model(model, "CPU", openvino_verify.CONFIG)
         results = compiled([tensor.numpy() for tensor in prepared.example.tensors])
     except RuntimeError as error:
         raise RuntimeError(f"[{_FUNCTION}] OpenVINO cannot run the file: {error}") from error
