@@ -2,7 +2,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/isfinite.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 #include <rarefy/pruning/element_score.h>
@@ -10,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "pruning/finite.h"
 #include "pruning/random_key.h"
 
 namespace rarefy::pruning {
@@ -19,11 +19,6 @@ constexpr int64_t kGrain = 1 << 14;  // elements below which a second thread doe
 
 at::ScalarType score_type(const at::Tensor& value) {
   return value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-/// A sum reads a tensor once and needs no memory; it is not finite when an element is not, and seldom otherwise.
-bool is_finite(const at::Tensor& tensor) {
-  return tensor.numel() == 0 || std::isfinite(tensor.sum().item<double>()) || at::isfinite(tensor).all().item<bool>();
 }
 
 at::Tensor magnitude(double p, const at::Tensor& value) {

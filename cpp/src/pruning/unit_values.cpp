@@ -8,16 +8,12 @@
 #include <optional>
 #include <unordered_map>
 
+#include "pruning/finite.h"
 #include "pruning/random_key.h"
 #include "pruning/slice_sums.h"
 
 namespace rarefy::pruning {
 namespace {
-
-/// A sum reads a tensor once and needs no memory; it is not finite when an element is not, and seldom otherwise.
-bool is_finite(const at::Tensor& tensor) {
-  return tensor.numel() == 0 || std::isfinite(tensor.sum().item<double>()) || at::isfinite(tensor).all().item<bool>();
-}
 
 /// True for the scale of a normalization; its shift and its running statistics say nothing about the channel.
 bool is_scale(const Member& member) {
