@@ -103,19 +103,6 @@ bool check_existing(const std::vector<std::string>& existing, const std::vector<
   return true;
 }
 
-void apply_masks(const PruningState& state) {
-  check_state(state);
-  const at::NoGradGuard no_grad;
-  for (const auto& [name, value, mask] : state.parameters) {
-    at::Tensor target = value;
-    ops::apply_mask_(target, mask);
-    at::Tensor grad = value.grad();
-    if (grad.defined() && grad.layout() == at::kStrided) {
-      ops::apply_mask_(grad, mask);
-    }
-  }
-}
-
 void advance(PruningState& state, const MagnitudePrunerOptions& options) {
   check_state(state);
   const at::NoGradGuard no_grad;

@@ -53,7 +53,7 @@ inline constexpr const char* kStepKey = "pruning_step";
 /// Throws c10::ValueError when they are not exactly those of `parameters`.
 RAREFY_API bool check_existing(const std::vector<std::string>& existing, const std::vector<std::string>& parameters);
 
-/// Sets what the masks prune to zero, in values and in dense gradients. The one place where masks are enforced.
+/// Sets what the masks prune to zero, in values and in dense gradients; see rarefy/pruning/enforce.h.
 RAREFY_API void apply_masks(const PruningState& state);
 
 /// One step: see MagnitudePruner::step().
