@@ -32,6 +32,7 @@
 #include <rarefy/nn/linear.h>
 #include <rarefy/nn/mul.h>
 #include <rarefy/onnx/export_onnx.h>
+#include <rarefy/ops/apply_masks.h>
 #include <rarefy/ops/compact_logits.h>
 #include <rarefy/ops/distillation_loss.h>
 #include <rarefy/ops/fake_quantize.h>
@@ -43,6 +44,7 @@
 #include <rarefy/ops/relu.h>
 #include <rarefy/ops/top_k_distillation_loss.h>
 #include <rarefy/pruning/choice.h>
+#include <rarefy/pruning/enforce.h>
 #include <rarefy/pruning/importance.h>
 #include <rarefy/pruning/latency.h>
 #include <rarefy/pruning/manifest.h>

@@ -4,7 +4,7 @@
 #include <fmt/format.h>
 #include <rarefy/ops/mask.h>
 #include <rarefy/pruning/element_score.h>
-#include <rarefy/pruning/mask_bits.h>
+#include <rarefy/pruning/pattern_check.h>
 #include <rarefy/pruning/state.h>
 
 #include <algorithm>
@@ -196,19 +196,6 @@ void check_kept(const PruningState& state, const PrunerOptions& options) {
   }
 }
 
-void apply_masks(const PruningState& state) {
-  check_state(state);
-  const at::NoGradGuard no_grad;
-  for (const auto& parameter : state.parameters) {
-    at::Tensor target = parameter.value;
-    ops::apply_mask_(target, parameter.mask);
-    at::Tensor grad = parameter.value.grad();
-    if (grad.defined() && grad.layout() == at::kStrided) {
-      ops::apply_mask_(grad, parameter.mask);
-    }
-  }
-}
-
 std::vector<at::Tensor> pack_masks(const std::vector<std::string>& names, const std::vector<at::Tensor>& values,
                                    const std::map<std::string, at::Tensor>& masks) {
   std::vector<at::Tensor> out;
@@ -224,7 +211,7 @@ std::vector<at::Tensor> pack_masks(const std::vector<std::string>& names, const 
                       "[Pruner.from_masks] the mask of '", names[i], "' must be bool of shape ", values[i].sizes(), " or ",
                       bytes, " bytes (uint8), got ", mask.scalar_type(), " of ", mask.sizes());
     const auto placed = mask.to(values[i].device());
-    out.push_back(is_packed ? pack_mask(unpack_mask(placed, values[i].sizes())) : pack_mask(placed));
+    out.push_back(is_packed ? ops::pack_mask(ops::unpack_mask(placed, values[i].sizes())) : ops::pack_mask(placed));
   }
   return out;
 }
@@ -256,7 +243,7 @@ PruningReport make_report(const PruningState& state, const PrunerOptions& option
     row.elements = value.numel();
     row.zeros = value.numel() - value.count_nonzero().item<int64_t>();
     row.pruned = ops::pruned_count(parameter.mask, value.numel());
-    row.has_pattern = !is_structured || holds_pattern(options.pattern, unpack_mask(parameter.mask, value.sizes()));
+    row.has_pattern = !is_structured || holds_pattern(options.pattern, ops::unpack_mask(parameter.mask, value.sizes()));
     if (row.zeros < row.pruned) {
       row.note =
           fmt::format("{} pruned values are not zero: call step() after the optimizer's", row.pruned - row.zeros);

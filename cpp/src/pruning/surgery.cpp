@@ -7,8 +7,11 @@
 #include <map>
 #include <tuple>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
+#include "mask_slices.h"
+#include "ops/mask_checks.h"
 #include "slices.h"
 
 namespace rarefy::pruning {
@@ -116,14 +119,16 @@ void Surgery::apply(const std::vector<Cut>& cuts) {
     TORCH_CHECK_VALUE(position != by_name.end(), "[Surgery] a cut must be of a parameter or buffer of the model, got '",
                       request.tensor, "'");
     const auto& tensor = position->second;
+    const auto of_mask = request.tensor.rfind(mask_key(""));
+    TORCH_CHECK_VALUE(of_mask == std::string::npos || of_mask + mask_key("").size() != request.tensor.size() ||
+                          by_name.count(request.tensor.substr(0, of_mask)) == 0,
+                      "[Surgery] the mask ", request.tensor, " must be cut by a cut of its parameter");
     TORCH_CHECK_VALUE(tensor.layout() == at::kStrided && !tensor.is_quantized(), "[Surgery] ", request.tensor,
                       " must be a dense tensor, got layout ", tensor.layout());
     check_cut(request, tensor);
     if (static_cast<int64_t>(request.kept.size()) == tensor.size(request.dim)) {
       continue;
     }
-    TORCH_CHECK_VALUE(by_name.count(mask_key(request.tensor)) == 0, "[Surgery] ", request.tensor,
-                      " must have no mask of a MagnitudePruner: call its finalize() first");
     auto& target = targets[memory_of(tensor)];
     target.name = target.name.empty() ? request.tensor : target.name;
     const auto [kept, is_new] = target.kept.emplace(request.dim, request.kept);
@@ -154,7 +159,7 @@ void Surgery::apply(const std::vector<Cut>& cuts) {
   }
 
   Transaction next;
-  std::unordered_map<std::string, std::pair<const Target*, std::vector<int64_t>>> by_parameter;
+  std::unordered_set<const void*> masks;  // of parameters that are cut
   for (const auto& [memory, target] : targets) {
     const auto after = take(target.tensors.front().detach(), target.kept);
     for (const auto& tensor : target.tensors) {
@@ -167,6 +172,22 @@ void Surgery::apply(const std::vector<Cut>& cuts) {
       next.changes.push_back(std::move(change));
       next.kept.emplace(tensor.unsafeGetTensorImpl(), target.kept);
     }
+  }
+  for (const auto& item : tensors_) {
+    const auto of_item = next.kept.find(item.value.unsafeGetTensorImpl());
+    const auto mask = by_name.find(mask_key(item.name));
+    if (of_item == next.kept.end() || mask == by_name.end() || masks.count(mask->second.unsafeGetTensorImpl()) > 0) {
+      continue;
+    }
+    const auto& bits = mask->second;
+    TORCH_CHECK_VALUE(bits.scalar_type() == at::kByte && bits.dim() == 1 &&
+                          bits.numel() == ops::mask_bytes(item.value.numel()),
+                      "[Surgery] ", mask->first, " must be the packed mask of ", item.name, ", ",
+                      ops::mask_bytes(item.value.numel()), " bytes for shape ", item.value.sizes(), ", got ",
+                      bits.scalar_type(), " ", bits.sizes());
+    next.changes.push_back(
+        {bits, bits.variable_data(), take_mask(bits, item.value.sizes(), of_item->second), {}, {}, {}});
+    masks.insert(bits.unsafeGetTensorImpl());
   }
   for (const auto& state : state_) {
     const auto position = by_name.find(state.parameter);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -477,6 +478,8 @@ def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: 
     grid, rounds it itself, so that no float tensor is written between them. Values stay the same. ``report`` says which
     layers give bytes, and why others do not.
 
+    Zeros that a pruner holds are zeros among the integers, and final: the converted model has no masks.
+
     Layers over one Parameter hold one int8 tensor where their integers and scales are equal, as those of a table and a head
     with scales per row are; ``report`` says which do.
 
@@ -490,8 +493,8 @@ def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: 
         The converted model, in evaluation mode.
 
     Raises:
-        ValueError: the model is not prepared, or some quantizer has not been calibrated (they are listed). The model is
-            then as it was.
+        ValueError: the model is not prepared, some quantizer has not been calibrated (they are listed), or weights are not
+            zero where a pruner's mask prunes. The model is then as it was.
     """
     _require_prepared("convert", model)
     missed = [name for name, quantizer in _activation_quantizers(model) if not quantizer.calibrated]
@@ -499,6 +502,8 @@ def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: 
         raise ValueError(
             f"[convert] every quantizer must be calibrated (train or calibrate first), but these are not: {', '.join(missed)}"
         )
+    enforcement = importlib.import_module("rarefy.pruning.enforce")  # which imports this package
+    enforcement.check_masks(model)
     if not inplace:
         model = copy.deepcopy(model)
     tied = tied_groups(model)
@@ -529,6 +534,7 @@ def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: 
             _replace(model, name, module)
         raise
     share_integers(model, tied)
+    enforcement.remove_masks(model)
     model._rarefy_unlinked = unlinked  # read by report()
     return model.eval()
 

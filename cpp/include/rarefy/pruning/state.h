@@ -93,7 +93,7 @@ RAREFY_API void check_names(const PrunerOptions& options, const std::vector<std:
 RAREFY_API bool check_existing(const std::vector<std::string>& existing, const std::vector<std::string>& parameters,
                                const std::vector<std::string>& others = {});
 
-/// Sets what the masks prune to zero, in values and in dense gradients. The one place where masks are enforced.
+/// Sets what the masks prune to zero, in values and in dense gradients; see rarefy/pruning/enforce.h.
 RAREFY_API void apply_masks(const PruningState& state);
 
 /// True when accumulate() has to be called for the step that comes next: for criteria of gradients up to the last update

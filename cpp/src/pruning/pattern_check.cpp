@@ -1,9 +1,6 @@
-#include <ATen/ops/arange.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <c10/util/Exception.h>
-#include <rarefy/pruning/mask_bits.h>
-
-#include "ops/mask_checks.h"
+#include <rarefy/pruning/pattern_check.h>
 
 namespace rarefy::pruning {
 namespace {
@@ -50,22 +47,6 @@ struct Holds {
 };
 
 }  // namespace
-
-at::Tensor pack_mask(const at::Tensor& kept) {
-  TORCH_CHECK_TYPE(kept.scalar_type() == at::kBool, "[pack_mask] the mask must be bool, got ", kept.scalar_type());
-  const auto bits = padded(kept.contiguous().view(-1), 0, 64).to(at::kByte).view({-1, 8});
-  const auto weights = at::arange(8, bits.options()).exp2().to(at::kByte);
-  return bits.mul(weights).sum(1, /*keepdim=*/false, at::kByte);
-}
-
-at::Tensor unpack_mask(const at::Tensor& mask, c10::IntArrayRef sizes) {
-  const int64_t elements = c10::multiply_integers(sizes);
-  TORCH_CHECK_VALUE(mask.scalar_type() == at::kByte && mask.dim() == 1 && mask.numel() == ops::mask_bytes(elements),
-                    "[unpack_mask] the mask must hold ", ops::mask_bytes(elements), " bytes (uint8) for shape ", sizes,
-                    ", got ", mask.numel(), " of ", mask.scalar_type());
-  const auto weights = at::arange(8, mask.options()).exp2().to(at::kByte);
-  return mask.unsqueeze(1).bitwise_and(weights).ne(0).view(-1).slice(0, 0, elements).view(sizes);
-}
 
 bool holds_pattern(const Pattern& pattern, const at::Tensor& kept) {
   const auto problem = misfit(pattern, kept.sizes());
