@@ -14,6 +14,7 @@ void init_config(py::module_& m);
 void init_graph(py::module_& m);
 void init_graph_timing(py::module_& m);
 void init_pruning(py::module_& m);
+void init_pruning_schedule(py::module_& m);
 void init_pruning_surgery(py::module_& m);
 void init_pruning_enforce(py::module_& pruning);
 void init_pruning_structure(py::module_& pruning);
