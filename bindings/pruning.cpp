@@ -172,6 +172,8 @@ void init_pruning(py::module_& parent) {
 
   init_pruning_structure(m);
   init_importance(m);
+  init_element_score(m);
+  init_calibrated(m);
   init_choice(m);
   init_structured(m);
 }
