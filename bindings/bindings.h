@@ -20,6 +20,8 @@ void init_pruning_enforce(py::module_& pruning);
 void init_pruning_structure(py::module_& pruning);
 void init_mask_choice(py::module_& pruning);
 void init_importance(py::module_& pruning);
+void init_element_score(py::module_& pruning);
+void init_calibrated(py::module_& pruning);
 void init_choice(py::module_& pruning);
 void init_structured(py::module_& pruning);
 void init_pruning_latency(py::module_& m);

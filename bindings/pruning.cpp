@@ -152,6 +152,8 @@ void init_pruning(py::module_& parent) {
   init_mask_choice(m);
   init_pruning_structure(m);
   init_importance(m);
+  init_element_score(m);
+  init_calibrated(m);
   init_choice(m);
   init_structured(m);
   init_options(m);
@@ -175,8 +177,7 @@ void init_pruning(py::module_& parent) {
         "True when the step that comes next may let pruned elements come back.");
   m.def("is_soft", &is_soft, py::arg("state"), py::arg("options"),
         "True while the optimizer works on dense weights.");
-  m.def("accumulate", py::overload_cast<PruningState&, const PrunerOptions&>(&accumulate), py::arg("state"),
-        py::arg("options"), py::call_guard<py::gil_scoped_release>(),
+  m.def("accumulate_gradients", &accumulate_gradients, py::arg("state"), py::arg("options"), py::call_guard<py::gil_scoped_release>(),
         "Add gradients to scores, and bring back the dense weights of soft masks.");
   m.def("advance", &advance, py::arg("state"), py::arg("options"), py::call_guard<py::gil_scoped_release>(),
         "One step: make masks when the schedule says so, apply them, count.");

@@ -43,12 +43,15 @@
 #include <rarefy/ops/quantized.h>
 #include <rarefy/ops/relu.h>
 #include <rarefy/ops/top_k_distillation_loss.h>
+#include <rarefy/pruning/calibration.h>
 #include <rarefy/pruning/choice.h>
 #include <rarefy/pruning/enforce.h>
+#include <rarefy/pruning/element_score.h>
 #include <rarefy/pruning/importance.h>
 #include <rarefy/pruning/latency.h>
 #include <rarefy/pruning/manifest.h>
 #include <rarefy/pruning/mask_choice.h>
+#include <rarefy/pruning/one_shot_score.h>
 #include <rarefy/pruning/optimizer_state.h>
 #include <rarefy/pruning/pattern.h>
 #include <rarefy/pruning/pruner.h>

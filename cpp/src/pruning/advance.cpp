@@ -188,7 +188,7 @@ int64_t training_step(const PrunerOptions& options, int64_t step) {
   return iterative == nullptr ? step : iterative->training_step(step);
 }
 
-void accumulate(PruningState& state, const PrunerOptions& options) {
+void accumulate_gradients(PruningState& state, const PrunerOptions& options) {
   check_state(state);
   check_kept(state, options);
   if (!needs_accumulate(state, options)) {

@@ -22,9 +22,10 @@ at::ScalarType score_type(const at::Tensor& value) {
 }
 
 at::Tensor magnitude(double p, const at::Tensor& value) {
-  TORCH_CHECK_VALUE(std::isfinite(p),
-                    "[element_scores] Magnitude of single weights needs a finite p, since the scores of a block add up, "
-                    "got infinity");
+  TORCH_CHECK_VALUE(
+      std::isfinite(p),
+      "[element_scores] Magnitude of single weights needs a finite p, since the scores of a block add up, "
+      "got infinity");
   auto scores = value.to(score_type(value)).abs();
   return p == 1.0 ? scores : p == 2.0 ? scores.square_() : scores.pow_(p);
 }
@@ -96,8 +97,9 @@ std::string Movement::to_string() const { return "Movement()"; }
 void validate(const ElementCriterion& criterion) {
   std::visit([](const auto& chosen) { chosen.validate(); }, criterion);
   if (const auto* norm = std::get_if<Magnitude>(&criterion)) {
-    TORCH_CHECK_VALUE(std::isfinite(norm->p),
-                      "[Magnitude] p must be finite for single weights, since the scores of a block add up, got infinity");
+    TORCH_CHECK_VALUE(
+        std::isfinite(norm->p),
+        "[Magnitude] p must be finite for single weights, since the scores of a block add up, got infinity");
   }
 }
 
@@ -124,11 +126,11 @@ void accumulate(const ElementCriterion& criterion, const at::Tensor& value, cons
   TORCH_CHECK_VALUE(gradient.layout() == at::kStrided && gradient.sizes() == value.sizes(),
                     "[accumulate] a gradient must be dense and of its weight's sizes ", value.sizes(), ", got sizes ",
                     gradient.sizes());
-  TORCH_CHECK_VALUE(accumulated.defined() && accumulated.sizes() == value.sizes() &&
-                        accumulated.scalar_type() == score_type(value),
-                    "[accumulate] accumulated must be of ", score_type(value), " and sizes ", value.sizes(), ", got ",
-                    accumulated.defined() ? accumulated.scalar_type() : at::ScalarType::Undefined, " and ",
-                    accumulated.defined() ? accumulated.sizes() : at::IntArrayRef());
+  TORCH_CHECK_VALUE(
+      accumulated.defined() && accumulated.sizes() == value.sizes() && accumulated.scalar_type() == score_type(value),
+      "[accumulate] accumulated must be of ", score_type(value), " and sizes ", value.sizes(), ", got ",
+      accumulated.defined() ? accumulated.scalar_type() : at::ScalarType::Undefined, " and ",
+      accumulated.defined() ? accumulated.sizes() : at::IntArrayRef());
   const at::NoGradGuard no_grad;
   const auto type = accumulated.scalar_type();
   auto terms = gradient.detach().to(type, /*non_blocking=*/false, /*copy=*/true);
@@ -162,8 +164,10 @@ at::Tensor element_scores(const ElementCriterion& criterion, const std::string& 
   TORCH_CHECK_VALUE(accumulated.defined(), "[element_scores] ", to_string(criterion), " needs ",
                     is_activation ? "the norms of input features" : "accumulated gradients", ", got none for '", name,
                     "'");
-  TORCH_CHECK_VALUE(is_finite(accumulated), "[element_scores] what is accumulated must be finite, got NaN or infinity in "
-                                            "that of '", name, "'");
+  TORCH_CHECK_VALUE(is_finite(accumulated),
+                    "[element_scores] what is accumulated must be finite, got NaN or infinity in "
+                    "that of '",
+                    name, "'");
   if (is_activation) {
     return activation(name, weight, accumulated);
   }

@@ -31,9 +31,9 @@ at::Tensor batched(const LayerShape& layer, const at::Tensor& input) {
                       " features in its last dimension, got sizes ", input.sizes());
     return input;
   }
-  TORCH_CHECK_VALUE(input.dim() == dims + 1 || input.dim() == dims + 2, "[input_rows] the input of a convolution with a ",
-                    dims, "-dimensional kernel must have ", dims + 2, " dimensions (or ", dims + 1,
-                    " without batch), got sizes ", input.sizes());
+  TORCH_CHECK_VALUE(input.dim() == dims + 1 || input.dim() == dims + 2,
+                    "[input_rows] the input of a convolution with a ", dims, "-dimensional kernel must have ", dims + 2,
+                    " dimensions (or ", dims + 1, " without batch), got sizes ", input.sizes());
   auto x = input.dim() == dims + 1 ? input.unsqueeze(0) : input;
   TORCH_CHECK_VALUE(x.size(1) == layer.weight[1] * layer.groups, "[input_rows] the input of the convolution must have ",
                     layer.weight[1] * layer.groups, " channels, got sizes ", input.sizes());
@@ -41,8 +41,8 @@ at::Tensor batched(const LayerShape& layer, const at::Tensor& input) {
     const auto i = static_cast<size_t>(d);
     const int64_t reach = value_or(layer.dilation, i, 1) * (layer.weight[i + 2] - 1) + 1;
     TORCH_CHECK_VALUE(x.size(d + 2) + 2 * value_or(layer.padding, i, 0) >= reach,
-                      "[input_rows] the kernel must fit into the padded input, got a reach of ", reach,
-                      " and sizes ", input.sizes());
+                      "[input_rows] the kernel must fit into the padded input, got a reach of ", reach, " and sizes ",
+                      input.sizes());
   }
   return x;
 }
@@ -88,16 +88,16 @@ void LayerShape::validate() const {
   TORCH_CHECK_VALUE(weight.size() >= 2 && *std::min_element(weight.begin(), weight.end()) >= 1,
                     "[LayerShape] weight must have 2 or more sizes of at least 1, got ", weight);
   const size_t dims = weight.size() - 2;
-  for (const auto& [name, values, least] : {std::tuple("stride", &stride, 1), {"padding", &padding, 0},
-                                            {"dilation", &dilation, 1}}) {
+  for (const auto& [name, values, least] :
+       {std::tuple("stride", &stride, 1), {"padding", &padding, 0}, {"dilation", &dilation, 1}}) {
     TORCH_CHECK_VALUE(values->empty() || values->size() == dims, "[LayerShape] ", name, " must have ", dims,
                       " values, one per dimension of the kernel, got ", *values);
     TORCH_CHECK_VALUE(std::all_of(values->begin(), values->end(), [least = least](int64_t v) { return v >= least; }),
                       "[LayerShape] ", name, " must be at least ", least, ", got ", *values);
   }
   TORCH_CHECK_VALUE(groups >= 1 && weight[0] % groups == 0 && (dims > 0 || groups == 1),
-                    "[LayerShape] groups must divide the ", weight[0],
-                    " outputs, and be 1 for a linear layer, got ", groups);
+                    "[LayerShape] groups must divide the ", weight[0], " outputs, and be 1 for a linear layer, got ",
+                    groups);
 }
 
 int64_t LayerShape::features() const {
@@ -168,7 +168,8 @@ bool HessianAccumulator::update(const at::Tensor& input) {
 }
 
 void HessianAccumulator::check_seen(const char* function) const {
-  TORCH_CHECK_VALUE(samples_ > 0, "[HessianAccumulator.", function, "] '", name_, "' must have seen a finite batch, got ",
+  TORCH_CHECK_VALUE(samples_ > 0, "[HessianAccumulator.", function, "] '", name_,
+                    "' must have seen a finite batch, got ",
                     skipped_ == 0 ? std::string("none") : c10::str(skipped_, " with NaN or infinity"));
 }
 

@@ -74,9 +74,8 @@ void add(Tensors& sums, const Tensors& terms) {
 Tensors zeros(const Tensors& like) {
   Tensors out;
   for (const auto& tensor : like) {
-    out.push_back(at::zeros_like(tensor.detach(), tensor.options().dtype(tensor.scalar_type() == at::kDouble
-                                                                              ? at::kDouble
-                                                                              : at::kFloat)));
+    out.push_back(at::zeros_like(
+        tensor.detach(), tensor.options().dtype(tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)));
   }
   return out;
 }
@@ -192,7 +191,8 @@ ElementScores synflow(const std::vector<NamedParameter>& parameters, const std::
     if (round == options.rounds) {
       break;
     }
-    const double kept = std::pow(1.0 - options.sparsity, static_cast<double>(round) / static_cast<double>(options.rounds));
+    const double kept =
+        std::pow(1.0 - options.sparsity, static_cast<double>(round) / static_cast<double>(options.rounds));
     masks = ops::magnitude_mask(scores, 1.0 - kept, at::TensorList(masks));
     for (size_t i = 0; i < values.size(); ++i) {
       auto data = values[i].detach();

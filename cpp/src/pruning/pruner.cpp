@@ -239,7 +239,7 @@ bool Pruner::needs_accumulate() const {
 void Pruner::accumulate() {
   check_active("accumulate");
   TORCH_CHECK(!accumulated_, "[Pruner.accumulate] must be called once per step(), after the last backward pass");
-  pruning::accumulate(state_, options_);
+  accumulate_gradients(state_, options_);
   accumulated_ = true;
 }
 

@@ -261,7 +261,7 @@ class Pruner:
             raise RuntimeError(
                 f"[{self._NAME}.accumulate] must be called once per step(), after the last backward pass"
             )
-        _core.pruning.accumulate(self._state(), self._options)
+        _core.pruning.accumulate_gradients(self._state(), self._options)
         self._accumulated = True
 
     @property

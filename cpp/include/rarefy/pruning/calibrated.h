@@ -18,8 +18,8 @@ namespace rarefy::pruning {
 
 /// A weight that was pruned, and its mask: bool, true = kept, of the weight's sizes.
 struct RAREFY_API CalibratedWeight {
-  at::Tensor weight;  // of the type, device and sizes of the one given; zero where the mask is false
-  at::Tensor mask;    // on its device
+  at::Tensor weight;   // of the type, device and sizes of the one given; zero where the mask is false
+  at::Tensor mask;     // on its device
   double damping = 0;  // the largest that was used in a group, as a fraction of the mean of the Hessian's diagonal
   std::string note;    // what is worth knowing: rows that could not be solved, damping that was raised
 };
@@ -44,8 +44,8 @@ RAREFY_API CalibratedWeight wanda(const std::string& name, const at::Tensor& wei
 struct RAREFY_API SparseGptOptions {
   std::optional<double> sparsity = std::nullopt;  // as in WandaOptions
   Pattern pattern = Unstructured{};
-  int64_t block = 128;      // columns whose masks are chosen together, >= 1; groups of N:M are not cut
-  double damping = 0.01;    // >= 0, of the mean of the diagonal, added to the diagonal
+  int64_t block = 128;     // columns whose masks are chosen together, >= 1; groups of N:M are not cut
+  double damping = 0.01;   // >= 0, of the mean of the diagonal, added to the diagonal
   double max_damping = 1;  // it grows tenfold up to this while the Hessian is not positive definite
 
   void validate() const;
@@ -63,7 +63,7 @@ RAREFY_API CalibratedWeight sparse_gpt(const std::string& name, const at::Tensor
                                        const SparseGptOptions& options = {});
 
 struct RAREFY_API RefitOptions {
-  double damping = 1e-4;    // as in SparseGptOptions; towards the weights that are fitted, not towards zero
+  double damping = 1e-4;  // as in SparseGptOptions; towards the weights that are fitted, not towards zero
   double max_damping = 1;
 
   void validate() const;

@@ -44,7 +44,7 @@ struct MaskedParameter {
   std::string name;
   at::Tensor value;
   at::Tensor mask;
-  at::Tensor score = {};   // what accumulate() made, or a given score
+  at::Tensor score = {};   // what accumulate_gradients() made, or a given score
   at::Tensor latent = {};  // soft masks: the dense weights where the mask prunes, 0 elsewhere
   at::Tensor growth = {};  // RigL: the dense gradient of this step, where it is no longer value.grad()
 };
@@ -96,7 +96,7 @@ RAREFY_API bool check_existing(const std::vector<std::string>& existing, const s
 /// Sets what the masks prune to zero, in values and in dense gradients; see rarefy/pruning/enforce.h.
 RAREFY_API void apply_masks(const PruningState& state);
 
-/// True when accumulate() has to be called for the step that comes next: for criteria of gradients up to the last update
+/// True when accumulate_gradients() has to be called for the step that comes next: for criteria of gradients up to the last update
 /// of masks, for soft masks up to their end.
 RAREFY_API bool needs_accumulate(const PruningState& state, const PrunerOptions& options);
 
@@ -104,7 +104,7 @@ RAREFY_API bool needs_accumulate(const PruningState& state, const PrunerOptions&
 RAREFY_API bool needs_growth(const PruningState& state, const PrunerOptions& options);
 
 /// Between the backward pass and optimizer.step(): see Pruner::accumulate().
-RAREFY_API void accumulate(PruningState& state, const PrunerOptions& options);
+RAREFY_API void accumulate_gradients(PruningState& state, const PrunerOptions& options);
 
 /// What a step did.
 struct RAREFY_API StepResult {
