@@ -1,6 +1,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
 #include <fmt/format.h>
 #include <rarefy/ops/mask.h>
 #include <rarefy/pruning/element_score.h>
@@ -55,8 +56,7 @@ void check_regrowth(const PrunerOptions& options) {
 void check_like(const at::Tensor& kept, const std::string& key, const at::Tensor& value) {
   TORCH_CHECK_VALUE(kept.defined() && kept.sizes() == value.sizes() && kept.device() == value.device(), "[Pruner] '", key,
                     "' must have shape ", value.sizes(), " on ", value.device(), ", got ",
-                    kept.defined() ? fmt::format("{} on {}", fmt::streamed(kept.sizes()), kept.device().str())
-                                   : std::string("none"));
+                    kept.defined() ? c10::str(kept.sizes(), " on ", kept.device()) : std::string("none"));
 }
 
 }  // namespace
