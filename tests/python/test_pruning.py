@@ -458,7 +458,7 @@ def test_sparsity_zero():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"sparsity": 1.0}, ValueError, r"\[MagnitudePruner\] sparsity must be in \[0, 1\), got 1"),
+        ({"sparsity": 1.0}, ValueError, r"\[Pruner\] sparsity must be in \[0, 1\), got 1"),
         ({"sparsity": -0.5}, ValueError, r"sparsity must be in \[0, 1\), got -0.5"),
         ({"sparsity": float("nan")}, ValueError, r"sparsity must be in \[0, 1\), got nan"),
         ({"scope": "layer"}, ValueError, r"scope must be 'local', 'global' or 'erk', got 'layer'"),

@@ -54,7 +54,9 @@
 #include <rarefy/pruning/one_shot_score.h>
 #include <rarefy/pruning/optimizer_state.h>
 #include <rarefy/pruning/pattern.h>
+#include <rarefy/pruning/pattern_check.h>
 #include <rarefy/pruning/pruner.h>
+#include <rarefy/pruning/regrowth.h>
 #include <rarefy/pruning/resize.h>
 #include <rarefy/pruning/structured.h>
 #include <rarefy/pruning/surgery.h>
