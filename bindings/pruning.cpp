@@ -171,6 +171,7 @@ void init_pruning(py::module_& parent) {
       py::arg("state"), py::arg("options"), py::arg("left_alone"), py::arg("finalized"));
 
   init_pruning_structure(m);
+  init_permutation(m);
   init_importance(m);
   init_choice(m);
   init_structured(m);

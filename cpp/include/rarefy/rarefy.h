@@ -49,6 +49,7 @@
 #include <rarefy/pruning/mask_choice.h>
 #include <rarefy/pruning/optimizer_state.h>
 #include <rarefy/pruning/pattern.h>
+#include <rarefy/pruning/permutation.h>
 #include <rarefy/pruning/pruner.h>
 #include <rarefy/pruning/resize.h>
 #include <rarefy/pruning/structured.h>

@@ -15,6 +15,7 @@ from rarefy._core.pruning import (
     Macs,
     Member,
     Parameters,
+    PermutationReport,
     Pinned,
     PolynomialSchedule,
     PrunedTensor,
@@ -30,6 +31,7 @@ from rarefy.pruning import importance
 from rarefy.pruning.magnitude import MagnitudePruner
 from rarefy.pruning.manifest import load_pruned, save_pruned
 from rarefy.pruning.masks import choose_masks, pack_mask, unpack_mask
+from rarefy.pruning.permutation import permute_for_nm
 from rarefy.pruning.structured import StructuredPruner
 from rarefy.pruning.surgery import Surgery
 
@@ -48,6 +50,7 @@ __all__ = [
     "MagnitudePruner",
     "Member",
     "Parameters",
+    "PermutationReport",
     "Pinned",
     "PolynomialSchedule",
     "PrunedTensor",
@@ -64,6 +67,7 @@ __all__ = [
     "load_pruned",
     "pack_mask",
     "parse_pattern",
+    "permute_for_nm",
     "save_pruned",
     "unpack_mask",
 ]
