@@ -24,8 +24,8 @@ void init_permutation(py::module_& m) {
   py::class_<PermutationOptions>(m, "PermutationOptions", "Checked options of a channel permutation.")
       .def(py::init([](NM pattern, std::optional<Names> include, Names exclude, int64_t escapes, double effort,
                        uint64_t seed, double tolerance) {
-             PermutationOptions options{pattern, std::move(include), std::move(exclude), escapes,
-                                        effort,  seed,               tolerance};
+             PermutationOptions options{pattern, std::move(include), std::move(exclude), escapes, effort,
+                                        seed,    tolerance};
              options.validate();
              return options;
            }),

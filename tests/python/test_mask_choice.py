@@ -78,7 +78,7 @@ def nm_reference(pattern, shapes, scores, kept, sparsity):
             for begin in range(0, len(line), pattern.m):
                 group = line[begin : begin + pattern.m]
                 prunable += max(0, len(group) - pattern.n)
-                order = sorted(group, key=lambda i: (kept[t][i], scores[t][i], i))  # noqa: B023
+                order = sorted(group, key=lambda i: (kept[t][i], scores[t][i], i))
                 candidates += [(t, i) for i in order[: max(0, len(group) - pattern.n)] if kept[t][i]]
     out = [k.copy() for k in kept]
     full = 1 - pattern.n / pattern.m
@@ -93,7 +93,9 @@ def nm_reference(pattern, shapes, scores, kept, sparsity):
 
 
 def reference(pattern, shapes, scores, kept, sparsity, scope):
-    pick = {Unstructured: lambda p, s, *rest: element_reference(*rest), NM: nm_reference}.get(type(pattern), unit_reference)
+    pick = {Unstructured: lambda p, s, *rest: element_reference(*rest), NM: nm_reference}.get(
+        type(pattern), unit_reference
+    )
     if scope == "global":
         return pick(pattern, shapes, scores, kept, sparsity)
     shares = erk_sparsities([list(s) for s in shapes], sparsity) if scope == "erk" else [sparsity] * len(shapes)
@@ -278,7 +280,9 @@ def test_values(pattern):
     assert pattern != NM(5, 7)
 
 
-@pytest.mark.parametrize("text", ["", "2:", ":4", "2:4:8", "2 : 4", "x", "4x", "rows", "head", "head:", "head:x", "2.5:4"])
+@pytest.mark.parametrize(
+    "text", ["", "2:", ":4", "2:4:8", "2 : 4", "x", "4x", "rows", "head", "head:", "head:x", "2.5:4"]
+)
 def test_unknown_patterns(text):
     with pytest.raises(ValueError, match=r"\[parse_pattern\] pattern must be 'unstructured', 'n:m'"):
         rf.pruning.parse_pattern(text)
@@ -315,11 +319,17 @@ def test_pattern_errors(make, message):
             r"'a.weight' cannot have the pattern: NM\(n=2, m=7\) needs 7 or more input features or channels "
             r"\(dimension 1\), got shape \[4, 6\]",
         ),
-        ({"pattern": "5x1"}, r"Block\(rows=5, columns=1\) needs a matrix that is not smaller than the block, got shape"),
+        (
+            {"pattern": "5x1"},
+            r"Block\(rows=5, columns=1\) needs a matrix that is not smaller than the block, got shape",
+        ),
         ({"pattern": "1x7"}, r"needs a matrix that is not smaller than the block, got shape \[4, 6\]"),
         ({"pattern": "filter"}, r"Filter\(\) needs the 3 or more dimensions of a convolution, got shape \[4, 6\]"),
         ({"pattern": "head:3"}, r"Head\(size=3\) needs a number of rows that 3 divides, got shape \[4, 6\]"),
-        ({"scores": {"a.weight": torch.ones(6, 4)}}, r"the score of 'a.weight' must have its shape \[4, 6\], got \[6, 4\]"),
+        (
+            {"scores": {"a.weight": torch.ones(6, 4)}},
+            r"the score of 'a.weight' must have its shape \[4, 6\], got \[6, 4\]",
+        ),
         ({"scores": {"c": torch.ones(6, 4)}}, r"\[choose_masks\] scores must be of the weights, got 'c'"),
         (
             {"masks": {"a.weight": torch.zeros(16, dtype=torch.uint8)}},
@@ -339,11 +349,13 @@ def test_nan(pattern):
     scores = copy.deepcopy(weights)
     scores["b.weight"][1, 3] = float("nan")
     with pytest.raises(
-        ValueError, match=r"\[choose_masks\] weights must not be NaN, got 1 NaN in 'b.weight', the first at flat index 11"
+        ValueError,
+        match=r"\[choose_masks\] weights must not be NaN, got 1 NaN in 'b.weight', the first at flat index 11",
     ):
         choose_masks(scores, 0.5, pattern=pattern)
     with pytest.raises(
-        ValueError, match=r"\[choose_masks\] scores must not be NaN, got 1 NaN in 'b.weight', the first at flat index 11"
+        ValueError,
+        match=r"\[choose_masks\] scores must not be NaN, got 1 NaN in 'b.weight', the first at flat index 11",
     ):
         choose_masks(weights, 0.5, pattern=pattern, scores=scores)
     scores["b.weight"][1, 3] = float("inf")

@@ -23,7 +23,7 @@ def nm_reference(x: torch.Tensor, n: int, m: int, dim: int, kept: np.ndarray | N
     for line in range(flat.shape[0]):
         for begin in range(0, flat.shape[1], m):
             group = range(begin, min(begin + m, flat.shape[1]))
-            order = sorted(group, key=lambda i: (alive[line, i], flat[line, i], i))  # noqa: B023
+            order = sorted(group, key=lambda i: (alive[line, i], flat[line, i], i))
             for i in order[: max(0, len(group) - n)]:
                 out[line, i] = False
     return np.moveaxis(out.reshape(values.shape), -1, dim).reshape(-1)
@@ -202,15 +202,27 @@ def test_compiles_into_one_graph():
     [
         (lambda: ops.nm_mask(torch.ones(2, 8), 4, 4), ValueError, r"\[nm_mask\] must have 1 <= n < m, got n 4 and m 4"),
         (lambda: ops.nm_mask(torch.ones(2, 8), 0, 4), ValueError, r"must have 1 <= n < m, got n 0 and m 4"),
-        (lambda: ops.nm_mask(torch.ones(2, 3), 2, 4), ValueError, r"dimension 1 must have at least m = 4 elements, got 3"),
+        (
+            lambda: ops.nm_mask(torch.ones(2, 3), 2, 4),
+            ValueError,
+            r"dimension 1 must have at least m = 4 elements, got 3",
+        ),
         (lambda: ops.nm_mask(torch.ones(8), 2, 4), IndexError, r"dim must be in \[-1, 1\) for an input of 1 dim"),
-        (lambda: ops.nm_mask(torch.ones(2, 8).int(), 2, 4), TypeError, r"x must be float32, float64, bfloat16 or float16"),
+        (
+            lambda: ops.nm_mask(torch.ones(2, 8).int(), 2, 4),
+            TypeError,
+            r"x must be float32, float64, bfloat16 or float16",
+        ),
         (
             lambda: ops.nm_mask(torch.ones(9, 8), 2, 4, 1, torch.zeros(8, dtype=torch.uint8)),
             ValueError,
             r"\[nm_mask\] mask must hold 16 bytes for 72 elements, got 8",
         ),
-        (lambda: ops.score_mask([torch.ones(3)], 1.0), ValueError, r"\[score_mask\] sparsity must be in \[0, 1\), got 1"),
+        (
+            lambda: ops.score_mask([torch.ones(3)], 1.0),
+            ValueError,
+            r"\[score_mask\] sparsity must be in \[0, 1\), got 1",
+        ),
         (lambda: ops.score_mask([torch.ones(3)], 0.5, []), ValueError, "one mask per score, got 0 masks for 1 scores"),
         (lambda: ops.pack_mask(torch.ones(3)), TypeError, r"\[pack_mask\] kept must be bool, got Float"),
         (
@@ -235,5 +247,7 @@ def test_nan(isa, dtype, columns):
         with pytest.raises(ValueError, match=r"\[nm_mask\] x must not be NaN, got NaN in tensor 0 at flat index 77"):
             ops.nm_mask(x, 2, 4, 1, None, magnitude)
     for sparsity in (0.0, 0.5):
-        with pytest.raises(ValueError, match=r"\[score_mask\] scores must not be NaN, got NaN in tensor 1 at flat index 77"):
+        with pytest.raises(
+            ValueError, match=r"\[score_mask\] scores must not be NaN, got NaN in tensor 1 at flat index 77"
+        ):
             ops.score_mask([x.abs().nan_to_num(), x], sparsity)

@@ -316,12 +316,14 @@ def test_errors_change_nothing():
         permute_for_nm(model, x, include=["nothing"])
     with torch.no_grad():
         model[2].weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="weights must be finite, got NaN or infinity in '2.weight'"):
+    with pytest.raises(ValueError, match=r"weights must be finite, got NaN or infinity in '2\.weight'"):
         permute_for_nm(model, x)
     with torch.no_grad():
         model[2].weight.copy_(state["2.weight"])
     rf.pruning.MagnitudePruner(model, 0.5)
-    with pytest.raises(ValueError, match="0.weight must have no mask of a MagnitudePruner: permute first, prune second"):
+    with pytest.raises(
+        ValueError, match=r"0\.weight must have no mask of a MagnitudePruner: permute first, prune second"
+    ):
         permute_for_nm(model, x)
     for key, value in state.items():
         assert torch.equal(model.state_dict()[key], value)

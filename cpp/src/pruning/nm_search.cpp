@@ -18,10 +18,10 @@
 namespace rarefy::pruning {
 namespace {
 
-constexpr int64_t kMostUnits = 4096;  // that are compared with each other at once: 64 MiB of gains
-constexpr int64_t kFewestLines = 32;  // of a weight that gains are estimated on
+constexpr int64_t kMostUnits = 4096;     // that are compared with each other at once: 64 MiB of gains
+constexpr int64_t kFewestLines = 32;     // of a weight that gains are estimated on
 constexpr int64_t kMostFailures = 1000;  // exchanges in a row that were estimated to gain and did not
-constexpr double kLeastGain = 1e-9;   // of what is kept: rounding of sums is no gain
+constexpr double kLeastGain = 1e-9;      // of what is kept: rounding of sums is no gain
 
 /// splitmix64: the same numbers everywhere, which those of <random>'s distributions are not.
 class Random64 {
@@ -51,9 +51,9 @@ std::pair<float, float> largest_of(float* values, int64_t size, int64_t n) {
 /// One place of each unit in one weight, and the lines that gains are estimated on.
 struct View {
   NMWeight* weight;
-  std::vector<int64_t> place;   // of each slot of the pool
-  std::vector<int64_t> lines;   // sampled
-  std::vector<float> values;    // [lines, units of the pool]: of each unit, wherever it is now
+  std::vector<int64_t> place;  // of each slot of the pool
+  std::vector<int64_t> lines;  // sampled
+  std::vector<float> values;   // [lines, units of the pool]: of each unit, wherever it is now
 };
 
 /// Exchanges among a pool of units. A slot is where a unit of the pool was in the beginning.
@@ -341,9 +341,9 @@ class Pool {
   std::vector<int32_t> slots_;
   int64_t size_;
   double& effort_;
-  double least_ = 0.0;      // what counts as a gain
-  int64_t lines_ = 0;       // of all views
-  int64_t all_lines_ = 0;   // of which they are a sample
+  double least_ = 0.0;     // what counts as a gain
+  int64_t lines_ = 0;      // of all views
+  int64_t all_lines_ = 0;  // of which they are a sample
   std::vector<View> views_;
   std::vector<int64_t> unit_;  // of each slot: the slot that its unit had in the beginning
   std::vector<int64_t> kind_;
@@ -351,8 +351,8 @@ class Pool {
   std::vector<float> gains_;  // [slot, unit]
   std::vector<double> base_;
   std::vector<Best> best_;
-  std::vector<int64_t> version_;                      // of each row; only grows
-  std::unordered_map<int64_t, int64_t> rejected_;     // pairs by the sum of their rows' versions
+  std::vector<int64_t> version_;                   // of each row; only grows
+  std::unordered_map<int64_t, int64_t> rejected_;  // pairs by the sum of their rows' versions
   std::vector<std::pair<int64_t, int64_t>> log_;
 };
 

@@ -1,6 +1,6 @@
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/isfinite.h>
 #include <ATen/ops/index_select.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/tensor.h>
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
@@ -94,8 +94,8 @@ class Reordering {
     }
     for (const auto& [name, sources] : by_tensor) {
       const auto found = tensors.find(name);
-      TORCH_CHECK_VALUE(found != tensors.end(), "[permute_for_nm] the recording must use tensors of the model only, got '",
-                        name, "'");
+      TORCH_CHECK_VALUE(found != tensors.end(),
+                        "[permute_for_nm] the recording must use tensors of the model only, got '", name, "'");
       const auto& tensor = found->second;
       add(tensor, sources);
       if (tensor.is_leaf() && tensor.grad().defined()) {
@@ -136,7 +136,8 @@ class Reordering {
   static void permute(const at::Tensor& tensor, const Kept& sources) {
     auto ordered = tensor.detach();
     for (const auto& [dim, source] : sources) {
-      ordered = ordered.index_select(dim, at::tensor(source, at::TensorOptions().dtype(at::kLong).device(tensor.device())));
+      ordered =
+          ordered.index_select(dim, at::tensor(source, at::TensorOptions().dtype(at::kLong).device(tensor.device())));
     }
     at::Tensor target = tensor;
     target.copy_(ordered);
@@ -165,8 +166,8 @@ void PermutationOptions::validate() const {
 }
 
 std::string GroupOrder::to_string() const {
-  return reason.empty() ? fmt::format("{}: {} units in a new order, {:.6g} kept of its consumers, was {:.6g}", name, units,
-                                      after, before)
+  return reason.empty() ? fmt::format("{}: {} units in a new order, {:.6g} kept of its consumers, was {:.6g}", name,
+                                      units, after, before)
                         : fmt::format("{}: {} units stay: {}", name, units, reason);
 }
 
@@ -201,8 +202,10 @@ PermutationReport find_nm_permutation(const Structure& structure, const std::vec
   for (const size_t i : select_parameters(parameters, options.include, options.exclude).chosen) {
     const auto& [name, value] = parameters[i];
     if (misfit(options.pattern, value.sizes()).empty()) {
-      TORCH_CHECK_VALUE(value.isfinite().all().item<bool>(), "[find_nm_permutation] weights must be finite, got NaN or "
-                        "infinity in '", name, "'");
+      TORCH_CHECK_VALUE(value.isfinite().all().item<bool>(),
+                        "[find_nm_permutation] weights must be finite, got NaN or "
+                        "infinity in '",
+                        name, "'");
       const auto& weight = weights.emplace(name, NMWeight(value, options.pattern)).first->second;
       report.total += weight.total();
       report.before += weight.kept();
@@ -314,8 +317,8 @@ PermutationReport permute_for_nm(const PermutableModel& model, const Permutation
                       " must have no mask of a MagnitudePruner: permute first, prune second");
   }
   const auto recording = model.record();
-  TORCH_CHECK_VALUE(recording.failure.empty(), "[permute_for_nm] the model must run on its example inputs: ",
-                    recording.failure);
+  TORCH_CHECK_VALUE(recording.failure.empty(),
+                    "[permute_for_nm] the model must run on its example inputs: ", recording.failure);
   const auto structure = find_structure(recording.graph);
   auto report = find_nm_permutation(structure, parameters, options);
   const auto expected = outputs_of(recording.graph);
@@ -380,7 +383,8 @@ PermutationReport permute_for_nm(torch::nn::Module& model, std::function<std::ve
   subject.tensors = graph::named_tensors(model);
   for (const auto* optimizer : optimizers) {
     auto more = optimizer_tensors(*optimizer, subject.tensors);
-    subject.state.insert(subject.state.end(), std::make_move_iterator(more.begin()), std::make_move_iterator(more.end()));
+    subject.state.insert(subject.state.end(), std::make_move_iterator(more.begin()),
+                         std::make_move_iterator(more.end()));
   }
   subject.record = [&] {
     auto tensors = graph::named_tensors(model);

@@ -88,9 +88,8 @@ TEST_CASE("choose_masks makes N:M masks along the input channels, gradually", "[
   const auto per_group = kept(one[0], mask).slice(1, 0, 8).reshape({6, 2, 4, 9}).sum(2);
   REQUIRE(per_group.eq(2).all().item<bool>());
   REQUIRE(kept(one[0], mask).slice(1, 8).all().item<bool>());  // a group of two keeps both
-  REQUIRE(at::equal(ops::nm_mask(one[0].value, 2, 4), choose_masks(one, {.sparsity = 0.5,
-                                                                         .pattern = NM{2, 4},
-                                                                         .regrow = true})[0]));
+  REQUIRE(at::equal(ops::nm_mask(one[0].value, 2, 4),
+                    choose_masks(one, {.sparsity = 0.5, .pattern = NM{2, 4}, .regrow = true})[0]));
 }
 
 TEST_CASE("erk_counts keep every layer's density in proportion", "[mask]") {

@@ -26,7 +26,8 @@ struct RAREFY_API PermutationOptions {
   std::optional<std::vector<std::string>> include = std::nullopt;
   std::vector<std::string> exclude = {};
   int64_t escapes = 16;  // attempts of each group to leave a local maximum, >= 0
-  double effort = 2e10;  // comparisons of magnitudes that a group may take: about that many nanoseconds / 10 on one core
+  double effort =
+      2e10;  // comparisons of magnitudes that a group may take: about that many nanoseconds / 10 on one core
   uint64_t seed = 0;
   double tolerance = 0;  // of the outputs, see StructuredOptions::tolerance
 
@@ -38,10 +39,10 @@ struct RAREFY_API PermutationOptions {
 struct RAREFY_API GroupOrder {
   std::string name;  // of the group
   int64_t units = 0;
-  std::vector<int32_t> order;         // order[u] is the unit that comes to the place of unit u; empty: all stay
-  std::vector<std::string> weights;   // whose N:M masks depend on the order
-  double before = 0, after = 0;       // the magnitude that N:M keeps of these weights
-  std::string reason;                 // why all stay; empty when they do not
+  std::vector<int32_t> order;        // order[u] is the unit that comes to the place of unit u; empty: all stay
+  std::vector<std::string> weights;  // whose N:M masks depend on the order
+  double before = 0, after = 0;      // the magnitude that N:M keeps of these weights
+  std::string reason;                // why all stay; empty when they do not
 
   std::string to_string() const;
 };
@@ -49,10 +50,10 @@ struct RAREFY_API GroupOrder {
 struct RAREFY_API PermutationReport {
   NM pattern;
   std::vector<GroupOrder> groups;
-  double total = 0;                // the magnitude of all weights that count
-  double before = 0, after = 0;    // what N:M keeps of it
-  double difference = 0;           // largest of the outputs, over the largest output; 0 before they were compared
-  int64_t attempts = 0;            // comparisons of outputs
+  double total = 0;              // the magnitude of all weights that count
+  double before = 0, after = 0;  // what N:M keeps of it
+  double difference = 0;         // largest of the outputs, over the largest output; 0 before they were compared
+  int64_t attempts = 0;          // comparisons of outputs
 
   std::string to_string() const;
 };
@@ -84,9 +85,9 @@ RAREFY_API std::vector<Reorder> reorders(const Structure& structure, const std::
 
 /// A model as the permutation sees it, in either language.
 struct RAREFY_API PermutableModel {
-  std::function<Recording()> record;         // runs the model on example inputs, with values
-  std::vector<graph::NamedTensor> tensors;   // its parameters and buffers, a shared one under each of its names
-  std::vector<OptimizerTensor> state;        // what optimizers keep about parameters
+  std::function<Recording()> record;        // runs the model on example inputs, with values
+  std::vector<graph::NamedTensor> tensors;  // its parameters and buffers, a shared one under each of its names
+  std::vector<OptimizerTensor> state;       // what optimizers keep about parameters
 };
 
 /// Permutes a model in place, in a transaction that both languages share: record, group, search, permute parameters,
