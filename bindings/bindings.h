@@ -19,6 +19,7 @@ void init_pruning_surgery(py::module_& m);
 void init_pruning_enforce(py::module_& pruning);
 void init_pruning_structure(py::module_& pruning);
 void init_mask_choice(py::module_& pruning);
+void init_permutation(py::module_& pruning);
 void init_importance(py::module_& pruning);
 void init_element_score(py::module_& pruning);
 void init_calibrated(py::module_& pruning);

@@ -12,9 +12,11 @@ template <typename Type>
 void def_pattern(py::class_<Type>& type) {
   type.def("__repr__", &Type::to_string)
       .def("__hash__", [](const Type& self) { return std::hash<std::string>()(self.to_string()); })
-      .def("__eq__", [](const Type& a, const Type& b) { return a == b; }, py::is_operator())
-      .def_property_readonly("name", [](const Type& self) { return short_name(self); },
-                             "The text that stands for the pattern, as in '2:4'.");
+      .def(
+          "__eq__", [](const Type& a, const Type& b) { return a == b; }, py::is_operator())
+      .def_property_readonly(
+          "name", [](const Type& self) { return short_name(self); },
+          "The text that stands for the pattern, as in '2:4'.");
 }
 
 template <typename Type>
@@ -44,18 +46,17 @@ void init_patterns(py::module_& m) {
       .def(py::pickle([](const NM& p) { return py::make_tuple(p.n, p.m); },
                       [](const py::tuple& t) { return validated(NM{t[0].cast<int64_t>(), t[1].cast<int64_t>()}); }));
   def_pattern(nm);
-  py::class_<Block> block(m, "Block",
-                          "Blocks of rows x columns of the weight as a matrix: dimension 0 by all others. Where a side\n"
-                          "is not a multiple, the last blocks are smaller.");
+  py::class_<Block> block(
+      m, "Block",
+      "Blocks of rows x columns of the weight as a matrix: dimension 0 by all others. Where a side\n"
+      "is not a multiple, the last blocks are smaller.");
   block
       .def(py::init([](int64_t rows, int64_t columns) { return validated(Block{rows, columns}); }), py::arg("rows") = 4,
            py::arg("columns") = 1)
       .def_readonly("rows", &Block::rows)
       .def_readonly("columns", &Block::columns)
       .def(py::pickle([](const Block& p) { return py::make_tuple(p.rows, p.columns); },
-                      [](const py::tuple& t) {
-                        return validated(Block{t[0].cast<int64_t>(), t[1].cast<int64_t>()});
-                      }));
+                      [](const py::tuple& t) { return validated(Block{t[0].cast<int64_t>(), t[1].cast<int64_t>()}); }));
   def_pattern(block);
   init_plain<Row>(m, "Row", "All weights of an output feature or channel: an index of dimension 0.");
   init_plain<Column>(m, "Column", "All weights of an input feature or channel: an index of dimension 1.");

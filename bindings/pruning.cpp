@@ -151,6 +151,7 @@ void init_pruning(py::module_& parent) {
   init_report(m);
   init_mask_choice(m);
   init_pruning_structure(m);
+  init_permutation(m);
   init_importance(m);
   init_element_score(m);
   init_calibrated(m);

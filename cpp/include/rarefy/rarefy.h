@@ -55,6 +55,7 @@
 #include <rarefy/pruning/optimizer_state.h>
 #include <rarefy/pruning/pattern.h>
 #include <rarefy/pruning/pattern_check.h>
+#include <rarefy/pruning/permutation.h>
 #include <rarefy/pruning/pruner.h>
 #include <rarefy/pruning/regrowth.h>
 #include <rarefy/pruning/resize.h>

@@ -93,7 +93,8 @@ at::Tensor nm_mask_anywhere(const at::Tensor& x, int64_t n, int64_t m, int64_t d
     const auto part = [&](const at::Tensor& tensor) { return tensor.narrow(-1, begin, length).reshape(shape); };
     const auto mine = alive.defined() ? part(alive) : at::Tensor();
     const auto order = ascending(part(keys), mine);
-    auto kept = at::ones_like(order, at::kBool).scatter(-1, order.narrow(-1, 0, std::max<int64_t>(group - n, 0)), false);
+    auto kept =
+        at::ones_like(order, at::kBool).scatter(-1, order.narrow(-1, 0, std::max<int64_t>(group - n, 0)), false);
     if (mine.defined()) {
       kept = at::bitwise_and(kept, mine);
     }

@@ -56,8 +56,8 @@ inline int64_t check_nm_mask(const at::Tensor& x, int64_t n, int64_t m, int64_t 
   TORCH_CHECK_INDEX(dim >= -x.dim() && dim < x.dim(), "[nm_mask] dim must be in [", -x.dim(), ", ", x.dim(),
                     ") for an input of ", x.dim(), " dimensions, got ", dim);
   dim = dim < 0 ? dim + x.dim() : dim;
-  TORCH_CHECK_VALUE(x.sym_size(dim) >= m, "[nm_mask] dimension ", dim, " must have at least m = ", m,
-                    " elements, got ", x.sym_size(dim));
+  TORCH_CHECK_VALUE(x.sym_size(dim) >= m, "[nm_mask] dimension ", dim, " must have at least m = ", m, " elements, got ",
+                    x.sym_size(dim));
   if (mask.has_value()) {
     check_mask("nm_mask", x, *mask);
   }

@@ -95,8 +95,7 @@ std::vector<double> erk_sparsities(const std::vector<std::vector<int64_t>>& size
   const auto pruned = erk_counts(sizes, sparsity);
   std::vector<double> out;
   for (size_t i = 0; i < sizes.size(); ++i) {
-    const int64_t elements =
-        std::accumulate(sizes[i].begin(), sizes[i].end(), int64_t{1}, std::multiplies<>());
+    const int64_t elements = std::accumulate(sizes[i].begin(), sizes[i].end(), int64_t{1}, std::multiplies<>());
     out.push_back(elements == 0 ? 0.0 : static_cast<double>(pruned[i]) / static_cast<double>(elements));
   }
   return out;

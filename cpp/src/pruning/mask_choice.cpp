@@ -89,8 +89,8 @@ std::vector<Share> divide(const std::vector<Candidate>& candidates, const MaskCh
   }
   const auto counts = choice.scope == Scope::erk ? erk_counts(sizes, choice.sparsity) : std::vector<int64_t>();
   for (size_t k = 0; k < rest.size(); ++k) {
-    shares.push_back({{rest[k]}, counts.empty() ? choice.sparsity
-                                                : fraction_of(counts[k], candidates[rest[k]].value.numel())});
+    shares.push_back(
+        {{rest[k]}, counts.empty() ? choice.sparsity : fraction_of(counts[k], candidates[rest[k]].value.numel())});
   }
   return shares;
 }
@@ -101,8 +101,7 @@ void check_no_nan(const Members& members) {
     const bool is_score = candidate->score.defined();
     const auto bad = (is_score ? candidate->score : candidate->value).isnan().flatten().nonzero();
     TORCH_CHECK_VALUE(bad.numel() == 0, "[choose_masks] ", is_score ? "scores" : "weights", " must not be NaN, got ",
-                      bad.size(0), " NaN in '", candidate->name, "', the first at flat index ",
-                      bad[0].item<int64_t>());
+                      bad.size(0), " NaN in '", candidate->name, "', the first at flat index ", bad[0].item<int64_t>());
   }
 }
 
@@ -127,7 +126,7 @@ struct Competitors {
   explicit Competitors(const Members& members) {
     magnitude = std::none_of(members.begin(), members.end(), [](const auto* c) { return c->score.defined(); });
     for (const auto* candidate : members) {
-      values.push_back(magnitude                      ? candidate->value
+      values.push_back(magnitude                    ? candidate->value
                        : candidate->score.defined() ? candidate->score
                                                     : candidate->value.abs());
     }
@@ -162,9 +161,8 @@ std::vector<at::Tensor> nm_masks(const Members& members, const NM& nm, double sp
   int64_t prunable = 0, total = 0;
   for (size_t i = 0; i < members.size(); ++i) {
     const auto mask = has_mask(*members[i], regrow) ? std::optional(members[i]->mask) : std::nullopt;
-    complete.push_back(named_errors({members[i]}, [&] {
-      return ops::nm_mask(competitors.values[i], nm.n, nm.m, 1, mask, competitors.magnitude);
-    }));
+    complete.push_back(named_errors(
+        {members[i]}, [&] { return ops::nm_mask(competitors.values[i], nm.n, nm.m, 1, mask, competitors.magnitude); }));
     prunable += nm_count(nm, members[i]->value.sizes());
     total += members[i]->value.numel();
   }
@@ -174,8 +172,8 @@ std::vector<at::Tensor> nm_masks(const Members& members, const NM& nm, double sp
   }
   // On the way there: the least important of those that the complete masks prune.
   const bool is_exact = prunable * nm.m == total * (nm.m - nm.n);
-  const int64_t count = is_exact ? ops::elements_to_prune(sparsity, total)
-                                 : ops::elements_to_prune(sparsity / final_sparsity, prunable);
+  const int64_t count =
+      is_exact ? ops::elements_to_prune(sparsity, total) : ops::elements_to_prune(sparsity / final_sparsity, prunable);
   std::vector<at::Tensor> alive, candidates, scores;
   int64_t dead = 0, competing = 0;
   for (size_t i = 0; i < members.size(); ++i) {
@@ -192,8 +190,8 @@ std::vector<at::Tensor> nm_masks(const Members& members, const NM& nm, double sp
   const auto chosen = ops::score_mask(scores, fraction_of(more, competing));
   std::vector<at::Tensor> out;
   for (size_t i = 0; i < members.size(); ++i) {
-    out.push_back(ops::pack_mask(
-        alive[i].masked_scatter(candidates[i], ops::unpack_mask(chosen[i], scores[i].sizes()))));
+    out.push_back(
+        ops::pack_mask(alive[i].masked_scatter(candidates[i], ops::unpack_mask(chosen[i], scores[i].sizes()))));
   }
   return out;
 }
@@ -206,17 +204,16 @@ Scope parse_scope(const std::string& name) {
   return name == "local" ? Scope::local : name == "global" ? Scope::global : Scope::erk;
 }
 
-const char* name(Scope scope) {
-  return scope == Scope::local ? "local" : scope == Scope::global ? "global" : "erk";
-}
+const char* name(Scope scope) { return scope == Scope::local ? "local" : scope == Scope::global ? "global" : "erk"; }
 
 void MaskChoice::validate() const {
   std::visit([](const auto& p) { p.validate(); }, pattern);
   const auto limit = implied_sparsity(pattern);
   const auto check = [&](double value, const std::string& what) {
     TORCH_CHECK_VALUE(value >= 0.0 && value < 1.0, "[MaskChoice] ", what, " must be in [0, 1), got ", value);
-    TORCH_CHECK_VALUE(!limit.has_value() || value <= *limit + kSlack, "[MaskChoice] ", what, " must be at most 1 - n / m = ",
-                      limit.value_or(0.0), " for ", short_name(pattern), ", got ", value);
+    TORCH_CHECK_VALUE(!limit.has_value() || value <= *limit + kSlack, "[MaskChoice] ", what,
+                      " must be at most 1 - n / m = ", limit.value_or(0.0), " for ", short_name(pattern), ", got ",
+                      value);
   };
   check(sparsity, "sparsity");
   for (const auto& [layer, own] : layers) {

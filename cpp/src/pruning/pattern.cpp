@@ -41,9 +41,7 @@ std::string Row::to_string() const { return "Row()"; }
 std::string Column::to_string() const { return "Column()"; }
 std::string Filter::to_string() const { return "Filter()"; }
 
-void NM::validate() const {
-  TORCH_CHECK_VALUE(n >= 1 && n < m, "[NM] must have 1 <= n < m, got n ", n, " and m ", m);
-}
+void NM::validate() const { TORCH_CHECK_VALUE(n >= 1 && n < m, "[NM] must have 1 <= n < m, got n ", n, " and m ", m); }
 
 std::string NM::to_string() const { return fmt::format("NM(n={}, m={})", n, m); }
 
@@ -111,9 +109,9 @@ std::string misfit(const Pattern& pattern, c10::IntArrayRef sizes) {
 
     std::string operator()(const Unstructured&) const { return ""; }
     std::string operator()(const NM& p) const {
-      return dims < 2           ? "2 or more dimensions"
-             : sizes[1] < p.m   ? fmt::format("{} or more input features or channels (dimension 1)", p.m)
-                                : "";
+      return dims < 2         ? "2 or more dimensions"
+             : sizes[1] < p.m ? fmt::format("{} or more input features or channels (dimension 1)", p.m)
+                              : "";
     }
     std::string operator()(const Block& p) const {
       if (dims < 2) {
@@ -138,8 +136,7 @@ std::string misfit(const Pattern& pattern, c10::IntArrayRef sizes) {
 
 std::optional<double> implied_sparsity(const Pattern& pattern) {
   const auto* nm = std::get_if<NM>(&pattern);
-  return nm == nullptr ? std::nullopt
-                       : std::optional(1.0 - static_cast<double>(nm->n) / static_cast<double>(nm->m));
+  return nm == nullptr ? std::nullopt : std::optional(1.0 - static_cast<double>(nm->n) / static_cast<double>(nm->m));
 }
 
 }  // namespace rarefy::pruning

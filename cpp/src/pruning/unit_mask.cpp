@@ -100,7 +100,8 @@ void sum_units(Source& source, bool magnitude) {
 Source make_source(const Candidate& candidate, const Pattern& pattern, bool regrow) {
   const bool magnitude = !candidate.score.defined();
   const auto& score = magnitude ? candidate.value : candidate.score;
-  Source source{&candidate, std::visit(MakeGrid{candidate.value.sizes()}, pattern), score.cpu().contiguous(), {}, {}, {}};
+  Source source{&candidate, std::visit(MakeGrid{candidate.value.sizes()}, pattern), score.cpu().contiguous(), {}, {},
+                {}};
   if (candidate.mask.defined() && !regrow) {
     source.alive = ops::unpack_mask(candidate.mask.cpu(), score.sizes());
   }
@@ -125,7 +126,8 @@ Source make_source(const Candidate& candidate, const Pattern& pattern, bool regr
       TORCH_CHECK_VALUE(bad.numel() == 0, "[choose_masks] ", magnitude ? "weights" : "scores", " must not be NaN, got ",
                         bad.size(0), " NaN in '", candidate.name, "', the first at flat index ",
                         bad[0].item<int64_t>());
-      TORCH_CHECK_VALUE(false, "[choose_masks] the scores of a unit must not hold infinities of both signs, got them in '",
+      TORCH_CHECK_VALUE(false,
+                        "[choose_masks] the scores of a unit must not hold infinities of both signs, got them in '",
                         candidate.name, "'");
     }
   }
@@ -205,18 +207,18 @@ std::vector<at::Tensor> unit_masks(const std::vector<const Candidate*>& candidat
       kept += count;
       if (count > 0) {
         are_equal = are_equal && count == unit_size;
-        units.push_back({source.sums[u] / static_cast<double>(count), count, static_cast<uint32_t>(s),
-                         static_cast<uint32_t>(u)});
+        units.push_back(
+            {source.sums[u] / static_cast<double>(count), count, static_cast<uint32_t>(s), static_cast<uint32_t>(u)});
       }
     }
   }
   const int64_t already = all_units - static_cast<int64_t>(units.size());
   // Stable: of equal scores the earlier unit goes first.
   std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.score < b.score; });
-  const auto count = are_equal
-                         ? static_cast<size_t>(std::max<int64_t>(0, ops::elements_to_prune(sparsity, all_units) - already))
-                         : units_to_prune(units, sparsity * static_cast<double>(total) - static_cast<double>(total - kept),
-                                          already);
+  const auto count =
+      are_equal
+          ? static_cast<size_t>(std::max<int64_t>(0, ops::elements_to_prune(sparsity, all_units) - already))
+          : units_to_prune(units, sparsity * static_cast<double>(total) - static_cast<double>(total - kept), already);
   std::vector<std::vector<char>> gone;
   for (const auto& source : sources) {
     gone.emplace_back(source.sums.size(), 0);

@@ -24,6 +24,7 @@ from rarefy._core.pruning import (
     Movement,
     NM,
     Parameters,
+    PermutationReport,
     Pinned,
     PolynomialSchedule,
     PrunedTensor,
@@ -45,6 +46,7 @@ from rarefy.pruning.manifest import load_pruned, save_pruned
 from rarefy.pruning.masks import choose_masks, pack_mask, unpack_mask
 from rarefy.pruning.pruner import Pruner
 from rarefy.pruning.schedules import plot_schedule
+from rarefy.pruning.permutation import permute_for_nm
 from rarefy.pruning.structured import StructuredPruner
 from rarefy.pruning.surgery import Surgery
 
@@ -72,6 +74,7 @@ __all__ = [
     "Movement",
     "NM",
     "Parameters",
+    "PermutationReport",
     "Pinned",
     "PolynomialSchedule",
     "PrunedTensor",
@@ -94,6 +97,7 @@ __all__ = [
     "pack_mask",
     "parse_pattern",
     "plot_schedule",
+    "permute_for_nm",
     "save_pruned",
     "unpack_mask",
 ]

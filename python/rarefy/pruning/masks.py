@@ -8,7 +8,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rarefy._core.pruning import Block, Candidate, Column, Filter, Head, MaskChoice, NM, Row, Unstructured, parse_pattern
+from rarefy._core.pruning import (
+    NM,
+    Block,
+    Candidate,
+    Column,
+    Filter,
+    Head,
+    MaskChoice,
+    Row,
+    Unstructured,
+    parse_pattern,
+)
 from rarefy._core.pruning import choose_masks as _choose_masks
 
 Pattern = Unstructured | NM | Block | Row | Column | Filter | Head

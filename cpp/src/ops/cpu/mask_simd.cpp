@@ -24,13 +24,12 @@ struct Keys {
   }
   /// Of every 4 keys, in each place the next one, or the one after it; less 1 where that is an earlier one.
   friend Keys next(Keys a) {
-    a.v = _mm512_add_epi32(_mm512_shuffle_epi32(a.v, static_cast<_MM_PERM_ENUM>(0x39)),
-                           _mm512_set4_epi32(-1, 0, 0, 0));
+    a.v = _mm512_add_epi32(_mm512_shuffle_epi32(a.v, static_cast<_MM_PERM_ENUM>(0x39)), _mm512_set4_epi32(-1, 0, 0, 0));
     return a;
   }
   friend Keys after_next(Keys a) {
-    a.v = _mm512_add_epi32(_mm512_shuffle_epi32(a.v, static_cast<_MM_PERM_ENUM>(0x4e)),
-                           _mm512_set4_epi32(-1, -1, 0, 0));
+    a.v =
+        _mm512_add_epi32(_mm512_shuffle_epi32(a.v, static_cast<_MM_PERM_ENUM>(0x4e)), _mm512_set4_epi32(-1, -1, 0, 0));
     return a;
   }
   friend uint32_t greater(Keys a, Keys b) {
@@ -244,8 +243,7 @@ int32_t n_of_4_range(const T* x, int n, int64_t begin, int64_t end, uint8_t* mas
       after_loses |= static_cast<uint64_t>(greater(keys, after_next(keys))) << j;
       largest = larger(largest, Signed ? Keys(x_j) : keys);
     }
-    const uint64_t before_wins =
-        (next_loses << 1 & 0xeeeeeeeeeeeeeeeeu) | (next_loses >> 3 & 0x1111111111111111u);
+    const uint64_t before_wins = (next_loses << 1 & 0xeeeeeeeeeeeeeeeeu) | (next_loses >> 3 & 0x1111111111111111u);
     const uint64_t both = next_loses & after_loses, any = next_loses | after_loses;
     const uint64_t kept = n == 1 ? both & ~before_wins : n == 2 ? both | (any & ~before_wins) : any | ~before_wins;
     const uint64_t word = kept & present;
@@ -282,19 +280,17 @@ void apply_range(T* x, const uint8_t* mask, int64_t begin, int64_t end) {
 }  // namespace
 
 KeyScan scan_keys(const void* x, const uint8_t* alive, FloatType type, bool is_signed, int32_t low, int32_t high,
-                  int64_t begin, int64_t end, int32_t* inside) {
-  RAREFY_FOR_FLOAT_TYPE(type, T,
-                        is_signed
-                            ? scan_range<true>(static_cast<const T*>(x), alive, low, high, begin, end, inside)
-                            : scan_range<false>(static_cast<const T*>(x), alive, low, high, begin, end, inside))
-}
+                  int64_t begin, int64_t end, int32_t* inside){
+    RAREFY_FOR_FLOAT_TYPE(type, T,
+                          is_signed
+                              ? scan_range<true>(static_cast<const T*>(x), alive, low, high, begin, end, inside)
+                              : scan_range<false>(static_cast<const T*>(x), alive, low, high, begin, end, inside))}
 
 int64_t write_mask(const void* x, const uint8_t* alive, FloatType type, bool is_signed, int32_t threshold,
-                   int64_t begin, int64_t end, uint8_t* mask) {
-  RAREFY_FOR_FLOAT_TYPE(type, T,
-                        is_signed ? write_range<true>(static_cast<const T*>(x), alive, threshold, begin, end, mask)
-                                  : write_range<false>(static_cast<const T*>(x), alive, threshold, begin, end, mask))
-}
+                   int64_t begin, int64_t end, uint8_t* mask){
+    RAREFY_FOR_FLOAT_TYPE(type, T,
+                          is_signed ? write_range<true>(static_cast<const T*>(x), alive, threshold, begin, end, mask)
+                                    : write_range<false>(static_cast<const T*>(x), alive, threshold, begin, end, mask))}
 
 int32_t write_n_of_4(const void* x, FloatType type, bool is_signed, int n, int64_t begin, int64_t end, uint8_t* mask) {
   RAREFY_FOR_FLOAT_TYPE(type, T,
