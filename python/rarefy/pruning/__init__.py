@@ -2,6 +2,8 @@
 
 import rarefy.quantization  # noqa: F401  (rarefy.nn, which the surgery knows, takes its fake quantizers from there)
 from rarefy._core.pruning import (
+    CalibratedTensor,
+    CalibrationReport,
     NM,
     Block,
     Channels,
@@ -10,6 +12,8 @@ from rarefy._core.pruning import (
     Cut,
     Filter,
     Group,
+    HessianAccumulator,
+    LayerShape,
     Head,
     LeftAlone,
     Macs,
@@ -19,6 +23,7 @@ from rarefy._core.pruning import (
     PolynomialSchedule,
     PrunedTensor,
     PruningReport,
+    RefitOptions,
     Row,
     Structure,
     StructuredReport,
@@ -26,7 +31,8 @@ from rarefy._core.pruning import (
     erk_sparsities,
     parse_pattern,
 )
-from rarefy.pruning import importance
+from rarefy.pruning import importance, scores
+from rarefy.pruning.calibrated import CalibrationResult, refit, sparse_gpt, wanda
 from rarefy.pruning.magnitude import MagnitudePruner
 from rarefy.pruning.manifest import load_pruned, save_pruned
 from rarefy.pruning.masks import choose_masks, pack_mask, unpack_mask
@@ -34,8 +40,10 @@ from rarefy.pruning.structured import StructuredPruner
 from rarefy.pruning.surgery import Surgery
 
 __all__ = [
-    "NM",
     "Block",
+    "CalibratedTensor",
+    "CalibrationReport",
+    "CalibrationResult",
     "Channels",
     "Column",
     "ConstantSchedule",
@@ -43,15 +51,19 @@ __all__ = [
     "Filter",
     "Group",
     "Head",
+    "HessianAccumulator",
+    "LayerShape",
     "LeftAlone",
     "Macs",
     "MagnitudePruner",
     "Member",
+    "NM",
     "Parameters",
     "Pinned",
     "PolynomialSchedule",
     "PrunedTensor",
     "PruningReport",
+    "RefitOptions",
     "Row",
     "Structure",
     "StructuredPruner",
@@ -64,6 +76,10 @@ __all__ = [
     "load_pruned",
     "pack_mask",
     "parse_pattern",
+    "refit",
     "save_pruned",
+    "scores",
+    "sparse_gpt",
     "unpack_mask",
+    "wanda",
 ]
