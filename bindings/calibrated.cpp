@@ -54,6 +54,12 @@ void init_statistics(py::module_& m) {
 }
 
 void init_report(py::module_& m) {
+  m.def(
+      "left_alone",
+      [](std::string name, int64_t elements, std::string reason) {
+        return LeftAlone{std::move(name), elements, std::move(reason)};
+      },
+      py::arg("name"), py::arg("elements"), py::arg("reason"), "One parameter that is not touched, and why.");
   py::class_<CalibratedTensor>(m, "CalibratedTensor", "One weight that was pruned with calibration data.")
       .def_readonly("name", &CalibratedTensor::name)
       .def_property_readonly("shape", [](const CalibratedTensor& self) { return py::tuple(py::cast(self.shape)); })

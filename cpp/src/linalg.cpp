@@ -88,13 +88,13 @@ void mirror(at::Tensor& h) {
   }
 }
 
-std::optional<at::Tensor> cholesky(const at::Tensor& a) {
+std::optional<at::Tensor> lower_factor(const at::Tensor& a) {
   auto [factor, info] = at::linalg_cholesky_ex(a);
   return info.item<int>() == 0 ? std::optional(factor) : std::nullopt;
 }
 
 std::optional<at::Tensor> inverse_factor(const at::Tensor& h) {
-  const auto lower = cholesky(h.flip({0, 1}));
+  const auto lower = lower_factor(h.flip({0, 1}));
   return lower.has_value() ? std::optional(inverse_of_upper(lower->flip({0, 1}))) : std::nullopt;
 }
 

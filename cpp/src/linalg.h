@@ -21,7 +21,7 @@ void add_gram(at::Tensor& h, const at::Tensor& x, double beta, double alpha);
 void mirror(at::Tensor& h);
 
 /// Lower Cholesky factor; unset when `a` is not positive definite in its precision.
-std::optional<at::Tensor> cholesky(const at::Tensor& a);
+std::optional<at::Tensor> lower_factor(const at::Tensor& a);
 
 /// The upper U with h^-1 = U^T U, the Cholesky factor of the inverse, by one factorization and one triangular inverse:
 /// with P reversing the order, P h P = L L^T gives h = (P L P)(P L P)^T, and U is the inverse of P L P. Unset when h is

@@ -70,7 +70,7 @@ class RowSolver {
       // (H + added) w at the kept columns: damping draws towards w.
       b[i] = products[columns[static_cast<size_t>(i)]] + added * row[columns[static_cast<size_t>(i)]];
     }
-    const auto factor = linalg::cholesky(matrix);
+    const auto factor = linalg::lower_factor(matrix);
     if (!factor.has_value()) {
       return false;
     }

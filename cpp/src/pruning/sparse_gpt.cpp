@@ -142,7 +142,7 @@ void prune(at::Tensor& w, const at::Tensor& upper, at::Tensor& keep, const Colum
         keep.narrow(1, begin, width).copy_(choice);
       }
       at::parallel_for(0, rows, grain, [&](int64_t first, int64_t last) {
-        const auto scratch = at::empty({padded}, w.options());
+        const auto scratch = at::empty({2 * padded}, w.options());
         RAREFY_ISA_CALL(surgery_rows, values + first * features, features, columns_here, kept + first * features,
                         features, error + first * features, features, last - first,
                         scratch.template mutable_data_ptr<scalar_t>());

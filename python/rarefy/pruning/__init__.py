@@ -3,6 +3,9 @@
 import rarefy.quantization  # noqa: F401  (rarefy.nn, which the surgery knows, takes its fake quantizers from there)
 from rarefy._core.pruning import (
     ACDC,
+    CalibratedTensor,
+    CalibrationReport,
+    NM,
     Block,
     Channels,
     Column,
@@ -15,6 +18,8 @@ from rarefy._core.pruning import (
     Filter,
     FixedSchedule,
     Group,
+    HessianAccumulator,
+    LayerShape,
     Head,
     Iterative,
     LeftAlone,
@@ -31,6 +36,7 @@ from rarefy._core.pruning import (
     PruningCost,
     PruningReport,
     RigL,
+    RefitOptions,
     Row,
     SET,
     StraightThrough,
@@ -40,7 +46,8 @@ from rarefy._core.pruning import (
     erk_sparsities,
     parse_pattern,
 )
-from rarefy.pruning import importance
+from rarefy.pruning import importance, scores
+from rarefy.pruning.calibrated import CalibrationResult, refit, sparse_gpt, wanda
 from rarefy.pruning.magnitude import MagnitudePruner
 from rarefy.pruning.manifest import load_pruned, save_pruned
 from rarefy.pruning.masks import choose_masks, pack_mask, unpack_mask
@@ -53,6 +60,9 @@ from rarefy.pruning.surgery import Surgery
 __all__ = [
     "ACDC",
     "Block",
+    "CalibratedTensor",
+    "CalibrationReport",
+    "CalibrationResult",
     "Channels",
     "Column",
     "ConstantSchedule",
@@ -66,6 +76,8 @@ __all__ = [
     "Group",
     "Head",
     "Iterative",
+    "HessianAccumulator",
+    "LayerShape",
     "LeftAlone",
     "LinearSchedule",
     "Macs",
@@ -82,6 +94,7 @@ __all__ = [
     "PruningCost",
     "PruningReport",
     "RigL",
+    "RefitOptions",
     "Row",
     "SET",
     "StraightThrough",
@@ -98,6 +111,10 @@ __all__ = [
     "parse_pattern",
     "plot_schedule",
     "permute_for_nm",
+    "refit",
     "save_pruned",
+    "scores",
+    "sparse_gpt",
     "unpack_mask",
+    "wanda",
 ]

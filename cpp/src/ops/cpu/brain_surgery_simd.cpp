@@ -18,20 +18,18 @@ void costs(const T* w, int64_t stride, const SurgeryBlock<T>& block, int64_t row
   }
 }
 
-/// Keeps the N of largest cost of columns [begin, end); of equal ones the later.
+/// Keeps the N of largest cost of columns [begin, end); of equal ones the later. cost: scratch.
 template <typename T>
-void choose(const T* row, const SurgeryBlock<T>& block, int64_t begin, int64_t end, uint8_t* keep) {
-  const auto cost = [&](int64_t i) {
+void choose(const T* row, const SurgeryBlock<T>& block, int64_t begin, int64_t end, T* cost, uint8_t* keep) {
+  for (int64_t i = begin; i < end; ++i) {
     const T error = row[i] / block.diagonal[i];
-    return error * error;
-  };
+    cost[i] = error * error;
+  }
   const int64_t pruned = end - begin - block.keep_of_group;
   for (int64_t i = begin; i < end; ++i) {
-    const T own = cost(i);
     int64_t cheaper = 0;
     for (int64_t j = begin; j < end; ++j) {
-      const T other = cost(j);
-      cheaper += other < own || (other == own && j < i) ? 1 : 0;
+      cheaper += cost[j] < cost[i] || (cost[j] == cost[i] && j < i) ? 1 : 0;
     }
     keep[i] = cheaper < pruned ? 0 : 1;
   }
@@ -48,7 +46,7 @@ void surgery(T* w, int64_t stride, const SurgeryBlock<T>& block, uint8_t* keep, 
     for (int64_t i = block.width; i < block.padded; ++i) row[i] = 0;
     for (int64_t i = 0; i < block.width; ++i) {
       if (block.group_end != nullptr && block.group_end[i] > 0) {
-        choose(row, block, i, block.group_end[i], kept);
+        choose(row, block, i, block.group_end[i], row + block.padded, kept);
       }
       if (kept[i] != 0) {
         error_row[i] = 0;

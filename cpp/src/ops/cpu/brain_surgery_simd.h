@@ -29,7 +29,7 @@ RAREFY_DECLARE_ISA(
 
     /// Prunes where keep is 0 and makes up for it within the block, column by column: w becomes the pruned weights and
     /// errors w[r, i] / diagonal[i] of what is pruned, else 0. With groups, keep is chosen here, when a group is
-    /// reached. row: scratch of `padded` values.
+    /// reached. row: scratch of 2 * `padded` values.
     void surgery_rows(float* w, int64_t stride, const SurgeryBlock<float>& block, uint8_t* keep, int64_t keep_stride,
                       float* errors, int64_t errors_stride, int64_t rows, float* row);
     void surgery_rows(double* w, int64_t stride, const SurgeryBlock<double>& block, uint8_t* keep, int64_t keep_stride,
