@@ -18,6 +18,7 @@ from rarefy._core.pruning import (
     StructuredReport,
 )
 from rarefy.pruning import importance
+from rarefy.pruning.enforce import check_masks, masked, remask, remove_masks
 from rarefy.pruning.magnitude import MagnitudePruner
 from rarefy.pruning.manifest import load_pruned, save_pruned
 from rarefy.pruning.structured import StructuredPruner
@@ -41,7 +42,11 @@ __all__ = [
     "StructuredPruner",
     "StructuredReport",
     "Surgery",
+    "check_masks",
     "importance",
     "load_pruned",
+    "masked",
+    "remask",
+    "remove_masks",
     "save_pruned",
 ]
