@@ -23,12 +23,18 @@ void check(const PruningState& state) {
     const auto& [name, value, mask] = std::tie(parameter.name, parameter.value, parameter.mask);
     TORCH_CHECK_VALUE(mask.defined() && mask.scalar_type() == at::kByte && mask.dim() == 1 &&
                           mask.numel() == ops::mask_bytes(value.numel()),
-                      "[MagnitudePruner] the mask of '", name, "' must hold ", ops::mask_bytes(value.numel()),
+                      "[masks] the mask of '", name, "' must hold ", ops::mask_bytes(value.numel()),
                       " bytes (uint8) for shape ", value.sizes(), ", got ", mask.defined() ? mask.numel() : 0, " of ",
                       mask.scalar_type());
-    TORCH_CHECK_VALUE(mask.device() == value.device(), "[MagnitudePruner] the mask of '", name,
+    TORCH_CHECK_VALUE(mask.device() == value.device(), "[masks] the mask of '", name,
                       "' must be on the parameter's device ", value.device(), ", got ", mask.device());
   }
+}
+
+/// Masks, and what pruners keep beside them.
+bool is_beside_parameter(const std::string& key) {
+  return key.ends_with(mask_key("")) || key.ends_with("_mask_score") || key.ends_with("_mask_latent") ||
+         key.ends_with("_mask_rewind");
 }
 
 /// Tensors with the masks that belong to them.
@@ -182,7 +188,7 @@ void check_masks(const torch::nn::Module& model, const char* function) {
 void remove_masks(torch::nn::Module& model) {
   const auto clear = [](torch::nn::Module& module) {
     for (const auto& buffer : module.named_buffers(/*recurse=*/false)) {
-      if (buffer.key().ends_with(mask_key(""))) {
+      if (is_beside_parameter(buffer.key())) {
         unregister_buffer(module, buffer.key());
       }
     }

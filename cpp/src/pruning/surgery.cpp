@@ -25,6 +25,9 @@ void set_accumulator(void (*set)(const at::Tensor&, Weak), const at::Tensor& ten
   set(tensor, Weak(accumulator));
 }
 
+/// Buffers of a pruner, by what follows the tensor's name: the packed mask first, the others have the tensor's shape.
+constexpr const char* kBeside[] = {"_mask_bits", "_mask_score", "_mask_latent", "_mask_rewind"};
+
 /// What one tensor was, and what it becomes.
 struct Change {
   at::Tensor tensor;
@@ -119,10 +122,12 @@ void Surgery::apply(const std::vector<Cut>& cuts) {
     TORCH_CHECK_VALUE(position != by_name.end(), "[Surgery] a cut must be of a parameter or buffer of the model, got '",
                       request.tensor, "'");
     const auto& tensor = position->second;
-    const auto of_mask = request.tensor.rfind(mask_key(""));
-    TORCH_CHECK_VALUE(of_mask == std::string::npos || of_mask + mask_key("").size() != request.tensor.size() ||
-                          by_name.count(request.tensor.substr(0, of_mask)) == 0,
-                      "[Surgery] the mask ", request.tensor, " must be cut by a cut of its parameter");
+    for (const char* suffix : kBeside) {
+      const std::string end = suffix;
+      TORCH_CHECK_VALUE(!request.tensor.ends_with(end) ||
+                            by_name.count(request.tensor.substr(0, request.tensor.size() - end.size())) == 0,
+                        "[Surgery] ", request.tensor, " must be cut by a cut of what it belongs to");
+    }
     TORCH_CHECK_VALUE(tensor.layout() == at::kStrided && !tensor.is_quantized(), "[Surgery] ", request.tensor,
                       " must be a dense tensor, got layout ", tensor.layout());
     check_cut(request, tensor);
@@ -159,7 +164,7 @@ void Surgery::apply(const std::vector<Cut>& cuts) {
   }
 
   Transaction next;
-  std::unordered_set<const void*> masks;  // of parameters that are cut
+  std::unordered_set<const void*> beside;  // what pruners keep about tensors that are cut, and is cut along
   for (const auto& [memory, target] : targets) {
     const auto after = take(target.tensors.front().detach(), target.kept);
     for (const auto& tensor : target.tensors) {
@@ -175,19 +180,25 @@ void Surgery::apply(const std::vector<Cut>& cuts) {
   }
   for (const auto& item : tensors_) {
     const auto of_item = next.kept.find(item.value.unsafeGetTensorImpl());
-    const auto mask = by_name.find(mask_key(item.name));
-    if (of_item == next.kept.end() || mask == by_name.end() || masks.count(mask->second.unsafeGetTensorImpl()) > 0) {
+    if (of_item == next.kept.end()) {
       continue;
     }
-    const auto& bits = mask->second;
-    TORCH_CHECK_VALUE(bits.scalar_type() == at::kByte && bits.dim() == 1 &&
-                          bits.numel() == ops::mask_bytes(item.value.numel()),
-                      "[Surgery] ", mask->first, " must be the packed mask of ", item.name, ", ",
-                      ops::mask_bytes(item.value.numel()), " bytes for shape ", item.value.sizes(), ", got ",
-                      bits.scalar_type(), " ", bits.sizes());
-    next.changes.push_back(
-        {bits, bits.variable_data(), take_mask(bits, item.value.sizes(), of_item->second), {}, {}, {}});
-    masks.insert(bits.unsafeGetTensorImpl());
+    for (const char* suffix : kBeside) {
+      const auto found = by_name.find(item.name + suffix);
+      if (found == by_name.end() || !beside.insert(found->second.unsafeGetTensorImpl()).second) {
+        continue;
+      }
+      const auto& tensor = found->second;
+      const bool packed = item.name + suffix == mask_key(item.name);
+      const bool fits = packed ? tensor.scalar_type() == at::kByte && tensor.dim() == 1 &&
+                                     tensor.numel() == ops::mask_bytes(item.value.numel())
+                               : tensor.sizes() == item.value.sizes();
+      TORCH_CHECK_VALUE(fits, "[Surgery] ", found->first, " must fit ", item.name, " of shape ", item.value.sizes(),
+                        packed ? ", as packed bits" : "", ", got ", tensor.scalar_type(), " ", tensor.sizes());
+      const auto after = packed ? take_mask(tensor, item.value.sizes(), of_item->second)
+                                : take(tensor.detach(), of_item->second);
+      next.changes.push_back({tensor, tensor.variable_data(), after, {}, {}, {}});
+    }
   }
   for (const auto& state : state_) {
     const auto position = by_name.find(state.parameter);

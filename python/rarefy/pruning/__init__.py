@@ -48,6 +48,8 @@ from rarefy._core.pruning import (
 )
 from rarefy.pruning import importance, scores
 from rarefy.pruning.calibrated import CalibrationResult, refit, sparse_gpt, wanda
+from rarefy.pruning import importance
+from rarefy.pruning.enforce import check_masks, masked, remask, remove_masks
 from rarefy.pruning.magnitude import MagnitudePruner
 from rarefy.pruning.manifest import load_pruned, save_pruned
 from rarefy.pruning.masks import choose_masks, pack_mask, unpack_mask
@@ -112,6 +114,10 @@ __all__ = [
     "plot_schedule",
     "permute_for_nm",
     "refit",
+    "check_masks",
+    "masked",
+    "remask",
+    "remove_masks",
     "save_pruned",
     "scores",
     "sparse_gpt",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 OnViolation = Literal["error", "mask"]
 
 _SUFFIX = _core.pruning.mask_key("")
+_BESIDE = (_SUFFIX, "_mask_score", "_mask_latent", "_mask_rewind")  # of buffers that pruners keep beside parameters
 _PLAIN = (Tensor, nn.Parameter)
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: Rules that map a zero value, gradient and state to a zero value and state: nothing has to be written after their steps.
@@ -172,15 +173,15 @@ def masked(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def remove_masks(model: nn.Module) -> None:
-    """Take masks, step counter and checks out of a model, whose zeros are no longer held from then on.
+    """Take masks, what pruners keep beside them, step counter and checks out of a model, whose zeros are no longer held from then on.
 
     What ``rarefy.quantization.convert`` does with its result. A pruner over the model must not be used any more; where there
     is one, its ``finalize`` is the same.
     """
     unguard(model)
     for module in model.modules():
-        for name, _ in list(_own_masks(module)):
-            delattr(module, name + _SUFFIX)
+        for key in [key for key in module._buffers if key.endswith(_BESIDE)]:
+            delattr(module, key)
     model._buffers.pop(_core.pruning.STEP_KEY, None)
 
 
@@ -302,7 +303,8 @@ class OptimizerHook:
     Args:
         optimizers: one, or those that hold the parameters together: a step is counted after that of the last.
         state: the parameters and masks at the moment of a call.
-        before: called before gradients are masked.
+        before: called before gradients are masked. True: this step is that of dense weights (soft masks), whose gradients
+            and moments are left alone; values alone are masked after it.
         after: counts a step, changes masks without applying them, and tells whether it did.
 
     Raises:
@@ -315,7 +317,7 @@ class OptimizerHook:
         self,
         optimizers: Any | Sequence[Any],
         state: Callable[[], PruningState],
-        before: Callable[[], None] | None = None,
+        before: Callable[[], bool | None] | None = None,
         after: Callable[[], bool] | None = None,
     ) -> None:
         given = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
@@ -323,7 +325,7 @@ class OptimizerHook:
         self._state, self._before, self._after = state, before, after
         self._check(state())
         self._dirty = True  # what the optimizers keep from before
-        self._sparse = False
+        self._sparse = self._dense = False
         self._handles: list[Any] = []
         for optimizer in self._optimizers:
             self._handles += [
@@ -381,16 +383,24 @@ class OptimizerHook:
         return (*args[:position], masked_closure, *args[position + 1 :]), kwargs
 
     def _mask_gradients(self, optimizer: Any) -> None:
-        if self._before is not None and optimizer is self._optimizers[0]:
-            self._before()
-        self._sparse = not _core.pruning.mask_gradients(self._state())
+        if optimizer is self._optimizers[0]:
+            self._dense = self._before is not None and bool(self._before())
+        if self._dense:
+            return
+        state = self._state()
+        self._sparse = not _core.pruning.mask_gradients(state)
+        if self._dirty:
+            enforce(state, self._optimizers)  # what regrows in this step begins without a history
 
     def _post(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _is_skipped(optimizer):
             return
-        is_last = optimizer is self._optimizers[-1]
-        changed = is_last and self._after is not None and self._after()
+        changed = optimizer is self._optimizers[-1] and self._after is not None and self._after()
         state = self._state()
+        if self._dense:
+            _core.pruning.apply_values(state)
+            self._dirty = True
+            return
         must_write = (
             changed
             or self._dirty

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -486,8 +485,9 @@ def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: 
         raise ValueError(
             f"[convert] every quantizer must be calibrated (train or calibrate first), but these are not: {', '.join(missed)}"
         )
-    enforcement = importlib.import_module("rarefy.pruning.enforce")  # which imports this package
-    enforcement.check_masks(model)
+    from rarefy.pruning.enforce import check_masks, remove_masks  # whose package imports this one
+
+    check_masks(model)
     if not inplace:
         model = copy.deepcopy(model)
     tied = tied_groups(model)
@@ -518,7 +518,7 @@ def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: 
             _replace(model, name, module)
         raise
     share_integers(model, tied)
-    enforcement.remove_masks(model)
+    remove_masks(model)
     model._rarefy_unlinked = unlinked  # read by report()
     return model.eval()
 

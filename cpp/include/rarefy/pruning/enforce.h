@@ -67,7 +67,7 @@ RAREFY_API PruningState masked_parameters(const torch::nn::Module& model);
 RAREFY_API void check_masks(const torch::nn::Module& model, const char* function = "check_masks");
 RAREFY_API void check_masks(const PruningState& state, const char* function = "check_masks");
 
-/// Takes masks and step counter out of a model, whose zeros are no longer held from then on: what convert() does. A pruner
+/// Takes masks, what pruners keep beside them and the step counter out of a model, whose zeros are no longer held from then on: what convert() does. A pruner
 /// over the model must not be used any more; its finalize() is the same where there is one.
 RAREFY_API void remove_masks(torch::nn::Module& model);
 
