@@ -173,6 +173,7 @@ void init_pruning(py::module_& parent) {
   init_importance(m);
   init_choice(m);
   init_structured(m);
+  init_sparse(m);
 }
 
 }  // namespace rarefy::python
