@@ -282,7 +282,9 @@ class Decoder {
 
 bool is_pruning_state(const std::string& name) {
   const auto last = name.substr(name.rfind('.') + 1);  // npos + 1 is 0: the whole name
-  return last.ends_with(mask_key("")) || last.starts_with("pruning_");
+  const auto ends_with = [&](const char* ending) { return last.ends_with(ending); };
+  return ends_with("_mask_bits") || ends_with("_mask_score") || ends_with("_mask_latent") ||
+         ends_with("_mask_rewind") || last == kStepKey;
 }
 
 SparseFileReport save_sparse(const NamedTensors& tensors, const std::filesystem::path& path, const Metadata& metadata) {

@@ -186,7 +186,7 @@ std::optional<ops::SparseWeight> choose_sparse(SparsifiedLayer& layer, const at:
     }
   }
   if (!best.has_value()) {
-    return stays("no block fits its shape");
+    return stays("no block fits its shape and its zeros");
   }
   layer.sparse = best_ratio >= options.gain;
   layer.reason = fmt::format("{} {} as fast as dense", block_text(layer.block),
