@@ -15,8 +15,8 @@ TORCH_LIBRARY_FRAGMENT(rarefy, m) {
 namespace rarefy::ops {
 namespace {
 
-at::Tensor sparse_linear_signature(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                   const std::optional<at::Tensor>&);
+using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                             const std::optional<at::Tensor>&);
 
 int64_t height_of(const SparseWeight& weight) { return weight.values.dim() == 3 ? weight.values.size(1) : 1; }
 int64_t width_of(const SparseWeight& weight) { return weight.values.dim() == 3 ? weight.values.size(2) : 1; }
@@ -77,9 +77,8 @@ SparseWeight sparse_of(const at::Tensor& dense, int64_t height, int64_t width) {
 }  // namespace
 
 at::Tensor sparse_linear(const at::Tensor& x, const SparseWeight& weight, const std::optional<at::Tensor>& bias) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("rarefy::sparse_linear", "")
-                             .typed<decltype(sparse_linear_signature)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("rarefy::sparse_linear", "").typed<Signature>();
   return op.call(x, weight.values, weight.columns, weight.row_offsets, bias);
 }
 
