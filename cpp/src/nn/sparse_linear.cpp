@@ -31,7 +31,7 @@ void SparseLinearImpl::pretty_print(std::ostream& stream) const {
          << ", kept=" << weight_values.numel() << ", block=" << rows << "x" << columns << ")";
 }
 
-torch::Tensor SparseLinearImpl::forward(const torch::Tensor& x) const {
+torch::Tensor SparseLinearImpl::forward(const torch::Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == in_features_, "[SparseLinear] input must have ", in_features_,
                     " features, got ", x.sizes());
   return ops::sparse_linear(x, sparse_weight(), bias.defined() ? std::optional(bias) : std::nullopt);

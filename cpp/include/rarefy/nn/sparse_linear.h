@@ -18,7 +18,7 @@ class RAREFY_API SparseLinearImpl : public torch::nn::Cloneable<SparseLinearImpl
 
   void reset() override;
   void pretty_print(std::ostream& stream) const override;
-  torch::Tensor forward(const torch::Tensor& x) const;
+  torch::Tensor forward(const torch::Tensor& x);
 
   int64_t in_features() const { return in_features_; }
   int64_t out_features() const { return out_features_; }
