@@ -38,7 +38,7 @@ def _holds_tensor(value: object) -> bool:
     return isinstance(value, (list, tuple, set)) and any(_holds_tensor(item) for item in value)
 
 
-class _OptimizerState:
+class OptimizerState:
     """What optimizers keep about the parameters of a model."""
 
     def __init__(self, optimizers: Sequence[Any], names: Mapping[int, str]) -> None:
@@ -117,7 +117,7 @@ class Surgery:
         for name, tensor in self._tensors.items():
             names.setdefault(id(tensor), name)
         given = optimizers if isinstance(optimizers, Iterable) else (optimizers,)
-        self._state = _OptimizerState(list(given), names)
+        self._state = OptimizerState(list(given), names)
         self._names = names
         state = self._state.tensors
         self._core = _core.pruning.Surgery(
