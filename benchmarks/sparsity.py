@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import models
-import pruning as threshold_benchmark
+import sparsity_masks
 import torch
 from qat_step import Trainer
 from timing import interleaved
@@ -46,32 +46,24 @@ def record(what: str, value: float, goal: float | None = None, **more: object) -
 def threshold(quick: bool, repeats: int) -> Iterator[Record]:
     """Selection of the global threshold, and the masks."""
     elements = 1_000_000 if quick else 25_000_000
-    weights = threshold_benchmark.make_weights(elements)
-    count, flat = round(SPARSITY * elements), torch.cat(weights)
-    functions = {
-        "limit": lambda: flat.amax(),
-        "rarefy": lambda: torch.ops.rarefy.magnitude_mask(weights, SPARSITY),
-    }
-    slow = {
-        "numpy.partition": lambda: threshold_benchmark.partition(weights, count),
-        "torch.kthvalue": lambda: threshold_benchmark.kthvalue(weights, count),
-        "torch global_unstructured": lambda: threshold_benchmark.global_unstructured(weights, count),
-    }
-    seconds = interleaved(functions, repeats)
-    seconds |= interleaved(slow, 1 if quick else 3, warmup=0)
-    for name in ("rarefy", *slow):
-        goal = GOALS["threshold"] if name == "rarefy" else None
-        yield record(
-            "threshold and masks of 25 M weights / reading them once", seconds[name] / seconds["limit"], goal,
-            name=name, elements=elements, milliseconds=round(1e3 * seconds[name], 2),
-        )  # fmt: skip
+    for row in sparsity_masks.global_threshold(elements, SPARSITY, repeats, slow=not quick):
+        if row["name"] != "limit":
+            yield record(
+                "threshold and masks of 25 M weights / reading them once", row["ratio_to_limit"],
+                GOALS["threshold"] if row["name"] == "rarefy" else None, name=row["name"], elements=elements,
+                milliseconds=row["milliseconds"],
+            )  # fmt: skip
 
 
 def two_of_four(quick: bool, repeats: int) -> Iterator[Record]:
-    """The 2:4 mask of one weight, from benchmarks/sparsity_masks.py."""
-    import sparsity_masks
-
-    yield from sparsity_masks.records(quick, repeats)
+    """The masks of one weight."""
+    side = 512 if quick else 4096
+    for row in sparsity_masks.nm_masks(side, repeats):
+        if row["name"] != "limit":
+            yield record(
+                f"{row['benchmark']} of {side} x {side} / the limit", row["ratio_to_limit"],
+                GOALS["two_of_four"] if "goal" in row else None, name=row["name"], milliseconds=row["milliseconds"],
+            )  # fmt: skip
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -129,10 +121,18 @@ def step(quick: bool, repeats: int) -> Iterator[Record]:
 
 
 def sparsegpt(quick: bool, repeats: int) -> Iterator[Record]:
-    """From benchmarks/sparsity_calibrated.py."""
+    """From the Hessian to the pruned weights, and the errors that both leave."""
     import sparsity_calibrated
 
-    yield from sparsity_calibrated.records(quick, repeats)
+    rows = list(sparsity_calibrated.sparse_gpt_time(256 if quick else 4096, min(repeats, 3)))
+    for row in rows:
+        if row["name"] == "rarefy":
+            reference = next(r for r in rows if r["pattern"] == row["pattern"] and r["name"] != "rarefy")
+            yield record(
+                "SparseGPT of one layer / blocked PyTorch reference", row["ratio_to_reference"], GOALS["sparsegpt"],
+                pattern=row["pattern"], shape=row["shape"], seconds=row["seconds"], error=row["error"],
+                reference_error=reference["error"],
+            )  # fmt: skip
 
 
 # --- What zeros gain -------------------------------------------------------------------------------------------------
