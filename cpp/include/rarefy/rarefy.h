@@ -31,6 +31,7 @@
 #include <rarefy/nn/embedding.h>
 #include <rarefy/nn/linear.h>
 #include <rarefy/nn/mul.h>
+#include <rarefy/nn/sparse_linear.h>
 #include <rarefy/onnx/export_onnx.h>
 #include <rarefy/ops/apply_masks.h>
 #include <rarefy/ops/compact_logits.h>
@@ -42,6 +43,7 @@
 #include <rarefy/ops/mask.h>
 #include <rarefy/ops/quantized.h>
 #include <rarefy/ops/relu.h>
+#include <rarefy/ops/sparse_linear.h>
 #include <rarefy/ops/top_k_distillation_loss.h>
 #include <rarefy/pruning/calibration.h>
 #include <rarefy/pruning/choice.h>
@@ -59,8 +61,12 @@
 #include <rarefy/pruning/pruner.h>
 #include <rarefy/pruning/regrowth.h>
 #include <rarefy/pruning/resize.h>
+#include <rarefy/pruning/sparse_file.h>
+#include <rarefy/pruning/sparse_report.h>
+#include <rarefy/pruning/sparsify.h>
 #include <rarefy/pruning/structured.h>
 #include <rarefy/pruning/surgery.h>
+#include <rarefy/pruning/torch_pruning.h>
 #include <rarefy/quantization/batch_norm.h>
 #include <rarefy/quantization/fake_quantizer.h>
 #include <rarefy/quantization/prepare.h>

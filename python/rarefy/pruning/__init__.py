@@ -40,6 +40,9 @@ from rarefy._core.pruning import (
     Row,
     SET,
     StraightThrough,
+    SparseFileReport,
+    SparseReport,
+    SparsifyReport,
     Structure,
     StructuredReport,
     Unstructured,
@@ -55,9 +58,13 @@ from rarefy.pruning.manifest import load_pruned, save_pruned
 from rarefy.pruning.masks import choose_masks, pack_mask, unpack_mask
 from rarefy.pruning.pruner import Pruner
 from rarefy.pruning.schedules import plot_schedule
+from rarefy.pruning.measure import measure
 from rarefy.pruning.permutation import permute_for_nm
+from rarefy.pruning.sparse_file import load_sparse, save_sparse, sparse_size
+from rarefy.pruning.sparsify import sparsify, to_dense
 from rarefy.pruning.structured import StructuredPruner
 from rarefy.pruning.surgery import Surgery
+from rarefy.pruning.torch_pruning import export_torch_pruning, import_torch_pruning
 
 __all__ = [
     "ACDC",
@@ -100,6 +107,9 @@ __all__ = [
     "Row",
     "SET",
     "StraightThrough",
+    "SparseFileReport",
+    "SparseReport",
+    "SparsifyReport",
     "Structure",
     "StructuredPruner",
     "StructuredReport",
@@ -107,8 +117,12 @@ __all__ = [
     "Unstructured",
     "choose_masks",
     "erk_sparsities",
+    "export_torch_pruning",
+    "import_torch_pruning",
     "importance",
     "load_pruned",
+    "load_sparse",
+    "measure",
     "pack_mask",
     "parse_pattern",
     "plot_schedule",
@@ -121,6 +135,10 @@ __all__ = [
     "save_pruned",
     "scores",
     "sparse_gpt",
+    "save_sparse",
+    "sparse_size",
+    "sparsify",
+    "to_dense",
     "unpack_mask",
     "wanda",
 ]
