@@ -197,6 +197,7 @@ void init_pruning(py::module_& parent) {
       },
       py::arg("state"), py::arg("options"), py::arg("left_alone"), py::arg("finalized"));
 
+  init_sparse(m);
   init_pruning_enforce(m);
 }
 

@@ -220,7 +220,9 @@ def test_cycles_begin_dense():
     target = round(0.8 * ELEMENTS)
     assert [counts[i] for i in (0, 4, 8)] == [0, 0, 0]
     assert [counts[i] for i in (3, 7, 11, 12, 13)] == [target] * 5
-    assert all(a <= b for first in (0, 4, 8) for a, b in zip(counts[first:], counts[first + 1 : first + 4], strict=False))
+    assert all(
+        a <= b for first in (0, 4, 8) for a, b in zip(counts[first:], counts[first + 1 : first + 4], strict=False)
+    )
 
 
 # --- soft masks --------------------------------------------------------------------------------------------------------------
@@ -324,7 +326,10 @@ def test_soft_masks_need_accumulate():
         ({"pattern": "3x"}, r"pattern"),
         ({"pattern": "2:4", "sparsity": 0.7}, r"at most 1 - n / m = 0.5 for 2:4, got 0.7"),
         ({"pattern": "head:5"}, r"'conv.weight' cannot have the pattern: .*a number of rows that 5 divides"),
-        ({"criterion": {"conv.weight": torch.ones(8, 4, 3, 3)}}, r"scores must be given for all .*, got none for 'head.0.weight'"),
+        (
+            {"criterion": {"conv.weight": torch.ones(8, 4, 3, 3)}},
+            r"scores must be given for all .*, got none for 'head.0.weight'",
+        ),
     ],
 )
 def test_options_that_do_not_fit(options, message):
@@ -495,8 +500,16 @@ def test_from_masks():
     ("masks", "error", "message"),
     [
         ({}, ValueError, r"\[Pruner.from_masks\] needs at least one mask, got none"),
-        ({"fc.weight": torch.ones(2, 2, dtype=torch.bool)}, ValueError, r"must be that of a parameter, got 'fc.weight'"),
-        ({"conv.weight": torch.ones(2, 2, dtype=torch.bool)}, ValueError, r"must be bool of shape \[8, 4, 3, 3\] or 40 bytes"),
+        (
+            {"fc.weight": torch.ones(2, 2, dtype=torch.bool)},
+            ValueError,
+            r"must be that of a parameter, got 'fc.weight'",
+        ),
+        (
+            {"conv.weight": torch.ones(2, 2, dtype=torch.bool)},
+            ValueError,
+            r"must be bool of shape \[8, 4, 3, 3\] or 40 bytes",
+        ),
         ({"conv.weight": torch.ones(8, 4, 3, 3)}, TypeError, r"must be bool, or uint8 where it is packed, got Float"),
         ({"conv.weight": torch.zeros(8, 4, 3, 3, dtype=torch.bool)}, ValueError, r"must keep something, got none kept"),
     ],

@@ -884,7 +884,9 @@ def test_averages_are_in_the_final_mask():
         plain.conv.weight.fill_(1.0)
     assert remask(plain, masks_of=model) == int((~final["conv.weight"]).sum())  # a model without masks of its own
     assert not hasattr(plain.conv, "weight_mask_bits")
-    with pytest.raises(ValueError, match=r"\[remask\] 'conv\.weight' must be a parameter of the model, but it has no module"):
+    with pytest.raises(
+        ValueError, match=r"\[remask\] 'conv\.weight' must be a parameter of the model, but it has no module"
+    ):
         remask(nn.Sequential(nn.Linear(2, 2)), masks_of=model)
 
 
@@ -910,7 +912,9 @@ def test_computed_weights_are_refused():
     hook = attach(model, optimizer)
     parametrize.register_parametrization(model.head[0], "weight", Halved())
     for call in (lambda: check_masks(model), lambda: remask(model), lambda: optimizer.step()):
-        with pytest.raises(ValueError, match=r"'head\.0\.weight' must be a parameter, but torch\.nn\.utils\.parametrize"):
+        with pytest.raises(
+            ValueError, match=r"'head\.0\.weight' must be a parameter, but torch\.nn\.utils\.parametrize"
+        ):
             call()
     hook.remove()
     model = make()
@@ -954,6 +958,8 @@ def test_masks_that_do_not_fit():
     model = make()
     model.head[0].weight_mask_bits = torch.zeros(8, dtype=torch.uint8)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"the mask of 'head\.0\.weight' must hold 16 bytes \(uint8\) for shape \[13, 7\], got 8"):
+    with pytest.raises(
+        ValueError, match=r"the mask of 'head\.0\.weight' must hold 16 bytes \(uint8\) for shape \[13, 7\], got 8"
+    ):
         remask(model)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

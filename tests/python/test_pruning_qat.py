@@ -172,7 +172,9 @@ def test_a_pruner_goes_on_after_prepare_qat(inplace):
     assert pruner.steps == 9
     pruner.finalize()
     converted = convert(prepared)
-    zeros = sum(int((module.integer_weight == 0).sum()) for module in converted.modules() if hasattr(module, "channel_axis"))
+    zeros = sum(
+        int((module.integer_weight == 0).sum()) for module in converted.modules() if hasattr(module, "channel_axis")
+    )
     assert zeros >= round(0.8 * elements)
 
 

@@ -178,13 +178,17 @@ def test_wrong_buffers_are_refused(name, key):
 def test_buffers_of_other_options_are_refused():
     model = make()
     make_pruner(model, "movement")
-    with pytest.raises(ValueError, match=r"the parameters chosen only, got 'conv.weight_mask_score' too; .* and options"):
+    with pytest.raises(
+        ValueError, match=r"the parameters chosen only, got 'conv.weight_mask_score' too; .* and options"
+    ):
         make_pruner(model, "linear")
     model = make()
     make_pruner(model, "linear")
     keys = list(model.state_dict())
     for name in ("movement", "soft", "rewound weights"):
-        with pytest.raises(ValueError, match=r"must have '.*_mask_(score|latent|rewind)' too for these options, got none"):
+        with pytest.raises(
+            ValueError, match=r"must have '.*_mask_(score|latent|rewind)' too for these options, got none"
+        ):
             make_pruner(model, name)
         assert list(model.state_dict()) == keys
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: .*conv.weight_mask_latent"):

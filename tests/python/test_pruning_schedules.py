@@ -131,7 +131,9 @@ def test_custom():
     assert CustomSchedule(halves, [2, 4], regrow=True).releases_at(4)
     assert not CustomSchedule(halves, [2, 4], regrow=True).releases_at(3)
     assert schedule.function is halves
-    with pytest.raises(ValueError, match=r"\[CustomSchedule\] the function must give a sparsity in \[0, 1\), got 1.5 at step 1"):
+    with pytest.raises(
+        ValueError, match=r"\[CustomSchedule\] the function must give a sparsity in \[0, 1\), got 1.5 at step 1"
+    ):
         CustomSchedule(lambda _: 1.5, [1, 2]).sparsity_at(1, 0.5)
 
 
@@ -296,7 +298,10 @@ def test_fractions():
         (lambda: CosineSchedule(5, 5), r"\[CosineSchedule\] end must be larger than begin, got begin 5 and end 5"),
         (lambda: ExponentialSchedule(0, 5, 0), r"\[ExponentialSchedule\] every must be positive, got 0"),
         (lambda: LinearSchedule(0, 5, initial=1.0), r"\[LinearSchedule\] initial must be in \[0, 1\), got 1"),
-        (lambda: CyclicSchedule(0, 5, 3), r"\[CyclicSchedule\] a cycle must have 2 or more steps, got 5 steps for 3 cycles"),
+        (
+            lambda: CyclicSchedule(0, 5, 3),
+            r"\[CyclicSchedule\] a cycle must have 2 or more steps, got 5 steps for 3 cycles",
+        ),
         (lambda: CyclicSchedule(0, 5, 0), r"\[CyclicSchedule\] cycles must be positive, got 0"),
         (lambda: CyclicSchedule(0, 5, 1, power=0.0), r"\[CyclicSchedule\] power must be positive and finite, got 0"),
         (lambda: ACDC(0, 5, 0, 1), r"\[ACDC\] sparse must be positive, got 0"),
@@ -304,7 +309,10 @@ def test_fractions():
         (lambda: Iterative(0, 5), r"\[Iterative\] rounds must be positive, got 0"),
         (lambda: Iterative(1, 5, "weights", 5), r"\[Iterative\] rewind_to must be in \[0, 5\), got 5"),
         (lambda: Iterative(1, 5, None, 2), r"\[Iterative\] rewind_to must be 0 when nothing is rewound, got 2"),
-        (lambda: Iterative(1, 5, "bias"), r"\[Iterative\] rewind must be 'weights', 'learning_rate' or 'none', got 'bias'"),
+        (
+            lambda: Iterative(1, 5, "bias"),
+            r"\[Iterative\] rewind must be 'weights', 'learning_rate' or 'none', got 'bias'",
+        ),
         (lambda: CustomSchedule(halves, []), r"\[CustomSchedule\] updates must be one or more steps"),
         (lambda: CustomSchedule(halves, [3, 3]), r"not negative and ascending, got \[3, 3\]"),
         (lambda: CustomSchedule(halves, [-1, 3]), r"not negative and ascending, got \[-1, 3\]"),

@@ -3,10 +3,11 @@
 import rarefy.quantization  # noqa: F401  (rarefy.nn, which the surgery knows, takes its fake quantizers from there)
 from rarefy._core.pruning import (
     ACDC,
+    NM,
+    SET,
+    Block,
     CalibratedTensor,
     CalibrationReport,
-    NM,
-    Block,
     Channels,
     Column,
     ConstantSchedule,
@@ -18,16 +19,15 @@ from rarefy._core.pruning import (
     Filter,
     FixedSchedule,
     Group,
-    HessianAccumulator,
-    LayerShape,
     Head,
+    HessianAccumulator,
     Iterative,
+    LayerShape,
     LeftAlone,
     LinearSchedule,
     Macs,
     Member,
     Movement,
-    NM,
     Parameters,
     PermutationReport,
     Pinned,
@@ -35,14 +35,13 @@ from rarefy._core.pruning import (
     PrunedTensor,
     PruningCost,
     PruningReport,
-    RigL,
     RefitOptions,
+    RigL,
     Row,
-    SET,
-    StraightThrough,
     SparseFileReport,
     SparseReport,
     SparsifyReport,
+    StraightThrough,
     Structure,
     StructuredReport,
     Unstructured,
@@ -51,15 +50,14 @@ from rarefy._core.pruning import (
 )
 from rarefy.pruning import importance, scores
 from rarefy.pruning.calibrated import CalibrationResult, refit, sparse_gpt, wanda
-from rarefy.pruning import importance
 from rarefy.pruning.enforce import check_masks, masked, remask, remove_masks
 from rarefy.pruning.magnitude import MagnitudePruner
 from rarefy.pruning.manifest import load_pruned, save_pruned
 from rarefy.pruning.masks import choose_masks, pack_mask, unpack_mask
-from rarefy.pruning.pruner import Pruner
-from rarefy.pruning.schedules import plot_schedule
 from rarefy.pruning.measure import measure
 from rarefy.pruning.permutation import permute_for_nm
+from rarefy.pruning.pruner import Pruner
+from rarefy.pruning.schedules import plot_schedule
 from rarefy.pruning.sparse_file import load_sparse, save_sparse, sparse_size
 from rarefy.pruning.sparsify import sparsify, to_dense
 from rarefy.pruning.structured import StructuredPruner
@@ -68,6 +66,8 @@ from rarefy.pruning.torch_pruning import export_torch_pruning, import_torch_prun
 
 __all__ = [
     "ACDC",
+    "NM",
+    "SET",
     "Block",
     "CalibratedTensor",
     "CalibrationReport",
@@ -84,8 +84,8 @@ __all__ = [
     "FixedSchedule",
     "Group",
     "Head",
-    "Iterative",
     "HessianAccumulator",
+    "Iterative",
     "LayerShape",
     "LeftAlone",
     "LinearSchedule",
@@ -93,7 +93,6 @@ __all__ = [
     "MagnitudePruner",
     "Member",
     "Movement",
-    "NM",
     "Parameters",
     "PermutationReport",
     "Pinned",
@@ -102,19 +101,19 @@ __all__ = [
     "Pruner",
     "PruningCost",
     "PruningReport",
-    "RigL",
     "RefitOptions",
+    "RigL",
     "Row",
-    "SET",
-    "StraightThrough",
     "SparseFileReport",
     "SparseReport",
     "SparsifyReport",
+    "StraightThrough",
     "Structure",
     "StructuredPruner",
     "StructuredReport",
     "Surgery",
     "Unstructured",
+    "check_masks",
     "choose_masks",
     "erk_sparsities",
     "export_torch_pruning",
@@ -122,20 +121,19 @@ __all__ = [
     "importance",
     "load_pruned",
     "load_sparse",
+    "masked",
     "measure",
     "pack_mask",
     "parse_pattern",
-    "plot_schedule",
     "permute_for_nm",
+    "plot_schedule",
     "refit",
-    "check_masks",
-    "masked",
     "remask",
     "remove_masks",
     "save_pruned",
+    "save_sparse",
     "scores",
     "sparse_gpt",
-    "save_sparse",
     "sparse_size",
     "sparsify",
     "to_dense",

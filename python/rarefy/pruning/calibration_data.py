@@ -31,9 +31,7 @@ def layer_shape(module: nn.Module) -> LayerShape | None:
     if isinstance(module, _CONVOLUTIONS):
         own = isinstance(module.padding, str) or module.padding_mode != "zeros"  # padded by the hook
         padding = [0] * len(module.kernel_size) if own else list(module.padding)
-        return LayerShape(
-            list(module.weight.shape), list(module.stride), padding, list(module.dilation), module.groups
-        )
+        return LayerShape(list(module.weight.shape), list(module.stride), padding, list(module.dilation), module.groups)
     return None
 
 
@@ -210,7 +208,7 @@ def make_stages(
     if not propagate:
         ordered = [(model, [layer for _, members in ordered for layer in members])]
 
-    def make(anchor: nn.Module, members: list[Layer]):  # noqa: ANN202  (the list's element)
+    def make(anchor: nn.Module, members: list[Layer]):
         # A model can end early behind a module that runs once and has every use of the stage's weights inside.
         inside = {id(module) for module in anchor.modules()}
         ends = counts.get(anchor) == 1 and all(id(m) in inside for layer in members for m in layer.modules)

@@ -341,9 +341,7 @@ class OptimizerHook:
             id(value): name
             for name, value in zip(_core.pruning.names_of(state), _core.pruning.values_of(state), strict=True)
         }
-        missing = {
-            id(value): names[id(value)] for value in _core.pruning.values_of(state) if value.requires_grad
-        }
+        missing = {id(value): names[id(value)] for value in _core.pruning.values_of(state) if value.requires_grad}
         for optimizer in self._optimizers:
             kind = type(optimizer).__name__
             held = {id(p) for group in optimizer.param_groups for p in group["params"]} & names.keys()

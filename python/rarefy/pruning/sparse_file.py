@@ -67,7 +67,9 @@ def sparse_size(model_or_tensors: nn.Module | Mapping[str, Tensor]) -> SparseFil
 def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]: ...
 @overload
 def load_sparse(path: str | os.PathLike[str], model: Model, strict: bool = True) -> Model: ...
-def load_sparse(path: str | os.PathLike[str], model: Model | None = None, strict: bool = True) -> dict[str, Tensor] | Model:
+def load_sparse(
+    path: str | os.PathLike[str], model: Model | None = None, strict: bool = True
+) -> dict[str, Tensor] | Model:
     """Read a file that ``save_sparse`` has written, in either language, or any other safetensors file.
 
     Args:

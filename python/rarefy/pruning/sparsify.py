@@ -180,6 +180,4 @@ def _choose_semi_structured(
     twin.bias = linear.bias
     reason = f"2:4 is {dense / sparse:.2f} times as fast as dense"
     sparsity = 1.0 - int(weight.count_nonzero()) / weight.numel()
-    return SparsifiedLayer(
-        layer.name, layer.samples, layer.elements, reason, True, sparsity, (dense, sparse)
-    ), twin
+    return SparsifiedLayer(layer.name, layer.samples, layer.elements, reason, True, sparsity, (dense, sparse)), twin
