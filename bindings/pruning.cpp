@@ -39,7 +39,7 @@ void init_report(py::module_& m) {
       });
   py::class_<PruningCost>(m, "PruningCost", "What a pruned model costs beside the dense one; None where not measured.")
       .def(py::init<>())
-      .def_readwrite("dense_bytes", &PruningCost::dense_bytes, "Bytes of the pruned tensors in a file.")
+      .def_readwrite("dense_bytes", &PruningCost::dense_bytes, "Bytes of the model in a file.")
       .def_readwrite("bytes", &PruningCost::bytes, "The same with zeros left out.")
       .def_readwrite("dense_macs", &PruningCost::dense_macs, "Multiply-accumulates of one forward pass.")
       .def_readwrite("macs", &PruningCost::macs, "Those whose weight is not zero.")
@@ -58,6 +58,7 @@ void init_report(py::module_& m) {
       .def_property_readonly("zeros", &PruningReport::zeros)
       .def_property_readonly("pruned", &PruningReport::pruned)
       .def_property_readonly("sparsity", &PruningReport::sparsity)
+      .def("__copy__", [](const PruningReport& self) { return PruningReport(self); })
       .def("__repr__", &PruningReport::to_string)
       .def("_repr_html_", &PruningReport::to_html);
 }
@@ -178,8 +179,8 @@ void init_pruning(py::module_& parent) {
         "True when the step that comes next may let pruned elements come back.");
   m.def("is_soft", &is_soft, py::arg("state"), py::arg("options"),
         "True while the optimizer works on dense weights.");
-  m.def("accumulate_gradients", &accumulate_gradients, py::arg("state"), py::arg("options"), py::call_guard<py::gil_scoped_release>(),
-        "Add gradients to scores, and bring back the dense weights of soft masks.");
+  m.def("accumulate_gradients", &accumulate_gradients, py::arg("state"), py::arg("options"),
+        py::call_guard<py::gil_scoped_release>(), "Add gradients to scores, and bring back the dense weights of soft masks.");
   m.def("advance", &advance, py::arg("state"), py::arg("options"), py::call_guard<py::gil_scoped_release>(),
         "One step: make masks when the schedule says so, apply them, count.");
   m.def("update_masks", &update_masks, py::arg("state"), py::arg("options"), py::call_guard<py::gil_scoped_release>(),

@@ -66,3 +66,19 @@ def pruned_counts(model):
 
 def zeros(model):
     return sum(int((w == 0).sum()) for w in weights(model).values())
+
+
+def tensors(model):
+    """Copies of all parameters and buffers; state_dict() would refuse values that left their masks."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+def same(first, second):
+    """Equal in every bit; NaN equals NaN."""
+    return first.keys() == second.keys() and all(
+        torch.equal(torch.isnan(a), torch.isnan(b)) and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+        if a.is_floating_point()
+        else torch.equal(a, b)
+        for a, b in ((first[name], second[name]) for name in first)
+    )

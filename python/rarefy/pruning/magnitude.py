@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from rarefy.pruning.enforce import OnViolation
 from rarefy.pruning.masks import Pattern
 from rarefy.pruning.pruner import Pruner, Regrowth, Schedule, Scope
 
@@ -30,6 +31,7 @@ class MagnitudePruner(Pruner):
         regrowth: how pruned weights come back.
         include: patterns of names to prune.
         exclude: patterns that are taken out again.
+        on_violation: what saving a model does whose values left their masks.
 
     Raises:
         ValueError: as ``Pruner`` does; the model is then as it was.
@@ -49,6 +51,7 @@ class MagnitudePruner(Pruner):
         regrowth: Regrowth | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
+        on_violation: OnViolation = "error",
     ) -> None:
         super().__init__(
             model,
@@ -60,4 +63,5 @@ class MagnitudePruner(Pruner):
             regrowth=regrowth,
             include=include,
             exclude=exclude,
+            on_violation=on_violation,
         )

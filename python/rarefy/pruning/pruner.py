@@ -28,17 +28,20 @@ from rarefy._core.pruning import (
     Movement,
     PolynomialSchedule,
     PrunerOptions,
+    PruningCost,
     PruningReport,
     PruningState,
     Random,
     RigL,
     Snapshot,
+    StepResult,
     StraightThrough,
     Taylor,
     parse_pattern,
 )
-from rarefy.pruning.enforce import OptimizerHook, enforce
+from rarefy.pruning.enforce import OnViolation, OptimizerHook, enforce, guard, same_on_all_ranks, unguard
 from rarefy.pruning.masks import Pattern
+from rarefy.pruning.measure import measure
 
 Scope: TypeAlias = Literal["global", "local", "erk"]
 Schedule: TypeAlias = (
@@ -95,6 +98,8 @@ class Pruner:
         include: patterns of parameter or module names (``*`` and ``?``) to prune; default: all parameters called
             ``weight`` with 2 or more dimensions. A full parameter name may have any shape.
         exclude: patterns that are taken out again.
+        on_violation: what saving a model does whose values left their masks: ``"error"`` or ``"mask"``, which sets them to
+            zero.
 
     Raises:
         ValueError: an option out of range, options that do not go together, a name that is not in the model, no parameter
@@ -117,7 +122,10 @@ class Pruner:
         regrowth: Regrowth | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
+        on_violation: OnViolation = "error",
     ) -> None:
+        if on_violation not in ("error", "mask"):
+            raise ValueError(f"[{self._NAME}] on_violation must be 'error' or 'mask', got {on_violation!r}")
         for option, names in (("include", include), ("exclude", exclude)):
             if isinstance(names, str):
                 raise TypeError(f"[{self._NAME}] {option} must be a list of names, got the string {names!r}")
@@ -147,6 +155,7 @@ class Pruner:
         self._accumulated = False
         self._rewound = False
         self._register()
+        guard(model, on_violation)
 
     def _register(self) -> None:
         """Choose parameters and make their buffers, or find those that are there."""
@@ -290,13 +299,22 @@ class Pruner:
                 f"[{self._NAME}.step] needs accumulate() between the backward pass and optimizer.step() for "
                 f"{self._what_accumulates(state)}"
             )
-        self._finish(_core.pruning.advance(state, self._options))
+        self._finish(self._update(state))
+        _core.pruning.apply_masks(state)
+
+    def _update(self, state: PruningState) -> StepResult:
+        """Count a step and make what masks are due, the same in all processes."""
+        result = _core.pruning.update_masks(state, self._options)
+        if result.updated:
+            places = [self._place(name) for name in self._names]
+            same_on_all_ranks([getattr(module, _core.pruning.mask_key(name)) for module, name in places])
+        return result
 
     def _what_accumulates(self, state: PruningState) -> str:
         soft = _core.pruning.is_soft(state, self._options)
         return "soft masks" if soft else repr(self._options.criterion)
 
-    def _finish(self, result: _core.pruning.StepResult) -> None:
+    def _finish(self, result: StepResult) -> None:
         self._accumulated = False
         self._rewound = result.rewound
 
@@ -344,7 +362,7 @@ class Pruner:
         state = self._state()
         if _core.pruning.may_regrow(state, self._options):
             enforce(state, self._optimizers)  # what comes back has no history
-        result = _core.pruning.update_masks(state, self._options)
+        result = self._update(state)
         self._growth = []
         if result.rewound and self._options.keeps_snapshots:
             for optimizer in self._optimizers:
@@ -359,17 +377,32 @@ class Pruner:
         _core.pruning.apply_masks(state)
         self._final_report = _core.pruning.make_report(state, self._options, self._left_alone, True)
         self.detach()
+        unguard(self._model)
         for key in [name for name, _ in self._model.named_buffers() if self._is_pruning_key(name)]:
             module, name = self._place(key)
             delattr(module, name)
 
     # --- what it says --------------------------------------------------------------------------------------------------
 
-    def report(self) -> PruningReport:
-        """Return elements, zeros and sparsity per tensor and in total, and what was left alone and why."""
-        if self._final_report is not None:
-            return self._final_report
-        return _core.pruning.make_report(self._state(), self._options, self._left_alone, False)
+    def report(self, example_inputs: object = None) -> PruningReport:
+        """Return elements, zeros and sparsity per tensor and in total, and what was left alone and why.
+
+        Args:
+            example_inputs: of the size that the model will be used with: a tensor, a tuple or list of positional arguments,
+                or a dict of keyword arguments. Adds what the zeros are worth, as ``measure`` finds it: bytes of a file,
+                multiply-accumulates, and the time of a forward pass.
+        """
+        if self._final_report is None:
+            report = _core.pruning.make_report(self._state(), self._options, self._left_alone, False)
+        else:
+            report = copy.copy(self._final_report)
+        if example_inputs is not None:
+            measured, cost = measure(self._model, example_inputs), PruningCost()
+            cost.dense_bytes, cost.bytes = measured.file.dense_bytes, measured.file.bytes
+            cost.dense_macs, cost.macs = measured.macs, measured.effective_macs
+            cost.dense_seconds, cost.seconds = measured.dense_milliseconds / 1e3, measured.sparse_milliseconds / 1e3
+            report.cost = cost
+        return report
 
     @property
     def sparsity(self) -> float:

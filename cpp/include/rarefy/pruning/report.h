@@ -32,7 +32,7 @@ struct RAREFY_API LeftAlone {
 
 /// What a pruned model costs beside the dense one; unset where it was not measured.
 struct RAREFY_API PruningCost {
-  std::optional<int64_t> dense_bytes;    // of the pruned tensors in a file
+  std::optional<int64_t> dense_bytes;    // of the model in a file
   std::optional<int64_t> bytes;          // the same with zeros left out
   std::optional<int64_t> dense_macs;     // of one forward pass
   std::optional<int64_t> macs;           // those whose weight is not zero
