@@ -115,6 +115,14 @@ void init_options(py::module_& m) {
       .def_property_readonly("keeps_scores", &keeps_scores)
       .def_property_readonly("keeps_latent", &keeps_latent)
       .def_property_readonly("keeps_snapshots", &keeps_snapshots)
+      .def(
+          "forget_scores",
+          [](PrunerOptions& self) {
+            if (self.scores.has_value()) {
+              self.scores->clear();
+            }
+          },
+          "Drop given scores, which are buffers of the model by now.")
       .def("training_step", &training_step, py::arg("step"));
 
   py::class_<Snapshot>(m, "Snapshot", "A tensor of the model that rewinding sets back, and what it was.")

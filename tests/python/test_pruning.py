@@ -422,7 +422,7 @@ def test_report():
     assert "left alone:" in text
     assert f"{report.sparsity:.4f}" in text
     assert report._repr_html_().count("<tr>") == 1 + 3 + 1 + 5
-    assert repr(pruner).startswith("MagnitudePruner(3 tensors, global, sparsity 0.8")
+    assert repr(pruner).startswith("MagnitudePruner(3 tensors, Magnitude(p=1), unstructured, global, sparsity 0.8")
     with pytest.raises(AttributeError):
         report.step = 3
 

@@ -164,7 +164,8 @@ bool needs_accumulate(const PruningState& state, const PrunerOptions& options) {
   if (!needs_gradients(options.criterion) || options.scores.has_value()) {
     return false;
   }
-  int64_t last = std::max<int64_t>(last_update(options.schedule), 1);  // an update due at 0 is made at 1
+  int64_t last = last_update(options.schedule);
+  last = last == 0 ? 1 : last;  // an update that is due at 0 is made at 1
   if (options.regrowth.has_value()) {
     last = std::max(last, std::visit([](const auto& regrowth) { return regrowth.end; }, *options.regrowth));
   }

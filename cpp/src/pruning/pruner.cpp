@@ -4,6 +4,7 @@
 #include <rarefy/ops/mask.h>
 #include <rarefy/pruning/enforce.h>
 #include <rarefy/pruning/pruner.h>
+#include <rarefy/pruning/sparse_report.h>
 #include <torch/optim/optimizer.h>
 
 #include <set>
@@ -93,6 +94,13 @@ PrunerOptions checked(PrunerOptions options) {
   return options;
 }
 
+/// Scores are copied to buffers; the map stays, empty, for what it says of the criterion.
+void forget_scores(PrunerOptions& options) {
+  if (options.scores.has_value()) {
+    options.scores->clear();
+  }
+}
+
 PrunerOptions by_magnitude(PrunerOptions options) {
   TORCH_CHECK_VALUE(std::holds_alternative<Magnitude>(options.criterion) && !options.scores.has_value(),
                     "[MagnitudePruner] the criterion must be Magnitude, got ", criterion_text(options),
@@ -154,6 +162,7 @@ Pruner::Pruner(torch::nn::Module& model, PrunerOptions options) : options_(check
   state_.step =
       continues ? model.named_buffers(false)[kStepKey] : model.register_buffer(kStepKey, at::zeros({}, at::kLong));
   places_.push_back({nullptr, &model, kStepKey});
+  forget_scores(options_);
 }
 
 Pruner::Pruner(const std::vector<NamedParameter>& parameters, PrunerOptions options)
@@ -186,6 +195,7 @@ Pruner::Pruner(const std::vector<NamedParameter>& parameters, PrunerOptions opti
     }
   }
   state_.step = at::zeros({}, at::kLong);
+  forget_scores(options_);
 }
 
 Pruner Pruner::from_masks(torch::nn::Module& model, const std::map<std::string, at::Tensor>& masks) {
@@ -299,6 +309,14 @@ void Pruner::finalize() {
 
 PruningReport Pruner::report() const {
   return final_report_.has_value() ? *final_report_ : make_report(state_, options_, left_alone_);
+}
+
+PruningReport Pruner::report(const SparseReport& measured) const {
+  auto report = this->report();
+  report.cost = {measured.file.dense_bytes,          measured.file.bytes,
+                 measured.macs,                      measured.effective_macs,
+                 measured.dense_milliseconds / 1e3, measured.sparse_milliseconds / 1e3};
+  return report;
 }
 
 double Pruner::sparsity() const { return masked_fraction(state_); }

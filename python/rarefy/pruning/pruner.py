@@ -178,6 +178,7 @@ class Pruner:
                 module, name = self._place(key)
                 module.register_buffer(name, tensor)
             model.register_buffer(core.STEP_KEY, torch.zeros((), dtype=torch.int64))
+        self._options.forget_scores()  # they are buffers now
 
     @staticmethod
     def _is_pruning_key(name: str) -> bool:

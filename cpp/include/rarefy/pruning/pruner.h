@@ -20,6 +20,8 @@ class Optimizer;
 
 namespace rarefy::pruning {
 
+struct SparseReport;
+
 /// Prunes a model gradually while it trains: after each optimizer step, the weights of lowest score are held at zero by
 /// masks that follow a schedule.
 ///
@@ -79,6 +81,9 @@ class RAREFY_API Pruner {
 
   PruningReport report() const;
 
+  /// The same with what the zeros are worth, as measure_sparse() found it.
+  PruningReport report(const SparseReport& measured) const;
+
   /// The fraction of elements that the masks prune now.
   double sparsity() const;
 
@@ -91,6 +96,7 @@ class RAREFY_API Pruner {
   /// True when the last step() went back in the training schedule.
   bool rewound() const { return rewound_; }
 
+  /// Given scores are not in it any more: they are buffers.
   const PrunerOptions& options() const { return options_; }
 
   /// The parameters with their masks, for enforce() and check_masks().
