@@ -79,19 +79,25 @@ def test_rigl_follows_the_paper(scope):
     assert exchanged > 50
 
 
-def test_rigl_grows_without_a_history():
-    """With the optimizer attached, moments of what grows are zero."""
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("regrowth", [RigL(0, 20, 3, 0.5), SET(0, 20, 3, 0.5)])
+def test_what_grows_has_no_history(regrowth, attached):
+    """With the optimizer attached or given, moments of what grows are zero."""
     model = make()
-    pruner = MagnitudePruner(model, 0.7, schedule=ConstantSchedule(1), regrowth=RigL(0, 20, 3, 0.5))
+    pruner = MagnitudePruner(model, 0.7, schedule=ConstantSchedule(1), regrowth=regrowth)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    pruner.attach(optimizer)
+    if attached:
+        pruner.attach(optimizer)
     grown = 0
     for step in range(1, 18):
         before = masks_of(model)
         backward(model, step)
         optimizer.step()
+        if not attached:
+            pruner.step(optimizer)
         for name, weight in weights(model).items():
             now = kept(model, name)
+            assert not weight.grad[~now].any()
             state = optimizer.state[weight]
             for moment in (weight, state["exp_avg"], state["exp_avg_sq"]):
                 assert not moment[~now].any()
