@@ -59,8 +59,7 @@ struct View {
 /// Exchanges among a pool of units. A slot is where a unit of the pool was in the beginning.
 class Pool {
  public:
-  Pool(const std::vector<UnitPlaces>& where, std::vector<int32_t>& order, std::vector<int32_t> slots,
-       const SearchOptions& options, double& effort)
+  Pool(const std::vector<UnitPlaces>& where, std::vector<int32_t>& order, std::vector<int32_t> slots, double effort)
       : order_(order), slots_(std::move(slots)), size_(static_cast<int64_t>(slots_.size())), effort_(effort) {
     unit_.resize(slots_.size());
     std::iota(unit_.begin(), unit_.end(), 0);
@@ -68,7 +67,7 @@ class Pool {
       all_lines_ += units.each * units.weight->lines();
     }
     const double whole = static_cast<double>(size_) * static_cast<double>(size_) * static_cast<double>(all_lines_);
-    const double share = std::min(1.0, options.effort / 4 / std::max(whole, 1.0));
+    const double share = std::min(1.0, effort / 8 / std::max(whole, 1.0));
     for (const auto& units : where) {
       for (int64_t k = 0; k < units.each; ++k) {
         views_.push_back(make_view(units, k, share));
@@ -340,7 +339,7 @@ class Pool {
   std::vector<int32_t>& order_;
   std::vector<int32_t> slots_;
   int64_t size_;
-  double& effort_;
+  double effort_;
   double least_ = 0.0;     // what counts as a gain
   int64_t lines_ = 0;      // of all views
   int64_t all_lines_ = 0;  // of which they are a sample
@@ -415,20 +414,19 @@ std::vector<int32_t> search_order(const std::vector<UnitPlaces>& where, int64_t 
   std::vector<int32_t> order(static_cast<size_t>(units));
   std::iota(order.begin(), order.end(), 0);
   Random64 random(options.seed);
-  std::vector<int32_t> shuffled = order;
-  const int64_t pools = (units + kMostUnits - 1) / kMostUnits;
-  if (pools > 1) {
-    for (int64_t i = units - 1; i > 0; --i) {
-      std::swap(shuffled[static_cast<size_t>(i)], shuffled[static_cast<size_t>(random.below(i + 1))]);
+  const int64_t pools = (units + kMostUnits - 1) / kMostUnits, rounds = pools > 1 ? kRounds : 1;
+  for (int64_t round = 0; round < rounds; ++round) {
+    std::vector<int32_t> places(static_cast<size_t>(units));
+    std::iota(places.begin(), places.end(), 0);
+    for (int64_t i = units - 1; i > 0 && pools > 1; --i) {
+      std::swap(places[static_cast<size_t>(i)], places[static_cast<size_t>(random.below(i + 1))]);
     }
-  }
-  for (int64_t pool = 0; pool < pools; ++pool) {
-    std::vector<int32_t> slots(shuffled.begin() + pool * units / pools, shuffled.begin() + (pool + 1) * units / pools);
-    std::sort(slots.begin(), slots.end());
-    double effort = options.effort / static_cast<double>(pools);
-    SearchOptions mine = options;
-    mine.effort = effort;
-    Pool(where, order, std::move(slots), mine, effort).run(options.escapes, random);
+    for (int64_t pool = 0; pool < pools; ++pool) {
+      std::vector<int32_t> mine(places.begin() + pool * units / pools, places.begin() + (pool + 1) * units / pools);
+      std::sort(mine.begin(), mine.end());
+      Pool(where, order, std::move(mine), options.effort / static_cast<double>(pools * rounds))
+          .run(options.escapes, random);
+    }
   }
   return order;
 }
