@@ -272,6 +272,25 @@ def test_shared_weights_move_once():
     assert model.head.weight is model.embed.weight
 
 
+def test_prepared_model_goes_on_training():
+    """What the fake quantizers have seen of each channel follows it, whether or not the recorded run uses it."""
+    torch.manual_seed(0)
+    x = torch.randn(IMAGE)
+    model = rf.quantization.prepare(cluster(chain()), rf.quantization.QConfig.int8(), x)
+    model.train()
+    for _ in range(2):
+        model(x)
+    model.eval()
+    before, state = model(x), copy.deepcopy(model.state_dict())
+    report = permute_for_nm(model, x)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
+    order = list({group.name: group for group in report.groups}["0.weight"].order)
+    assert order
+    for name in ("scale", "zero_point", "min_val", "max_val"):
+        key = f"0.quant.weight.{name}"
+        assert torch.equal(model.state_dict()[key], state[key][order]), name
+
+
 def test_structure_and_reorders():
     torch.manual_seed(0)
     model, x = cluster(chain()).eval(), torch.randn(IMAGE)

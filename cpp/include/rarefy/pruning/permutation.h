@@ -87,6 +87,9 @@ struct RAREFY_API PermutableModel {
   std::function<Recording()> record;        // runs the model on example inputs, with values
   std::vector<graph::NamedTensor> tensors;  // its parameters and buffers, a shared one under each of its names
   std::vector<OptimizerTensor> state;       // what optimizers keep about parameters
+  /// Further tensors that go along with those given, which the recording does not use: ranges of fake quantizers. In a
+  /// Cut, `kept` is the new order. May be unset.
+  std::function<std::vector<Cut>(const std::vector<Cut>&)> also = nullptr;
 };
 
 /// Permutes a model in place, in a transaction that both languages share: record, group, search, permute parameters,
