@@ -77,7 +77,8 @@ void init_permutation(py::module_& m) {
       "permute_for_nm",
       [](const std::function<std::pair<std::shared_ptr<graph::Graph>, std::string>()>& record,
          std::vector<graph::NamedTensor> tensors, const Names& parameters, const Names& state_names,
-         const Tensors& state, const PermutationOptions& options) {
+         const Tensors& state, std::function<std::vector<Cut>(const std::vector<Cut>&)> also,
+         const PermutationOptions& options) {
         PermutableModel model;
         model.record = [&record] {
           auto [graph, failure] = record();
@@ -87,10 +88,11 @@ void init_permutation(py::module_& m) {
         for (size_t i = 0; i < parameters.size(); ++i) {
           model.state.push_back({parameters[i], state_names.at(i), state.at(i)});
         }
+        model.also = std::move(also);
         return permute_for_nm(model, options);
       },
       py::arg("record"), py::arg("tensors"), py::arg("parameters"), py::arg("state_names"), py::arg("state"),
-      py::arg("options"), "The transaction that both languages share.");
+      py::arg("also"), py::arg("options"), "The transaction that both languages share.");
 }
 
 }  // namespace rarefy::python

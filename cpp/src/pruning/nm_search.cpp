@@ -18,7 +18,8 @@
 namespace rarefy::pruning {
 namespace {
 
-constexpr int64_t kMostUnits = 4096;     // that are compared with each other at once: 64 MiB of gains
+constexpr int64_t kMostUnits = 1024;     // that are compared with each other at once
+constexpr int64_t kRounds = 2;           // of dividing more units than that among pools, another way each time
 constexpr int64_t kFewestLines = 32;     // of a weight that gains are estimated on
 constexpr int64_t kMostFailures = 1000;  // exchanges in a row that were estimated to gain and did not
 constexpr double kLeastGain = 1e-9;      // of what is kept: rounding of sums is no gain
@@ -59,8 +60,7 @@ struct View {
 /// Exchanges among a pool of units. A slot is where a unit of the pool was in the beginning.
 class Pool {
  public:
-  Pool(const std::vector<UnitPlaces>& where, std::vector<int32_t>& order, std::vector<int32_t> slots,
-       const SearchOptions& options, double& effort)
+  Pool(const std::vector<UnitPlaces>& where, std::vector<int32_t>& order, std::vector<int32_t> slots, double effort)
       : order_(order), slots_(std::move(slots)), size_(static_cast<int64_t>(slots_.size())), effort_(effort) {
     unit_.resize(slots_.size());
     std::iota(unit_.begin(), unit_.end(), 0);
@@ -68,7 +68,7 @@ class Pool {
       all_lines_ += units.each * units.weight->lines();
     }
     const double whole = static_cast<double>(size_) * static_cast<double>(size_) * static_cast<double>(all_lines_);
-    const double share = std::min(1.0, options.effort / 4 / std::max(whole, 1.0));
+    const double share = std::min(1.0, effort / 8 / std::max(whole, 1.0));
     for (const auto& units : where) {
       for (int64_t k = 0; k < units.each; ++k) {
         views_.push_back(make_view(units, k, share));
@@ -340,7 +340,7 @@ class Pool {
   std::vector<int32_t>& order_;
   std::vector<int32_t> slots_;
   int64_t size_;
-  double& effort_;
+  double effort_;
   double least_ = 0.0;     // what counts as a gain
   int64_t lines_ = 0;      // of all views
   int64_t all_lines_ = 0;  // of which they are a sample
@@ -358,77 +358,23 @@ class Pool {
 
 }  // namespace
 
-NMWeight::NMWeight(const at::Tensor& weight, const NM& pattern)
-    : pattern_(pattern), places_(weight.size(1)), lines_(weight.numel() / std::max<int64_t>(1, weight.size(1))) {
-  const auto columns = weight.detach().movedim(1, 0).abs().to(at::kCPU, at::kFloat).contiguous();
-  const float* data = columns.const_data_ptr<float>();
-  magnitudes_.assign(data, data + columns.numel());
-  at_.resize(static_cast<size_t>(places_));
-  std::iota(at_.begin(), at_.end(), int64_t{0});
-}
-
-double NMWeight::kept(int64_t stripe) const {
-  const int64_t begin = stripe * pattern_.m, end = std::min(places_, begin + pattern_.m), size = end - begin;
-  double sum = 0.0;
-  if (size == 4 && pattern_.n == 2) {
-    const float *a = column(begin), *b = column(begin + 1), *c = column(begin + 2), *d = column(begin + 3);
-    for (int64_t i = 0; i < lines_; ++i) {
-      const float high = std::max(a[i], b[i]), low = std::min(a[i], b[i]);
-      const float other_high = std::max(c[i], d[i]), other_low = std::min(c[i], d[i]);
-      const float first = std::max(high, other_high);
-      const float second = std::max(std::min(high, other_high), std::max(low, other_low));
-      sum += static_cast<double>(first) + static_cast<double>(second);
-    }
-    return sum;
-  }
-  std::vector<float> values(static_cast<size_t>(size));
-  for (int64_t i = 0; i < lines_; ++i) {
-    for (int64_t p = 0; p < size; ++p) {
-      values[static_cast<size_t>(p)] = column(begin + p)[i];
-    }
-    const int64_t n = std::min(size, pattern_.n);
-    std::partial_sort(values.begin(), values.begin() + n, values.end(), std::greater<>());
-    for (int64_t p = 0; p < n; ++p) {
-      sum += static_cast<double>(values[static_cast<size_t>(p)]);
-    }
-  }
-  return sum;
-}
-
-double NMWeight::kept() const {
-  double sum = 0.0;
-  for (int64_t stripe = 0; stripe * pattern_.m < places_; ++stripe) {
-    sum += kept(stripe);
-  }
-  return sum;
-}
-
-double NMWeight::total() const {
-  double sum = 0.0;
-  for (const float magnitude : magnitudes_) {
-    sum += static_cast<double>(magnitude);
-  }
-  return sum;
-}
-
 std::vector<int32_t> search_order(const std::vector<UnitPlaces>& where, int64_t units, const SearchOptions& options) {
   std::vector<int32_t> order(static_cast<size_t>(units));
   std::iota(order.begin(), order.end(), 0);
   Random64 random(options.seed);
-  std::vector<int32_t> shuffled = order;
-  const int64_t pools = (units + kMostUnits - 1) / kMostUnits;
-  if (pools > 1) {
-    for (int64_t i = units - 1; i > 0; --i) {
-      std::swap(shuffled[static_cast<size_t>(i)], shuffled[static_cast<size_t>(random.below(i + 1))]);
+  const int64_t pools = (units + kMostUnits - 1) / kMostUnits, rounds = pools > 1 ? kRounds : 1;
+  for (int64_t round = 0; round < rounds; ++round) {
+    std::vector<int32_t> places(static_cast<size_t>(units));
+    std::iota(places.begin(), places.end(), 0);
+    for (int64_t i = units - 1; i > 0 && pools > 1; --i) {
+      std::swap(places[static_cast<size_t>(i)], places[static_cast<size_t>(random.below(i + 1))]);
     }
-  }
-  for (int64_t pool = 0; pool < pools; ++pool) {
-    std::vector<int32_t> slots(shuffled.begin() + pool * units / pools, shuffled.begin() + (pool + 1) * units / pools);
-    std::sort(slots.begin(), slots.end());
-    double effort = options.effort / static_cast<double>(pools);
-    SearchOptions mine = options;
-    mine.effort = effort;
-    Pool(where, order, std::move(slots), mine, effort).run(options.escapes, random);
+    for (int64_t pool = 0; pool < pools; ++pool) {
+      std::vector<int32_t> mine(places.begin() + pool * units / pools, places.begin() + (pool + 1) * units / pools);
+      std::sort(mine.begin(), mine.end());
+      Pool(where, order, std::move(mine), options.effort / static_cast<double>(pools * rounds))
+          .run(options.escapes, random);
+    }
   }
   return order;
 }

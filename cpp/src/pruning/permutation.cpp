@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
 #include <rarefy/pruning/permutation.h>
+#include <rarefy/pruning/resize.h>
 #include <rarefy/pruning/state.h>
 #include <torch/nn/module.h>
 
@@ -77,9 +78,17 @@ class Reordering {
   ~Reordering() { rollback(); }
 
   void apply(const std::vector<Reorder>& changes) {
-    std::map<std::string, Kept> by_tensor;
+    std::vector<Cut> all;
     for (const auto& change : changes) {
-      by_tensor[change.tensor].emplace(change.dim, change.source);
+      all.push_back({change.tensor, change.dim, change.source});
+    }
+    if (model_.also) {
+      const auto more = model_.also(all);
+      all.insert(all.end(), more.begin(), more.end());
+    }
+    std::map<std::string, Kept> by_tensor;
+    for (const auto& [tensor, dim, source] : all) {
+      by_tensor[tensor].emplace(dim, source);
     }
     std::set<std::pair<const void*, int64_t>> done;  // memory: two names of a tensor are one
     std::vector<std::pair<at::Tensor, Kept>> todo;
@@ -386,6 +395,7 @@ PermutationReport permute_for_nm(torch::nn::Module& model, std::function<std::ve
     subject.state.insert(subject.state.end(), std::make_move_iterator(more.begin()),
                          std::make_move_iterator(more.end()));
   }
+  subject.also = [&](const std::vector<Cut>& changes) { return quantizer_cuts(model, changes); };
   subject.record = [&] {
     auto tensors = graph::named_tensors(model);
     for (size_t i = 0; i < inputs.size(); ++i) {

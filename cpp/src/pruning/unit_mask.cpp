@@ -213,17 +213,25 @@ std::vector<at::Tensor> unit_masks(const std::vector<const Candidate*>& candidat
     }
   }
   const int64_t already = all_units - static_cast<int64_t>(units.size());
-  // Stable: of equal scores the earlier unit goes first.
-  std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.score < b.score; });
-  const auto count =
-      are_equal
-          ? static_cast<size_t>(std::max<int64_t>(0, ops::elements_to_prune(sparsity, all_units) - already))
-          : units_to_prune(units, sparsity * static_cast<double>(total) - static_cast<double>(total - kept), already);
+  // Of equal scores the earlier unit goes first, which makes the order total.
+  const auto goes_before = [](const Unit& a, const Unit& b) {
+    return a.score != b.score ? a.score < b.score : a.source != b.source ? a.source < b.source : a.index < b.index;
+  };
+  size_t count = 0;
+  if (are_equal) {
+    const int64_t more = std::max<int64_t>(0, ops::elements_to_prune(sparsity, all_units) - already);
+    count = std::min(units.size(), static_cast<size_t>(more));
+    std::nth_element(units.begin(), units.begin() + static_cast<std::ptrdiff_t>(count), units.end(), goes_before);
+  } else {
+    std::sort(units.begin(), units.end(), goes_before);
+    const double wanted = sparsity * static_cast<double>(total) - static_cast<double>(total - kept);
+    count = units_to_prune(units, wanted, already);
+  }
   std::vector<std::vector<char>> gone;
   for (const auto& source : sources) {
     gone.emplace_back(source.sums.size(), 0);
   }
-  for (size_t k = 0; k < std::min(count, units.size()); ++k) {
+  for (size_t k = 0; k < count; ++k) {
     gone[units[k].source][units[k].index] = 1;
   }
   std::vector<at::Tensor> out;

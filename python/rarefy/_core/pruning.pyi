@@ -14,20 +14,26 @@ __all__: list[str] = [
     "Activation",
     "Baseline",
     "BatchNormScale",
+    "Block",
+    "Candidate",
     "Channels",
     "Choice",
     "ChoiceOptions",
+    "Column",
     "ConstantSchedule",
     "Cost",
     "Counts",
     "Cut",
+    "Filter",
     "Fisher",
     "FisherAccumulator",
     "Fold",
     "GeometricMedian",
     "Group",
+    "GroupOrder",
     "GroupOutcome",
     "GroupScore",
+    "Head",
     "Lamp",
     "LatencyResult",
     "LatencyTable",
@@ -36,9 +42,13 @@ __all__: list[str] = [
     "Macs",
     "Magnitude",
     "MagnitudePrunerOptions",
+    "MaskChoice",
     "Member",
+    "NM",
     "OperatorTime",
     "Parameters",
+    "PermutationOptions",
+    "PermutationReport",
     "Pinned",
     "Plan",
     "PolynomialSchedule",
@@ -47,6 +57,7 @@ __all__: list[str] = [
     "PruningState",
     "Random",
     "Resize",
+    "Row",
     "STEP_KEY",
     "Structure",
     "StructuredOptions",
@@ -54,22 +65,32 @@ __all__: list[str] = [
     "StructuredTransaction",
     "Surgery",
     "Taylor",
+    "Unstructured",
     "advance",
     "apply_masks",
     "at_step",
     "check_existing",
     "choose",
+    "choose_masks",
     "choose_widths",
     "count",
     "custom_importance",
+    "erk_sparsities",
+    "find_nm_permutation",
     "find_structure",
     "full_mask",
+    "implied_sparsity",
     "importance",
     "make_report",
     "mask_key",
     "masked_fraction",
+    "misfit",
+    "nm_kept_magnitude",
+    "parse_pattern",
+    "permute_for_nm",
     "reach_latency",
     "read_pruned",
+    "reorders",
     "select_parameters",
     "useful_widths",
     "widths_for_latency",
@@ -115,6 +136,168 @@ class Surgery:
         The indices that stay; None when all do.
         """
     def rollback(self) -> None: ...
+
+class Unstructured:
+    """
+    Every element by itself.
+    """
+    def __eq__(self, arg0: Unstructured) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def name(self) -> str:
+        """
+        The text that stands for the pattern, as in '2:4'.
+        """
+
+class NM:
+    """
+    At most n of every m consecutive elements along dimension 1 are kept: in every row of a linear
+    layer, and for a convolution at every place of the kernel, along the input channels. When m does
+    not divide the size, the last, shorter group keeps at most n too.
+    """
+    def __eq__(self, arg0: NM) -> bool: ...
+    def __getstate__(self) -> tuple[int, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self, n: typing.SupportsInt | typing.SupportsIndex = 2, m: typing.SupportsInt | typing.SupportsIndex = 4
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def m(self) -> int: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def name(self) -> str:
+        """
+        The text that stands for the pattern, as in '2:4'.
+        """
+
+class Block:
+    """
+    Blocks of rows x columns of the weight as a matrix: dimension 0 by all others. Where a side
+    is not a multiple, the last blocks are smaller.
+    """
+    def __eq__(self, arg0: Block) -> bool: ...
+    def __getstate__(self) -> tuple[int, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        rows: typing.SupportsInt | typing.SupportsIndex = 4,
+        columns: typing.SupportsInt | typing.SupportsIndex = 1,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def name(self) -> str:
+        """
+        The text that stands for the pattern, as in '2:4'.
+        """
+    @property
+    def rows(self) -> int: ...
+
+class Row:
+    """
+    All weights of an output feature or channel: an index of dimension 0.
+    """
+    def __eq__(self, arg0: Row) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def name(self) -> str:
+        """
+        The text that stands for the pattern, as in '2:4'.
+        """
+
+class Column:
+    """
+    All weights of an input feature or channel: an index of dimension 1.
+    """
+    def __eq__(self, arg0: Column) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def name(self) -> str:
+        """
+        The text that stands for the pattern, as in '2:4'.
+        """
+
+class Filter:
+    """
+    The filter of an output channel of a convolution.
+    """
+    def __eq__(self, arg0: Filter) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def name(self) -> str:
+        """
+        The text that stands for the pattern, as in '2:4'.
+        """
+
+class Head:
+    """
+    `size` consecutive rows, which divide dimension 0: an attention head.
+    """
+    def __eq__(self, arg0: Head) -> bool: ...
+    def __getstate__(self) -> tuple[int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self, size: typing.SupportsInt | typing.SupportsIndex = 64) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def name(self) -> str:
+        """
+        The text that stands for the pattern, as in '2:4'.
+        """
+    @property
+    def size(self) -> int: ...
+
+class Candidate:
+    """
+    A weight whose elements compete for being kept.
+    """
+    def __init__(
+        self, name: str, value: torch.Tensor, score: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    ) -> None: ...
+
+class MaskChoice:
+    """
+    Checked options of choose_masks().
+    """
+    def __init__(
+        self,
+        sparsity: typing.SupportsFloat | typing.SupportsIndex = 0.5,
+        scope: str = "global",
+        pattern: Unstructured | NM | Block | Row | Column | Filter | Head = ...,
+        layers: collections.abc.Sequence[tuple[str, typing.SupportsFloat | typing.SupportsIndex]] = [],
+        regrow: bool = False,
+    ) -> None: ...
+    @property
+    def layers(self) -> list[tuple[str, float]]: ...
+    @property
+    def pattern(self) -> Unstructured | NM | Block | Row | Column | Filter | Head: ...
+    @property
+    def regrow(self) -> bool: ...
+    @property
+    def scope(self) -> str: ...
+    @property
+    def sparsity(self) -> float: ...
 
 class ConstantSchedule:
     """
@@ -398,6 +581,88 @@ class Structure:
     def groups(self) -> tuple: ...
     @property
     def pinned(self) -> tuple: ...
+
+class PermutationOptions:
+    """
+    Checked options of a channel permutation.
+    """
+    def __init__(
+        self,
+        pattern: NM,
+        include: collections.abc.Sequence[str] | None = None,
+        exclude: collections.abc.Sequence[str] = [],
+        escapes: typing.SupportsInt | typing.SupportsIndex = 16,
+        effort: typing.SupportsFloat | typing.SupportsIndex = 20000000000.0,
+        seed: typing.SupportsInt | typing.SupportsIndex = 0,
+        tolerance: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+    ) -> None: ...
+
+class GroupOrder:
+    """
+    The order of a group's units.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def after(self) -> float: ...
+    @property
+    def before(self) -> float:
+        """
+        The magnitude that N:M keeps of these weights.
+        """
+    @property
+    def name(self) -> str:
+        """
+        Of the group.
+        """
+    @property
+    def order(self) -> tuple:
+        """
+        For each place the unit that comes to it; empty when all stay.
+        """
+    @property
+    def reason(self) -> str:
+        """
+        Why all stay; empty when they do not.
+        """
+    @property
+    def units(self) -> int: ...
+    @property
+    def weights(self) -> tuple:
+        """
+        Whose N:M masks depend on the order.
+        """
+
+class PermutationReport:
+    """
+    What a channel permutation did, or would do.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def after(self) -> float: ...
+    @property
+    def attempts(self) -> int:
+        """
+        Comparisons of outputs.
+        """
+    @property
+    def before(self) -> float:
+        """
+        What N:M keeps of it.
+        """
+    @property
+    def difference(self) -> float:
+        """
+        Largest difference of the outputs, over the largest output.
+        """
+    @property
+    def groups(self) -> tuple: ...
+    @property
+    def pattern(self) -> NM: ...
+    @property
+    def total(self) -> float:
+        """
+        The magnitude of all weights that count.
+        """
 
 class Magnitude:
     """
@@ -963,6 +1228,11 @@ def choose(
     The units to remove so that the target is met.
     """
 
+def choose_masks(candidates: collections.abc.Sequence[Candidate], choice: MaskChoice) -> list[torch.Tensor]:
+    """
+    Packed masks, one per candidate.
+    """
+
 def choose_widths(
     structure: Structure,
     shapes: collections.abc.Mapping[str, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]],
@@ -990,6 +1260,25 @@ def custom_importance(
     One GroupScore per group from a callable that gives one value per unit.
     """
 
+def erk_sparsities(
+    shapes: collections.abc.Sequence[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]],
+    sparsity: typing.SupportsFloat | typing.SupportsIndex,
+) -> list[float]:
+    """
+    The fraction of each tensor to prune (Erdos-Renyi-Kernel, Evci et al., 2020, arXiv:1911.11134), so that all
+    together have exactly round(sparsity * elements) zeros.
+    """
+
+def find_nm_permutation(
+    structure: Structure,
+    names: collections.abc.Sequence[str],
+    values: collections.abc.Sequence[torch.Tensor],
+    options: PermutationOptions,
+) -> PermutationReport:
+    """
+    Orders of groups in which N:M keeps more; nothing is changed.
+    """
+
 def find_structure(graph: rarefy._core.graph.Graph) -> Structure:
     """
     The dependency groups of a recorded model.
@@ -998,6 +1287,11 @@ def find_structure(graph: rarefy._core.graph.Graph) -> Structure:
 def full_mask(x: torch.Tensor) -> torch.Tensor:
     """
     The packed mask of x that keeps every element.
+    """
+
+def implied_sparsity(pattern: Unstructured | NM | Block | Row | Column | Filter | Head) -> float | None:
+    """
+    1 - n / m for N:M, the largest sparsity that it has; None for other patterns.
     """
 
 def importance(
@@ -1028,6 +1322,40 @@ def masked_fraction(state: PruningState) -> float:
     The fraction of elements that the masks prune.
     """
 
+def misfit(
+    pattern: Unstructured | NM | Block | Row | Column | Filter | Head,
+    shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+) -> str:
+    """
+    Why a weight of this shape cannot have the pattern; '' when it can.
+    """
+
+def nm_kept_magnitude(weight: torch.Tensor, pattern: NM) -> float:
+    """
+    The sum of |w| that an N:M mask along dimension 1 keeps.
+    """
+
+def parse_pattern(
+    pattern: str | Unstructured | NM | Block | Row | Column | Filter | Head,
+) -> Unstructured | NM | Block | Row | Column | Filter | Head:
+    """
+    The pattern of a text: 'unstructured', '2:4', '4x1', 'row', 'column', 'filter' or 'head:64'. A pattern is returned
+    as it is. Raises ValueError for anything else.
+    """
+
+def permute_for_nm(
+    record: collections.abc.Callable[[], tuple[rarefy._core.graph.Graph, str]],
+    tensors: collections.abc.Sequence[rarefy._core.graph.NamedTensor],
+    parameters: collections.abc.Sequence[str],
+    state_names: collections.abc.Sequence[str],
+    state: collections.abc.Sequence[torch.Tensor],
+    also: collections.abc.Callable[[collections.abc.Sequence[Cut]], list[Cut]],
+    options: PermutationOptions,
+) -> PermutationReport:
+    """
+    The transaction that both languages share.
+    """
+
 def reach_latency(
     table: LatencyTable,
     scores: collections.abc.Sequence[torch.Tensor],
@@ -1045,6 +1373,11 @@ def reach_latency(
 def read_pruned(path: os.PathLike | str | bytes) -> tuple:
     """
     Tensors, records and attributes of a file.
+    """
+
+def reorders(structure: Structure, report: PermutationReport) -> list[tuple[str, int, list[int]]]:
+    """
+    Tensor, dimension and source indices of what an order changes.
     """
 
 def select_parameters(

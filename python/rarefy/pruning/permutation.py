@@ -12,7 +12,7 @@ from rarefy._core.graph import Graph
 from rarefy._core.pruning import NM, PermutationOptions, PermutationReport, parse_pattern
 from rarefy._core.pruning import permute_for_nm as _permute_for_nm
 from rarefy.graph.record import call, record
-from rarefy.pruning.surgery import OptimizerState, named_tensors
+from rarefy.pruning.surgery import OptimizerState, named_tensors, quantizer_cuts
 
 
 def permute_for_nm(
@@ -47,7 +47,7 @@ def permute_for_nm(
         include: patterns of the weights whose masks count; default: every ``weight`` of 2 or more dimensions.
         exclude: patterns that are taken out again.
         escapes: attempts of each group of channels to leave a local maximum.
-        effort: comparisons that a group may take, about 1e10 a second on one core. The result depends on it, not on time.
+        effort: comparisons that a group may take, about 7e9 a second on one core. The result depends on it, not on time.
         seed: of the random exchanges.
         tolerance: largest difference of the outputs over the largest output; default: 1e-9 for float64, 1e-4 for float32,
             0.05 for 16 bits.
@@ -63,8 +63,9 @@ def permute_for_nm(
     options = PermutationOptions(
         parsed, None if include is None else list(include), list(exclude), escapes, effort, seed, tolerance or 0.0
     )
+    by_name = named_tensors(model)
     names: dict[int, str] = {}
-    for name, tensor in named_tensors(model).items():
+    for name, tensor in by_name.items():
         names.setdefault(id(tensor), name)
     state = OptimizerState(list(optimizers) if isinstance(optimizers, Iterable) else [optimizers], names).tensors
     tensors = [
@@ -80,5 +81,11 @@ def permute_for_nm(
             return partial, f"{type(error).__name__}: {error}".strip()
 
     return _permute_for_nm(
-        run, tensors, [p for p, _, _ in state], [n for _, n, _ in state], [v for _, _, v in state], options
+        run,
+        tensors,
+        [parameter for parameter, _, _ in state],
+        [name for _, name, _ in state],
+        [value for _, _, value in state],
+        lambda changes: quantizer_cuts(model, by_name, changes),
+        options,
     )

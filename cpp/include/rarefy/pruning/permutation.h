@@ -26,8 +26,7 @@ struct RAREFY_API PermutationOptions {
   std::optional<std::vector<std::string>> include = std::nullopt;
   std::vector<std::string> exclude = {};
   int64_t escapes = 16;  // attempts of each group to leave a local maximum, >= 0
-  double effort =
-      2e10;  // comparisons of magnitudes that a group may take: about that many nanoseconds / 10 on one core
+  double effort = 2e10;  // comparisons of magnitudes for a group, about 7e9 a second on one core
   uint64_t seed = 0;
   double tolerance = 0;  // of the outputs, see StructuredOptions::tolerance
 
@@ -88,6 +87,9 @@ struct RAREFY_API PermutableModel {
   std::function<Recording()> record;        // runs the model on example inputs, with values
   std::vector<graph::NamedTensor> tensors;  // its parameters and buffers, a shared one under each of its names
   std::vector<OptimizerTensor> state;       // what optimizers keep about parameters
+  /// Further tensors that go along with those given, which the recording does not use: ranges of fake quantizers. In a
+  /// Cut, `kept` is the new order. May be unset.
+  std::function<std::vector<Cut>(const std::vector<Cut>&)> also = nullptr;
 };
 
 /// Permutes a model in place, in a transaction that both languages share: record, group, search, permute parameters,
