@@ -208,16 +208,13 @@ def test_refit_of_given_masks_fits_the_dense_weights():
     for own, other in zip(result.report.tensors, pruned.report.tensors, strict=True):
         assert own.name == other.name
         assert own.error < other.error
-    # On the dense model itself, at once, and by a mapping: the same first stage, the others by what it gives.
-    again = copy.deepcopy(dense)
+    # On the dense model itself, and with dense weights by name: the first layer sees the same inputs.
+    again, fourth = copy.deepcopy(dense), copy.deepcopy(model)
     rf.pruning.refit(again, data, pruned.masks)
-    third = rf.pruning.wanda(copy.deepcopy(dense), data, 0.6).masks
-    assert all(torch.equal(third[name], mask) for name, mask in pruned.masks.items())
-    fourth = copy.deepcopy(model)
     rf.pruning.refit(fourth, data, pruned.masks, dense=dict(dense.named_parameters()))
-    for name in WEIGHTS:
-        torch.testing.assert_close(again.get_parameter(name), model.get_parameter(name), rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(fourth.get_parameter(name), model.get_parameter(name), rtol=1e-3, atol=1e-4)
+    for other in (again, fourth):
+        torch.testing.assert_close(other.blocks[0].up.weight, model.blocks[0].up.weight)
+        assert all(not other.get_parameter(name)[~mask].any() for name, mask in pruned.masks.items())
 
 
 def test_refit_at_once_is_refit_after():
@@ -345,7 +342,7 @@ def test_a_weight_shared_with_an_embedding_is_left_alone():
     model.head.weight = model.embedding.weight
     result = rf.pruning.wanda(model, loader(), 0.5)
     reasons = {o.name: o.reason for o in result.report.left_alone}
-    assert reasons["embedding.weight"] == "not the weight of a linear layer or convolution alone: Embedding, Linear"
+    assert reasons["embedding.weight"] == "not the weight of a linear layer or convolution alone: Embedding"
     assert reasons["head.weight"] == "the same tensor as embedding.weight"
 
 
@@ -391,7 +388,7 @@ def test_the_report():
     text = repr(result)
     assert text.startswith("CalibrationReport: sparse_gpt, unstructured: sparsity 0.5000 of 1212 weights")
     assert re.search(r"^blocks\.1\.down\.weight +12x24 +0\.5000 +0\.\d{5} +0\.01 +42 ", text, re.MULTILINE)
-    assert "left alone:\n  embedding.weight (240 elements): not the weight of a linear layer" in text
+    assert "\n  embedding.weight (240 elements): not the weight of a linear layer" in text.partition("left alone:")[2]
     assert result._repr_html_().count("<tr>") == 1 + 5 + 1 + len(report.left_alone)
     assert "12 features" in rf.pruning.sparse_gpt(make_net(), [loader()[0][:1, :5]], 0.5).report.tensors[0].note
 
