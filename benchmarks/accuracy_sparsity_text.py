@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ def text_sparsity(
         values[name] = perplexity(model, text.test)
         yield common | {"name": name, "perplexity": values[name], "seconds": seconds}
     in_order = [values[name] for name in ORDER]
-    yield common | {"name": "order", "falls": all(a > b for a, b in zip(in_order, in_order[1:], strict=False))}
+    yield common | {"name": "order", "falls": all(a > b for a, b in pairwise(in_order))}
 
 
 def main() -> None:

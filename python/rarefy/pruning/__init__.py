@@ -2,19 +2,19 @@
 
 import rarefy.quantization  # noqa: F401  (rarefy.nn, which the surgery knows, takes its fake quantizers from there)
 from rarefy._core.pruning import (
-    CalibratedTensor,
-    CalibrationReport,
     NM,
     Block,
+    CalibratedTensor,
+    CalibrationReport,
     Channels,
     Column,
     ConstantSchedule,
     Cut,
     Filter,
     Group,
+    Head,
     HessianAccumulator,
     LayerShape,
-    Head,
     LeftAlone,
     Macs,
     Member,
@@ -40,6 +40,7 @@ from rarefy.pruning.structured import StructuredPruner
 from rarefy.pruning.surgery import Surgery
 
 __all__ = [
+    "NM",
     "Block",
     "CalibratedTensor",
     "CalibrationReport",
@@ -57,7 +58,6 @@ __all__ = [
     "Macs",
     "MagnitudePruner",
     "Member",
-    "NM",
     "Parameters",
     "Pinned",
     "PolynomialSchedule",

@@ -182,9 +182,7 @@ def sparse_gpt(
         ValueError: options out of range, a weight that cannot have the pattern or is not finite, unknown names, no batch,
             no layer that a finite batch reaches, a Hessian that is not positive definite at ``max_damping``.
     """
-    method = _core.pruning.SparseGptOptions(
-        sparsity, _core.pruning.parse_pattern(pattern), block, damping, max_damping
-    )
+    method = _core.pruning.SparseGptOptions(sparsity, _core.pruning.parse_pattern(pattern), block, damping, max_damping)
     return _prune(
         "sparse_gpt",
         model,
