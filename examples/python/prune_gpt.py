@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from _gpt import Gpt, calibration, continued, load_text, perplexity, train
 
 import rarefy as rf
 
-BATCH, RATE = 32, 3e-3
+BATCH, RATE = 16, 3e-3
 CALIBRATION = 16  #: batches of the same size
 
 
@@ -44,7 +43,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with train.tsv and dev.tsv")
     parser.add_argument("--sparsity", type=float, help="fraction of zeros in every layer of the blocks; default 0.5")
     parser.add_argument("--pattern", default="unstructured", help="unstructured, or n:m such as 2:4")
-    parser.add_argument("--steps", type=int, default=600, help="training batches")
+    parser.add_argument("--steps", type=int, default=800, help="training batches")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/prune_gpt"), help="folder for the report")
     parser.add_argument("--quick", action="store_true", help="a trial of seconds")
@@ -53,7 +52,7 @@ def main() -> None:
         text = load_text(arguments.data, arguments.seed)
         rf.pruning.parse_pattern(arguments.pattern)
     except ValueError as error:
-        sys.exit(f"prune_gpt.py: {error}")
+        parser.error(str(error))
 
     torch.manual_seed(arguments.seed)
     size = {"length": 32, "width": 32, "layers": 2} if arguments.quick else {}
@@ -80,7 +79,7 @@ def main() -> None:
             zeros = 1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)
             rows.append({"method": name, "zeros": zeros, "perplexity": perplexity(model, test), "seconds": seconds})
     except ValueError as error:
-        sys.exit(f"prune_gpt.py: {error}")
+        parser.error(str(error))
 
     print(f"\n{result}\n")  # of the last method, layer by layer
     print(f"{'method':<18} {'zeros':>7} {'perplexity':>11} {'seconds':>8}")

@@ -15,6 +15,9 @@ __all__: list[str] = [
     "Baseline",
     "BatchNormScale",
     "Block",
+    "CalibratedLayer",
+    "CalibratedTensor",
+    "CalibrationReport",
     "Candidate",
     "Channels",
     "Choice",
@@ -30,25 +33,26 @@ __all__: list[str] = [
     "Fold",
     "GeometricMedian",
     "Group",
-    "GroupOrder",
     "GroupOutcome",
     "GroupScore",
     "Head",
+    "HessianAccumulator",
     "Lamp",
     "LatencyResult",
     "LatencyTable",
     "LatencyTry",
+    "LayerShape",
     "LeftAlone",
     "Macs",
     "Magnitude",
     "MagnitudePrunerOptions",
     "MaskChoice",
+    "MaskRefit",
     "Member",
+    "Movement",
     "NM",
     "OperatorTime",
     "Parameters",
-    "PermutationOptions",
-    "PermutationReport",
     "Pinned",
     "Plan",
     "PolynomialSchedule",
@@ -56,9 +60,11 @@ __all__: list[str] = [
     "PruningReport",
     "PruningState",
     "Random",
+    "RefitOptions",
     "Resize",
     "Row",
     "STEP_KEY",
+    "SparseGptOptions",
     "Structure",
     "StructuredOptions",
     "StructuredReport",
@@ -66,33 +72,46 @@ __all__: list[str] = [
     "Surgery",
     "Taylor",
     "Unstructured",
+    "WandaOptions",
+    "accumulate",
     "advance",
     "apply_masks",
     "at_step",
     "check_existing",
     "choose",
     "choose_masks",
+    "choose_parameters",
     "choose_widths",
     "count",
     "custom_importance",
+    "element_scores",
     "erk_sparsities",
-    "find_nm_permutation",
     "find_structure",
     "full_mask",
+    "grasp",
     "implied_sparsity",
     "importance",
+    "input_rows",
+    "left_alone",
     "make_report",
     "mask_key",
     "masked_fraction",
     "misfit",
-    "nm_kept_magnitude",
+    "needs_gradients",
+    "new_accumulator",
     "parse_pattern",
-    "permute_for_nm",
+    "prune_calibrated",
     "reach_latency",
     "read_pruned",
-    "reorders",
+    "refit_weight",
+    "relative_error",
     "select_parameters",
+    "snip",
+    "sparse_gpt_weight",
+    "synflow",
     "useful_widths",
+    "validate_element_criterion",
+    "wanda_weight",
     "widths_for_latency",
     "write_pruned",
 ]
@@ -582,88 +601,6 @@ class Structure:
     @property
     def pinned(self) -> tuple: ...
 
-class PermutationOptions:
-    """
-    Checked options of a channel permutation.
-    """
-    def __init__(
-        self,
-        pattern: NM,
-        include: collections.abc.Sequence[str] | None = None,
-        exclude: collections.abc.Sequence[str] = [],
-        escapes: typing.SupportsInt | typing.SupportsIndex = 16,
-        effort: typing.SupportsFloat | typing.SupportsIndex = 20000000000.0,
-        seed: typing.SupportsInt | typing.SupportsIndex = 0,
-        tolerance: typing.SupportsFloat | typing.SupportsIndex = 0.0,
-    ) -> None: ...
-
-class GroupOrder:
-    """
-    The order of a group's units.
-    """
-    def __repr__(self) -> str: ...
-    @property
-    def after(self) -> float: ...
-    @property
-    def before(self) -> float:
-        """
-        The magnitude that N:M keeps of these weights.
-        """
-    @property
-    def name(self) -> str:
-        """
-        Of the group.
-        """
-    @property
-    def order(self) -> tuple:
-        """
-        For each place the unit that comes to it; empty when all stay.
-        """
-    @property
-    def reason(self) -> str:
-        """
-        Why all stay; empty when they do not.
-        """
-    @property
-    def units(self) -> int: ...
-    @property
-    def weights(self) -> tuple:
-        """
-        Whose N:M masks depend on the order.
-        """
-
-class PermutationReport:
-    """
-    What a channel permutation did, or would do.
-    """
-    def __repr__(self) -> str: ...
-    @property
-    def after(self) -> float: ...
-    @property
-    def attempts(self) -> int:
-        """
-        Comparisons of outputs.
-        """
-    @property
-    def before(self) -> float:
-        """
-        What N:M keeps of it.
-        """
-    @property
-    def difference(self) -> float:
-        """
-        Largest difference of the outputs, over the largest output.
-        """
-    @property
-    def groups(self) -> tuple: ...
-    @property
-    def pattern(self) -> NM: ...
-    @property
-    def total(self) -> float:
-        """
-        The magnitude of all weights that count.
-        """
-
 class Magnitude:
     """
     The L_p norm of a unit's slices; p = 1 and 2 are usual, math.inf gives the largest magnitude (arXiv:1608.08710).
@@ -778,6 +715,187 @@ class FisherAccumulator:
     def update(self, parameters: collections.abc.Mapping[str, torch.Tensor]) -> None: ...
     @property
     def batches(self) -> int: ...
+
+class Movement:
+    """
+    Sum over backward passes of -w * grad: weights that move away from zero are kept
+    (arXiv:2005.07683). For single weights. Needs gradients.
+    """
+    def __eq__(self, arg0: Movement) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
+class LayerShape:
+    """
+    How a layer's weight meets its inputs: sizes [out, in] of a linear layer, or
+    [out, in / groups, kernel...] of a convolution with its stride, padding, dilation and groups.
+    """
+    def __init__(
+        self,
+        weight: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        stride: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
+        padding: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
+        dilation: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
+        groups: typing.SupportsInt | typing.SupportsIndex = 1,
+    ) -> None: ...
+    @property
+    def dilation(self) -> list[int]: ...
+    @property
+    def features(self) -> int:
+        """
+        Inputs of one row of the weight.
+        """
+    @property
+    def groups(self) -> int: ...
+    @property
+    def padding(self) -> list[int]: ...
+    @property
+    def stride(self) -> list[int]: ...
+    @property
+    def weight(self) -> list[int]: ...
+
+class HessianAccumulator:
+    """
+    The mean of x x^T over the inputs x of a layer, batch by batch. With squares=True its
+    diagonal alone. Batches with NaN or infinity are left out and counted.
+    """
+    def __init__(self, name: str, layer: LayerShape, *, squares: bool = False, float64: bool = False) -> None: ...
+    def __repr__(self) -> str: ...
+    def hessian(self) -> torch.Tensor:
+        """
+        [groups, features, features]
+        """
+    def norms(self) -> torch.Tensor:
+        """
+        Root mean squares of the input features: [groups, features]
+        """
+    def update(self, input: torch.Tensor) -> bool:
+        """
+        Add a batch; False when it was left out.
+        """
+    @property
+    def batches(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def skipped(self) -> int: ...
+
+class CalibratedTensor:
+    """
+    One weight that was pruned with calibration data.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def damping(self) -> float: ...
+    @property
+    def elements(self) -> int: ...
+    @property
+    def error(self) -> float | None:
+        """
+        The fraction of the output's energy that is lost, or None when no Hessian was gathered.
+        """
+    @property
+    def name(self) -> str: ...
+    @property
+    def note(self) -> str: ...
+    @property
+    def pruned(self) -> int: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def shape(self) -> tuple: ...
+    @property
+    def skipped(self) -> int: ...
+    @property
+    def sparsity(self) -> float: ...
+
+class CalibrationReport:
+    """
+    What a calibrated method did to each weight. Prints as a table.
+    """
+    def __repr__(self) -> str: ...
+    def _repr_html_(self) -> str: ...
+    def add_left_alone(self, arg0: collections.abc.Sequence[LeftAlone]) -> None: ...
+    @property
+    def elements(self) -> int: ...
+    @property
+    def left_alone(self) -> tuple: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def peak_bytes(self) -> int: ...
+    @property
+    def pruned(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def sparsity(self) -> float: ...
+    @property
+    def tensors(self) -> tuple: ...
+
+class WandaOptions:
+    """
+    Checked options of Wanda.
+    """
+    def __init__(
+        self,
+        sparsity: typing.SupportsFloat | typing.SupportsIndex | None,
+        pattern: Unstructured | NM | Block | Row | Column | Filter | Head,
+    ) -> None: ...
+
+class SparseGptOptions:
+    """
+    Checked options of SparseGPT.
+    """
+    def __init__(
+        self,
+        sparsity: typing.SupportsFloat | typing.SupportsIndex | None,
+        pattern: Unstructured | NM | Block | Row | Column | Filter | Head,
+        block: typing.SupportsInt | typing.SupportsIndex,
+        damping: typing.SupportsFloat | typing.SupportsIndex,
+        max_damping: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> None: ...
+
+class RefitOptions:
+    """
+    Checked options of the least-squares refit.
+    """
+    def __init__(
+        self,
+        damping: typing.SupportsFloat | typing.SupportsIndex = 0.0001,
+        max_damping: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    @property
+    def damping(self) -> float: ...
+    @property
+    def max_damping(self) -> float: ...
+
+class MaskRefit:
+    """
+    Masks whose kept weights are refit.
+    """
+    def __init__(
+        self,
+        masks: collections.abc.Mapping[str, torch.Tensor],
+        dense: collections.abc.Mapping[str, torch.Tensor],
+        refit: RefitOptions,
+    ) -> None: ...
+
+class CalibratedLayer:
+    """
+    A weight, its name and how it meets its inputs.
+    """
+    def __init__(self, name: str, weight: torch.Tensor, shape: LayerShape) -> None: ...
 
 class Channels:
     """
@@ -1193,6 +1311,16 @@ class LatencyResult:
     @property
     def widths(self) -> list[int]: ...
 
+def accumulate(
+    criterion: Magnitude | Random | Movement | Taylor | Fisher | Lamp | Activation,
+    value: torch.Tensor,
+    gradient: torch.Tensor,
+    accumulated: torch.Tensor,
+) -> None:
+    """
+    Add what one backward pass says about a parameter, in place.
+    """
+
 def advance(state: PruningState, options: MagnitudePrunerOptions) -> None:
     """
     One step: grow the masks when the schedule says so, apply them, count.
@@ -1233,6 +1361,16 @@ def choose_masks(candidates: collections.abc.Sequence[Candidate], choice: MaskCh
     Packed masks, one per candidate.
     """
 
+def choose_parameters(
+    names: collections.abc.Sequence[str],
+    values: collections.abc.Sequence[torch.Tensor],
+    include: collections.abc.Sequence[str] | None,
+    exclude: collections.abc.Sequence[str],
+) -> tuple[list[int], list[LeftAlone]]:
+    """
+    Indices of the parameters to prune, and what is left alone.
+    """
+
 def choose_widths(
     structure: Structure,
     shapes: collections.abc.Mapping[str, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]],
@@ -1260,6 +1398,17 @@ def custom_importance(
     One GroupScore per group from a callable that gives one value per unit.
     """
 
+def element_scores(
+    criterion: Magnitude | Random | Movement | Taylor | Fisher | Lamp | Activation,
+    name: str,
+    value: torch.Tensor,
+    accumulated: torch.Tensor | None = None,
+    passes: typing.SupportsInt | typing.SupportsIndex = 1,
+) -> torch.Tensor:
+    """
+    A score per element, larger = kept.
+    """
+
 def erk_sparsities(
     shapes: collections.abc.Sequence[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]],
     sparsity: typing.SupportsFloat | typing.SupportsIndex,
@@ -1267,16 +1416,6 @@ def erk_sparsities(
     """
     The fraction of each tensor to prune (Erdos-Renyi-Kernel, Evci et al., 2020, arXiv:1911.11134), so that all
     together have exactly round(sparsity * elements) zeros.
-    """
-
-def find_nm_permutation(
-    structure: Structure,
-    names: collections.abc.Sequence[str],
-    values: collections.abc.Sequence[torch.Tensor],
-    options: PermutationOptions,
-) -> PermutationReport:
-    """
-    Orders of groups in which N:M keeps more; nothing is changed.
     """
 
 def find_structure(graph: rarefy._core.graph.Graph) -> Structure:
@@ -1289,6 +1428,11 @@ def full_mask(x: torch.Tensor) -> torch.Tensor:
     The packed mask of x that keeps every element.
     """
 
+def grasp(
+    names: collections.abc.Sequence[str],
+    values: collections.abc.Sequence[torch.Tensor],
+    losses: collections.abc.Sequence[collections.abc.Callable[[], torch.Tensor]],
+) -> dict[str, torch.Tensor]: ...
 def implied_sparsity(pattern: Unstructured | NM | Block | Row | Column | Filter | Head) -> float | None:
     """
     1 - n / m for N:M, the largest sparsity that it has; None for other patterns.
@@ -1304,6 +1448,16 @@ def importance(
 ) -> list[GroupScore]:
     """
     One GroupScore per group.
+    """
+
+def input_rows(layer: LayerShape, input: torch.Tensor) -> torch.Tensor:
+    """
+    The inputs of a layer as a matrix per group: [groups, samples, features].
+    """
+
+def left_alone(name: str, elements: typing.SupportsInt | typing.SupportsIndex, reason: str) -> LeftAlone:
+    """
+    One parameter that is not touched, and why.
     """
 
 def make_report(
@@ -1330,9 +1484,14 @@ def misfit(
     Why a weight of this shape cannot have the pattern; '' when it can.
     """
 
-def nm_kept_magnitude(weight: torch.Tensor, pattern: NM) -> float:
+def needs_gradients(criterion: Magnitude | Random | Movement | Taylor | Fisher | Lamp | Activation) -> bool:
     """
-    The sum of |w| that an N:M mask along dimension 1 keeps.
+    True for Movement, Taylor and Fisher.
+    """
+
+def new_accumulator(value: torch.Tensor) -> torch.Tensor:
+    """
+    Zeros that accumulate() adds to.
     """
 
 def parse_pattern(
@@ -1343,17 +1502,25 @@ def parse_pattern(
     as it is. Raises ValueError for anything else.
     """
 
-def permute_for_nm(
-    record: collections.abc.Callable[[], tuple[rarefy._core.graph.Graph, str]],
-    tensors: collections.abc.Sequence[rarefy._core.graph.NamedTensor],
-    parameters: collections.abc.Sequence[str],
-    state_names: collections.abc.Sequence[str],
-    state: collections.abc.Sequence[torch.Tensor],
-    also: collections.abc.Callable[[collections.abc.Sequence[Cut]], list[Cut]],
-    options: PermutationOptions,
-) -> PermutationReport:
+def prune_calibrated(
+    stages: collections.abc.Sequence[
+        tuple[
+            collections.abc.Sequence[CalibratedLayer],
+            collections.abc.Callable[
+                [collections.abc.Callable[[typing.SupportsInt | typing.SupportsIndex, torch.Tensor], None]], None
+            ],
+        ]
+    ],
+    method: WandaOptions | SparseGptOptions | MaskRefit,
+    refit: RefitOptions | None,
+    layers: collections.abc.Sequence[tuple[str, typing.SupportsFloat | typing.SupportsIndex]],
+    propagate: bool,
+    float64: bool,
+    errors: bool,
+    on_layer: collections.abc.Callable[[str], None],
+) -> tuple[dict[str, torch.Tensor], CalibrationReport]:
     """
-    The transaction that both languages share.
+    Prune the weights of all stages; returns masks and the report.
     """
 
 def reach_latency(
@@ -1375,9 +1542,12 @@ def read_pruned(path: os.PathLike | str | bytes) -> tuple:
     Tensors, records and attributes of a file.
     """
 
-def reorders(structure: Structure, report: PermutationReport) -> list[tuple[str, int, list[int]]]:
+def refit_weight(
+    weight: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, options: RefitOptions, name: str = "weight"
+) -> tuple: ...
+def relative_error(weight: torch.Tensor, pruned: torch.Tensor, hessian: torch.Tensor) -> float:
     """
-    Tensor, dimension and source indices of what an order changes.
+    The fraction of the output's energy that a pruned weight loses: ||(W - W') X||^2 / ||W X||^2.
     """
 
 def select_parameters(
@@ -1389,11 +1559,32 @@ def select_parameters(
     Indices of the parameters to prune, and what is left alone.
     """
 
+def snip(
+    names: collections.abc.Sequence[str],
+    values: collections.abc.Sequence[torch.Tensor],
+    losses: collections.abc.Sequence[collections.abc.Callable[[], torch.Tensor]],
+) -> dict[str, torch.Tensor]: ...
+def sparse_gpt_weight(
+    weight: torch.Tensor, hessian: torch.Tensor, options: SparseGptOptions, name: str = "weight"
+) -> tuple: ...
+def synflow(
+    names: collections.abc.Sequence[str],
+    values: collections.abc.Sequence[torch.Tensor],
+    forward: collections.abc.Callable[[], torch.Tensor],
+    sparsity: typing.SupportsFloat | typing.SupportsIndex,
+    rounds: typing.SupportsInt | typing.SupportsIndex,
+) -> dict[str, torch.Tensor]: ...
 def useful_widths(table: LatencyTable) -> list[list[int]]:
     """
     The widths of each group that are faster than the next larger one by more than noise, and the full one.
     """
 
+def validate_element_criterion(criterion: Magnitude | Random | Movement | Taylor | Fisher | Lamp | Activation) -> None:
+    """
+    ValueError when a criterion cannot score single weights.
+    """
+
+def wanda_weight(weight: torch.Tensor, norms: torch.Tensor, options: WandaOptions, name: str = "weight") -> tuple: ...
 def widths_for_latency(
     table: LatencyTable,
     scores: collections.abc.Sequence[torch.Tensor],

@@ -3,8 +3,6 @@
 import rarefy.quantization  # noqa: F401  (rarefy.nn, which the surgery knows, takes its fake quantizers from there)
 from rarefy._core.pruning import (
     ACDC,
-    NM,
-    SET,
     Block,
     CalibratedTensor,
     CalibrationReport,
@@ -28,6 +26,7 @@ from rarefy._core.pruning import (
     Macs,
     Member,
     Movement,
+    NM,
     Parameters,
     PermutationReport,
     Pinned,
@@ -38,6 +37,7 @@ from rarefy._core.pruning import (
     RefitOptions,
     RigL,
     Row,
+    SET,
     SparseFileReport,
     SparseReport,
     SparsifyReport,
@@ -66,8 +66,6 @@ from rarefy.pruning.torch_pruning import export_torch_pruning, import_torch_prun
 
 __all__ = [
     "ACDC",
-    "NM",
-    "SET",
     "Block",
     "CalibratedTensor",
     "CalibrationReport",
@@ -93,6 +91,7 @@ __all__ = [
     "MagnitudePruner",
     "Member",
     "Movement",
+    "NM",
     "Parameters",
     "PermutationReport",
     "Pinned",
@@ -104,6 +103,7 @@ __all__ = [
     "RefitOptions",
     "RigL",
     "Row",
+    "SET",
     "SparseFileReport",
     "SparseReport",
     "SparsifyReport",
