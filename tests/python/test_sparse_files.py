@@ -76,7 +76,9 @@ def test_every_type_round_trips(tmp_path, dtype):
     loaded = load_sparse(tmp_path / "x")
     assert loaded.keys() == tensors.keys()
     assert all(same_bits(loaded[name], tensors[name]) for name in tensors)
-    assert (tmp_path / "x").stat().st_size == report.bytes == sparse_size(tensors).bytes + (report.bytes - sparse_size(tensors).bytes)
+    assert (tmp_path / "x").stat().st_size == report.bytes
+    assert report.bytes == save_sparse(tensors, tmp_path / "y", {"made": "by a test"}).bytes
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
     forms = {tensor.name: tensor.form for tensor in report.tensors}
     assert forms["dense"] == forms["empty"] == forms["scalar"] == "dense"
     assert forms["zeros"] != "dense"
@@ -100,6 +102,7 @@ def test_round_trip_of_any_shape(tmp_path_factory, shape, density, pattern, seed
         x = one_of_four([shape[0], 4 * shape[1], *shape[2:]], 1, seed)
     path = tmp_path_factory.mktemp("sparse") / "x"
     report = save_sparse({"x": x}, path)
+    assert report.bytes == sparse_size({"x": x}).bytes == path.stat().st_size
     assert same_bits(load_sparse(path)["x"], x)
     assert report.tensors[0].bytes <= report.tensors[0].dense_bytes
 
@@ -303,7 +306,6 @@ def set_format(number):
     [
         (change_data("w.bits", 0, 1), "'w.values' must have as many values as are kept"),
         (change_data("w.bits", -1, 128), "the padding of 'w.bits' must be zero"),
-        (change_description(shape=[30, 42]), "'w.bits' must be 160 bytes .* got 160|must have as many|must be"),
         (change_description(shape=[300, 41]), r"'w.bits' must be 1544 bytes \(uint8\) for the shape of 'w', got 160"),
         (change_description(shape=[2**40, 2**40]), "must give a shape of at least 1 and fewer than 2\\^59 elements"),
         (change_description(shape=[0, 5]), "must give a shape of at least 1"),
@@ -325,9 +327,6 @@ def test_broken_descriptions_are_refused(tmp_path, change, message):
     path = tmp_path / "broken"
     save_sparse({"w": sparse((30, 41), 0.1), "other": torch.ones(3)}, path)
     rewrite(path, change)
-    if message.startswith("'w.bits' must be 160"):  # 1260 elements are 160 bytes too: the padding or the count tells
-        assert load_sparse(path)["w"].shape == (30, 42)
-        return
     with pytest.raises(ValueError, match=rf"^\[load_sparse\] {path}: .*{message}"):
         load_sparse(path)
 
@@ -336,6 +335,13 @@ def test_broken_indices_are_refused(tmp_path):
     save_sparse({"w": one_of_four((6, 12), 1)}, tmp_path / "x")
     rewrite(tmp_path / "x", change_data("w.indices", -1, 0xC0))
     with pytest.raises(ValueError, match="the padding of 'w.indices' must be zero"):
+        load_sparse(tmp_path / "x")
+
+
+def test_bytes_that_are_no_bool_are_refused(tmp_path):
+    save_sparse({"w": torch.rand(1000) < 0.1}, tmp_path / "x")
+    rewrite(tmp_path / "x", change_data("w.values", 3, 4))
+    with pytest.raises(ValueError, match="the bytes of bool tensor 'w' must be 0 or 1"):
         load_sparse(tmp_path / "x")
 
 

@@ -2,6 +2,7 @@
 #include <rarefy/pruning/sparse_file.h>
 #include <rarefy/pruning/state.h>
 
+#include <algorithm>
 #include <map>
 #include <set>
 #include <utility>
@@ -194,6 +195,11 @@ class Decoder {
       const bool by_index = record.form == SparseForm::one_of_four;
       const auto& bits = part(name + (by_index ? ".indices" : ".bits"), parts);
       auto [tensor, mask] = by_index ? from_indices(name, record, values, bits) : from_bits(name, record, values, bits);
+      if (values.dtype == at::kBool) {
+        const auto* bytes = static_cast<const uint8_t*>(tensor.const_data_ptr());
+        require(std::all_of(bytes, bytes + tensor.numel(), [](uint8_t byte) { return byte <= 1; }),
+                "the bytes of bool tensor '", name, "' must be 0 or 1");
+      }
       decoded.emplace_back(name, std::move(tensor));
       if (record.is_mask) {
         decoded.emplace_back(mask_key(name), std::move(mask));
