@@ -227,9 +227,8 @@ def test_values_outside_of_the_mask(tmp_path):
     before = (tmp_path / "x").read_bytes()
     with torch.no_grad():
         weight.view(-1)[place] = 1e-30
-    with pytest.raises(
-        ValueError, match=rf"\[save_sparse\] what a mask prunes must be zero, got another value in '4.weight' at flat index {place}"
-    ):
+    message = f"what a mask prunes must be zero, got another value in '4.weight' at flat index {place}"
+    with pytest.raises(ValueError, match=rf"\[save_sparse\] {message}"):
         save_sparse(model, tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == before
 
@@ -334,7 +333,7 @@ def test_broken_descriptions_are_refused(tmp_path, change, message):
 def test_broken_indices_are_refused(tmp_path):
     save_sparse({"w": one_of_four((6, 12), 1)}, tmp_path / "x")
     rewrite(tmp_path / "x", change_data("w.indices", -1, 0xC0))
-    with pytest.raises(ValueError, match="the padding of 'w.indices' must be zero"):
+    with pytest.raises(ValueError, match=r"the padding of 'w.indices' must be zero"):
         load_sparse(tmp_path / "x")
 
 
@@ -356,7 +355,7 @@ def test_truncated_files_are_refused(tmp_path):
     path.write_bytes(good + b"\0")
     with pytest.raises(ValueError, match="the tensors must cover the data"):
         load_sparse(path)
-    with pytest.raises(RuntimeError, match="cannot open .*missing: No such file"):
+    with pytest.raises(RuntimeError, match=r"cannot open .*missing: No such file"):
         load_sparse(tmp_path / "missing")
 
 
@@ -368,10 +367,12 @@ def test_damaged_headers_never_crash(tmp_path, seed):
     for _ in range(150):
         at = generator.integers(len(good))
         path.write_bytes(good[:at] + bytes([generator.integers(256)]) + good[at + 1 :])
+        refused = None
         try:
             load_sparse(path)
         except ValueError as error:
-            assert str(path) in str(error)
+            refused = str(error)
+        assert refused is None or str(path) in refused
 
 
 def test_a_model_that_does_not_fit_stays_as_it_was(tmp_path):
@@ -381,7 +382,7 @@ def test_a_model_that_does_not_fit_stays_as_it_was(tmp_path):
     before = {name: value.clone() for name, value in other.state_dict().items()}
     with pytest.raises(ValueError, match=r"\[load_sparse\] .* shapes and types must be those of the model"):
         load_sparse(tmp_path / "x", other)
-    with pytest.raises(ValueError, match="missing are: 0.weight, 0.bias; unexpected are: "):
+    with pytest.raises(ValueError, match=r"missing are: 0.weight, 0.bias; unexpected are: "):
         load_sparse(tmp_path / "x", nn.Sequential(nn.Linear(3, 4)))
     assert before.keys() == other.state_dict().keys()
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
@@ -389,13 +390,13 @@ def test_a_model_that_does_not_fit_stays_as_it_was(tmp_path):
 
 
 def test_refused_tensors(tmp_path):
-    with pytest.raises(ValueError, match="no tensor may be called as a part of a sparse one, got 'w.values'"):
+    with pytest.raises(ValueError, match=r"no tensor may be called as a part of a sparse one, got 'w.values'"):
         save_sparse({"w": torch.zeros(1000), "w.values": torch.ones(3)}, tmp_path / "x")
     with pytest.raises(ValueError, match="must be dense and have values"):
         save_sparse({"w": torch.eye(3).to_sparse()}, tmp_path / "x")
     with pytest.raises(ValueError, match=r"must be tensors, got int at w"):
         save_sparse({"w": 3}, tmp_path / "x")
-    with pytest.raises(ValueError, match="metadata must not have the key rarefy.sparse"):
+    with pytest.raises(ValueError, match=r"metadata must not have the key rarefy.sparse"):
         save_sparse({"w": torch.ones(3)}, tmp_path / "x", {"rarefy.sparse": ""})
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(RuntimeError, match=r"\[save_sparse\] cannot open .*folder/x: No such file"):

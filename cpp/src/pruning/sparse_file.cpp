@@ -130,8 +130,7 @@ class Planner {
                [&](const void* data, size_t size) { file.write(data, size); });
       });
     } else {
-      const auto indices =
-          std::make_shared<std::vector<uint8_t>>(indices_of(host.sizes(), record.axis, packed));
+      const auto indices = std::make_shared<std::vector<uint8_t>>(indices_of(host.sizes(), record.axis, packed));
       add(".indices", at::kByte, static_cast<int64_t>(indices->size()),
           [indices](PendingFile& file) { file.write(indices->data(), indices->size()); });
       add(".values", host.scalar_type(), kept, [tensor, indices, axis = record.axis](PendingFile& file) {

@@ -74,12 +74,12 @@ class SparseLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         dense = state_dict.get(f"{prefix}weight")
-        if dense is not None and f"{prefix}weight_values" not in state_dict:
-            if dense.shape == (self.out_features, self.in_features):
-                parts = _core.pruning.to_sparse_weight(dense.to(self.weight_values.dtype), *self.block)
-                names = ("weight_values", "weight_columns", "weight_row_offsets")
-                state_dict.update({prefix + name: part for name, part in zip(names, parts, strict=True)})
-                del state_dict[f"{prefix}weight"]
+        fits = dense is not None and dense.shape == (self.out_features, self.in_features)
+        if fits and f"{prefix}weight_values" not in state_dict:
+            parts = _core.pruning.to_sparse_weight(dense.to(self.weight_values.dtype), *self.block)
+            names = ("weight_values", "weight_columns", "weight_row_offsets")
+            state_dict.update({prefix + name: part for name, part in zip(names, parts, strict=True)})
+            del state_dict[f"{prefix}weight"]
         for name in ("weight_values", "weight_columns"):
             given, own = state_dict.get(prefix + name), getattr(self, name)
             # Another number of kept values is what another pruning gives; blocks of another size are another layer.

@@ -42,8 +42,8 @@ struct NetImpl : torch::nn::Module {
   NetImpl() {
     first = register_module("first", torch::nn::Linear(256, 256));
     second = register_module("second", rarefy::nn::Linear(256, 512));
-    rest = register_module("rest", torch::nn::Sequential(torch::nn::ReLU(), torch::nn::Linear(512, 512),
-                                                         torch::nn::Linear(512, 10)));
+    rest = register_module(
+        "rest", torch::nn::Sequential(torch::nn::ReLU(), torch::nn::Linear(512, 512), torch::nn::Linear(512, 10)));
   }
   at::Tensor forward(const at::Tensor& x) { return rest->forward(second(torch::relu(first(x)))); }
 };
