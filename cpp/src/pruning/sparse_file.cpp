@@ -286,10 +286,7 @@ class Decoder {
 }  // namespace
 
 bool is_pruning_state(const std::string& name) {
-  const auto last = name.substr(name.rfind('.') + 1);  // npos + 1 is 0: the whole name
-  const auto ends_with = [&](const char* ending) { return last.ends_with(ending); };
-  return ends_with("_mask_bits") || ends_with("_mask_score") || ends_with("_mask_latent") ||
-         ends_with("_mask_rewind") || last == kStepKey;
+  return is_pruning_key(name.substr(name.rfind('.') + 1));  // npos + 1 is 0: the whole name
 }
 
 SparseFileReport save_sparse(const NamedTensors& tensors, const std::filesystem::path& path, const Metadata& metadata) {
