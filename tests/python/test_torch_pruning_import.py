@@ -123,7 +123,7 @@ def test_spectral_norm_is_left_alone():
         (lambda s: s["0.weight_mask"].view(-1)[0].fill_(float("nan")), "'0.weight_mask' must be 0 or 1 everywhere"),
         (
             lambda s: s.update({"0.weight_mask": torch.ones(8)}),
-            r"must have the shape of '0.weight_orig', \[8, 3, 3, 3\]",
+            r"'0.weight_mask' must have the shape of '0.weight_orig', \[8, 3, 3, 3\]",
         ),
         (lambda s: s.update({"0.weight_mask_bits": torch.ones(8)}), "'0.weight_mask_bits' must not be there already"),
     ],

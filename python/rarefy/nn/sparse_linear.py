@@ -80,13 +80,21 @@ class SparseLinear(nn.Module):
             names = ("weight_values", "weight_columns", "weight_row_offsets")
             state_dict.update({prefix + name: part for name, part in zip(names, parts, strict=True)})
             del state_dict[f"{prefix}weight"]
-        for name in ("weight_values", "weight_columns"):
-            given, own = state_dict.get(prefix + name), getattr(self, name)
-            # Another number of kept values is what another pruning gives; blocks of another size are another layer.
-            if given is not None and given.shape[1:] == own.shape[1:] and len(given) != len(own):
-                setattr(self, name, torch.empty_like(given, dtype=own.dtype, device=own.device))
-            if given is not None and name == "weight_columns" and given.dtype != own.dtype:
-                setattr(self, name, getattr(self, name).to(given.dtype))
+        values, columns, offsets = (
+            state_dict.get(f"{prefix}weight_{part}") for part in ("values", "columns", "row_offsets")
+        )
+        # Another number of kept values is what another pruning gives; all else that differs is another layer.
+        if (
+            values is not None
+            and columns is not None
+            and offsets is not None
+            and offsets.shape == self.weight_row_offsets.shape
+            and values.shape[1:] == self.weight_values.shape[1:]
+            and len(values) == len(columns) == int(offsets[-1])
+        ):
+            own = self.weight_values
+            self.weight_values = torch.empty_like(values, dtype=own.dtype, device=own.device)
+            self.weight_columns = torch.empty_like(columns, device=own.device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
