@@ -31,6 +31,7 @@
 #include <rarefy/nn/embedding.h>
 #include <rarefy/nn/linear.h>
 #include <rarefy/nn/mul.h>
+#include <rarefy/masks.h>
 #include <rarefy/onnx/export_onnx.h>
 #include <rarefy/ops/apply_masks.h>
 #include <rarefy/ops/compact_logits.h>
