@@ -16,6 +16,8 @@ void init_graph_timing(py::module_& m);
 void init_pruning(py::module_& m);
 void init_pruning_surgery(py::module_& m);
 void init_pruning_structure(py::module_& pruning);
+void init_mask_choice(py::module_& pruning);
+void init_permutation(py::module_& pruning);
 void init_importance(py::module_& pruning);
 void init_choice(py::module_& pruning);
 void init_structured(py::module_& pruning);

@@ -121,6 +121,7 @@ PruningState make_state(const Names& names, const Tensors& values, const Tensors
 
 void init_pruning(py::module_& parent) {
   auto m = parent.def_submodule("pruning", "Pruning: schedules, reports and what a pruner computes.");
+  init_mask_choice(m);
   init_schedules(m);
   init_report(m);
 
@@ -170,6 +171,7 @@ void init_pruning(py::module_& parent) {
       py::arg("state"), py::arg("options"), py::arg("left_alone"), py::arg("finalized"));
 
   init_pruning_structure(m);
+  init_permutation(m);
   init_importance(m);
   init_choice(m);
   init_structured(m);

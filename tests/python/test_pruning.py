@@ -461,7 +461,7 @@ def test_sparsity_zero():
         ({"sparsity": 1.0}, ValueError, r"\[MagnitudePruner\] sparsity must be in \[0, 1\), got 1"),
         ({"sparsity": -0.5}, ValueError, r"sparsity must be in \[0, 1\), got -0.5"),
         ({"sparsity": float("nan")}, ValueError, r"sparsity must be in \[0, 1\), got nan"),
-        ({"scope": "layer"}, ValueError, r"scope must be 'local' or 'global', got 'layer'"),
+        ({"scope": "layer"}, ValueError, r"scope must be 'local', 'global' or 'erk', got 'layer'"),
         (
             {"sparsity": 0.1, "schedule": PolynomialSchedule(0, 5, initial=0.3)},
             ValueError,

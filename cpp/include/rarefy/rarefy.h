@@ -46,7 +46,10 @@
 #include <rarefy/pruning/importance.h>
 #include <rarefy/pruning/latency.h>
 #include <rarefy/pruning/manifest.h>
+#include <rarefy/pruning/mask_choice.h>
 #include <rarefy/pruning/optimizer_state.h>
+#include <rarefy/pruning/pattern.h>
+#include <rarefy/pruning/permutation.h>
 #include <rarefy/pruning/pruner.h>
 #include <rarefy/pruning/resize.h>
 #include <rarefy/pruning/structured.h>

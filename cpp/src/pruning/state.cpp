@@ -29,48 +29,15 @@ void check_state(const PruningState& state) {
                     state.step.item<int64_t>());
 }
 
-/// magnitude_mask, with the parameter's name in its message about NaN.
-std::vector<at::Tensor> named_magnitude_mask(const std::vector<std::string>& names, at::TensorList values,
-                                             double sparsity, at::TensorList masks) {
-  try {
-    return ops::magnitude_mask(values, sparsity, masks);
-  } catch (const c10::ValueError&) {
-    for (size_t i = 0; i < values.size(); ++i) {
-      const auto bad = values[i].isnan().flatten().nonzero();
-      TORCH_CHECK_VALUE(bad.numel() == 0, "[MagnitudePruner] weights must not be NaN, got ", bad.size(0), " NaN in '",
-                        names[i], "', the first at flat index ", bad[0].item<int64_t>());
-    }
-    throw;
-  }
-}
-
 std::vector<at::Tensor> next_masks(const PruningState& state, double sparsity, Scope scope) {
-  std::vector<std::string> names;
-  std::vector<at::Tensor> values, masks;
-  for (const auto& parameter : state.parameters) {
-    names.push_back(parameter.name);
-    values.push_back(parameter.value);
-    masks.push_back(parameter.mask);
+  std::vector<Candidate> candidates;
+  for (const auto& [name, value, mask] : state.parameters) {
+    candidates.push_back({name, value, {}, mask});
   }
-  if (scope == Scope::global) {
-    return named_magnitude_mask(names, values, sparsity, masks);
-  }
-  std::vector<at::Tensor> out;
-  for (size_t i = 0; i < values.size(); ++i) {
-    out.push_back(named_magnitude_mask({names[i]}, values[i], sparsity, masks[i])[0]);
-  }
-  return out;
+  return choose_masks(candidates, {.sparsity = sparsity, .scope = scope});
 }
 
 }  // namespace
-
-Scope parse_scope(const std::string& name) {
-  TORCH_CHECK_VALUE(name == "local" || name == "global", "[MagnitudePruner] scope must be 'local' or 'global', got '",
-                    name, "'");
-  return name == "local" ? Scope::local : Scope::global;
-}
-
-const char* name(Scope scope) { return scope == Scope::local ? "local" : "global"; }
 
 void MagnitudePrunerOptions::validate() const {
   TORCH_CHECK_VALUE(sparsity >= 0.0 && sparsity < 1.0, "[MagnitudePruner] sparsity must be in [0, 1), got ", sparsity);

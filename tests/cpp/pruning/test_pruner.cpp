@@ -231,7 +231,7 @@ TEST_CASE("a pruner that fails leaves the model as it was", "[pruning]") {
       ContainsSubstring("every name in include must be that of a parameter or of a module with parameters, got 'fc9'"));
   torch::nn::BatchNorm2d norm(3);
   REQUIRE_THROWS_WITH(MagnitudePruner(*norm), ContainsSubstring("needs at least one parameter to prune"));
-  REQUIRE_THROWS_WITH(parse_scope("layer"), ContainsSubstring("scope must be 'local' or 'global', got 'layer'"));
+  REQUIRE_THROWS_WITH(parse_scope("layer"), ContainsSubstring("scope must be 'local', 'global' or 'erk', got 'layer'"));
   REQUIRE(buffer_keys(net).empty());
 
   MagnitudePruner pruner(*net, {.sparsity = 0.5});

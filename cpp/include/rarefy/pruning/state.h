@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <rarefy/export.h>
+#include <rarefy/pruning/mask_choice.h>
 #include <rarefy/pruning/report.h>
 #include <rarefy/pruning/schedule.h>
 
@@ -13,13 +14,6 @@
 // What a pruner computes, on tensors alone. MagnitudePruner gathers them from a torch::nn::Module, and the Python class
 // from a Python module; both then call the functions here, so that both do the same at each step.
 namespace rarefy::pruning {
-
-/// What competes for being kept: the elements of each tensor, or those of all tensors together.
-enum class Scope { local, global };
-
-/// "local" or "global". Throws c10::ValueError for anything else.
-RAREFY_API Scope parse_scope(const std::string& name);
-RAREFY_API const char* name(Scope scope);
 
 struct RAREFY_API MagnitudePrunerOptions {
   double sparsity = 0.5;                                           // the final fraction of zeros, in [0, 1)
