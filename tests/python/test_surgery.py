@@ -712,11 +712,12 @@ def test_set_attribute():
         surgery.set_attribute(model, "heads", torch.zeros(2))
 
 
-def test_masks_must_be_finalized_first():
+def test_masks_are_cut_along():  # more in test_pruning_structured.py
     model = make()
     pruner = rf.pruning.MagnitudePruner(model, sparsity=0.5)
     pruner.step()
-    with pytest.raises(ValueError, match="must have no mask of a MagnitudePruner"):
-        Surgery(model).apply(net_cuts())
+    with Surgery(model) as surgery:
+        surgery.apply(net_cuts())
+        surgery.commit()
+    pruner.step()
     pruner.finalize()
-    Surgery(model).apply(net_cuts())

@@ -42,6 +42,7 @@ RAREFY_API void save_safetensors(const NamedTensors& tensors, const std::filesys
 
 /// Writes the parameters and buffers of a model under their dotted names. A tensor that the model holds under several names
 /// is written once, under the first of them in the alphabet; the metadata map each other name to that one.
+/// Throws c10::ValueError, too, when weights of a model with pruning masks are not zero where their mask prunes.
 RAREFY_API void save_safetensors(const torch::nn::Module& model, const std::filesystem::path& path,
                                  const Metadata& metadata = {});
 

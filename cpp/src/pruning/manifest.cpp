@@ -1,5 +1,6 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <rarefy/pruning/enforce.h>
 #include <rarefy/pruning/manifest.h>
 #include <rarefy/version.h>
 
@@ -212,6 +213,7 @@ void save_pruned(const NamedTensors& tensors, const Manifest& manifest, const st
 }
 
 void save_pruned(const torch::nn::Module& model, const Manifest& manifest, const std::filesystem::path& path) {
+  check_masks(model, "save_pruned");
   NamedTensors tensors;
   for (const auto& [name, tensor] : state_of(model)) {
     tensors.insert(name, tensor);

@@ -7,8 +7,11 @@
 #include <map>
 #include <tuple>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
+#include "mask_slices.h"
+#include "ops/mask_checks.h"
 #include "slices.h"
 
 namespace rarefy::pruning {
@@ -21,6 +24,9 @@ template <typename Weak>
 void set_accumulator(void (*set)(const at::Tensor&, Weak), const at::Tensor& tensor, const Accumulator& accumulator) {
   set(tensor, Weak(accumulator));
 }
+
+/// Buffers of a pruner, by what follows the tensor's name: the packed mask first, the others have the tensor's shape.
+constexpr const char* kBeside[] = {"_mask_bits", "_mask_score", "_mask_latent", "_mask_rewind"};
 
 /// What one tensor was, and what it becomes.
 struct Change {
@@ -116,14 +122,18 @@ void Surgery::apply(const std::vector<Cut>& cuts) {
     TORCH_CHECK_VALUE(position != by_name.end(), "[Surgery] a cut must be of a parameter or buffer of the model, got '",
                       request.tensor, "'");
     const auto& tensor = position->second;
+    for (const char* suffix : kBeside) {
+      const std::string end = suffix;
+      TORCH_CHECK_VALUE(!request.tensor.ends_with(end) ||
+                            by_name.count(request.tensor.substr(0, request.tensor.size() - end.size())) == 0,
+                        "[Surgery] ", request.tensor, " must be cut by a cut of what it belongs to");
+    }
     TORCH_CHECK_VALUE(tensor.layout() == at::kStrided && !tensor.is_quantized(), "[Surgery] ", request.tensor,
                       " must be a dense tensor, got layout ", tensor.layout());
     check_cut(request, tensor);
     if (static_cast<int64_t>(request.kept.size()) == tensor.size(request.dim)) {
       continue;
     }
-    TORCH_CHECK_VALUE(by_name.count(mask_key(request.tensor)) == 0, "[Surgery] ", request.tensor,
-                      " must have no mask of a MagnitudePruner: call its finalize() first");
     auto& target = targets[memory_of(tensor)];
     target.name = target.name.empty() ? request.tensor : target.name;
     const auto [kept, is_new] = target.kept.emplace(request.dim, request.kept);
@@ -154,7 +164,7 @@ void Surgery::apply(const std::vector<Cut>& cuts) {
   }
 
   Transaction next;
-  std::unordered_map<std::string, std::pair<const Target*, std::vector<int64_t>>> by_parameter;
+  std::unordered_set<const void*> beside;  // what pruners keep about tensors that are cut, and is cut along
   for (const auto& [memory, target] : targets) {
     const auto after = take(target.tensors.front().detach(), target.kept);
     for (const auto& tensor : target.tensors) {
@@ -166,6 +176,28 @@ void Surgery::apply(const std::vector<Cut>& cuts) {
       change.accumulator = torch::autograd::impl::try_get_grad_accumulator(tensor);
       next.changes.push_back(std::move(change));
       next.kept.emplace(tensor.unsafeGetTensorImpl(), target.kept);
+    }
+  }
+  for (const auto& item : tensors_) {
+    const auto of_item = next.kept.find(item.value.unsafeGetTensorImpl());
+    if (of_item == next.kept.end()) {
+      continue;
+    }
+    for (const char* suffix : kBeside) {
+      const auto found = by_name.find(item.name + suffix);
+      if (found == by_name.end() || !beside.insert(found->second.unsafeGetTensorImpl()).second) {
+        continue;
+      }
+      const auto& tensor = found->second;
+      const bool packed = item.name + suffix == mask_key(item.name);
+      const bool fits = packed ? tensor.scalar_type() == at::kByte && tensor.dim() == 1 &&
+                                     tensor.numel() == ops::mask_bytes(item.value.numel())
+                               : tensor.sizes() == item.value.sizes();
+      TORCH_CHECK_VALUE(fits, "[Surgery] ", found->first, " must fit ", item.name, " of shape ", item.value.sizes(),
+                        packed ? ", as packed bits" : "", ", got ", tensor.scalar_type(), " ", tensor.sizes());
+      const auto after = packed ? take_mask(tensor, item.value.sizes(), of_item->second)
+                                : take(tensor.detach(), of_item->second);
+      next.changes.push_back({tensor, tensor.variable_data(), after, {}, {}, {}});
     }
   }
   for (const auto& state : state_) {

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rarefy._core.distillation import Ema
 from rarefy.distillation.unwrap import unwrap
+from rarefy.pruning.enforce import remask
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -61,7 +62,7 @@ class EMATeacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        """Move the averages towards the student's parameters and copy its buffers.
+        """Move the averages towards the student's parameters and copy its buffers; a pruner's masks hold in the average.
 
         Raises:
             ValueError: the student is not what it was when the teacher was made (pruned or prepared since, say); the
@@ -81,6 +82,7 @@ class EMATeacher(nn.Module):
                 parameter.copy_(values[name])
         for name, buffer in buffers.items():
             buffer.copy_(copies[name])
+        remask(self.module)  # what was pruned on the way is in the average still
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the averaged model returns."""

@@ -11,10 +11,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from rarefy import nn as rnn
+from rarefy._batches import feed
 from rarefy._core.quantization import Latest, MinMax, MovingAverage, TargetProfile
 from rarefy.nn.registry import Fold, Row, integer_type, is_layer, is_prepared, row_of, unsupported
 from rarefy.quantization.distributed import RangeSync
@@ -452,23 +453,6 @@ def calibrate(
     return model
 
 
-def feed(function: str, model: nn.Module, batch: object, forward: Callable[[nn.Module, object], object] | None) -> None:
-    """One batch through a model; ``function`` is whose error it is when the batch is of no known kind."""
-    if forward is not None:
-        forward(model, batch)
-    elif isinstance(batch, Tensor):
-        model(batch)
-    elif isinstance(batch, dict):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
-        model(batch[0])
-    else:
-        raise TypeError(
-            f"[{function}] a batch must be a tensor, a tuple or list that begins with one, or a dict of keyword arguments, "
-            f"got {type(batch).__name__}; pass forward= for other kinds"
-        )
-
-
 def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: bool = False) -> nn.Module:
     """A model whose prepared layers execute in integers: on LibTorch's oneDNN int8 kernels on the CPU, and with the same
     integers in float kernels elsewhere. For inference.
@@ -476,6 +460,8 @@ def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: 
     With example inputs the layers hand bytes on where they can: a layer whose result reaches integer layers alone, all on one
     grid, rounds it itself, so that no float tensor is written between them. Values stay the same. ``report`` says which
     layers give bytes, and why others do not.
+
+    Zeros that a pruner holds are zeros among the integers, and final: the converted model has no masks.
 
     Layers over one Parameter hold one int8 tensor where their integers and scales are equal, as those of a table and a head
     with scales per row are; ``report`` says which do.
@@ -490,8 +476,8 @@ def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: 
         The converted model, in evaluation mode.
 
     Raises:
-        ValueError: the model is not prepared, or some quantizer has not been calibrated (they are listed). The model is
-            then as it was.
+        ValueError: the model is not prepared, some quantizer has not been calibrated (they are listed), or weights are not
+            zero where a pruner's mask prunes. The model is then as it was.
     """
     _require_prepared("convert", model)
     missed = [name for name, quantizer in _activation_quantizers(model) if not quantizer.calibrated]
@@ -499,6 +485,9 @@ def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: 
         raise ValueError(
             f"[convert] every quantizer must be calibrated (train or calibrate first), but these are not: {', '.join(missed)}"
         )
+    from rarefy.pruning.enforce import check_masks, remove_masks  # whose package imports this one
+
+    check_masks(model)
     if not inplace:
         model = copy.deepcopy(model)
     tied = tied_groups(model)
@@ -529,6 +518,7 @@ def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: 
             _replace(model, name, module)
         raise
     share_integers(model, tied)
+    remove_masks(model)
     model._rarefy_unlinked = unlinked  # read by report()
     return model.eval()
 

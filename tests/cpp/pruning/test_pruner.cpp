@@ -188,8 +188,8 @@ TEST_CASE("finalize removes the buffers and keeps the zeros", "[pruning]") {
   for (size_t i = 0; i < parameters.size(); ++i) {
     REQUIRE(parameters[i].is_same(net->parameters()[i]));
   }
-  REQUIRE_THROWS_WITH(pruner.step(), ContainsSubstring("[MagnitudePruner.step] must not be called after finalize()"));
-  REQUIRE_THROWS_WITH(pruner.finalize(), ContainsSubstring("[MagnitudePruner.finalize] must not be called after"));
+  REQUIRE_THROWS_WITH(pruner.step(), ContainsSubstring("[Pruner.step] must not be called after finalize()"));
+  REQUIRE_THROWS_WITH(pruner.finalize(), ContainsSubstring("[Pruner.finalize] must not be called after"));
   MagnitudePruner(*net, {.sparsity = 0.75}).step();
   REQUIRE(zeros(net) == std::llrint(0.75 * kElements));
 }

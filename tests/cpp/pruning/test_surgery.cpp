@@ -477,13 +477,47 @@ TEST_CASE("Layers of rarefy::nn are cut with their fake quantizers, and clone af
              ContainsSubstring("Conv2d must not be converted yet: prune before convert"));
 }
 
-TEST_CASE("A parameter with a mask must be finalized first", "[surgery]") {
+TEST_CASE("Masks are cut with their parameters", "[surgery]") {
   Net net;
   MagnitudePruner pruner(*net, {.sparsity = 0.5});
   pruner.step();
-  CHECK_THAT(message([&] { prune(*net, net_cuts()); }), ContainsSubstring("must have no mask of a MagnitudePruner"));
-  pruner.finalize();
+  const auto state = masked_parameters(*net);
+  const auto bits = [](const MaskedParameter& parameter) {
+    auto kept = at::zeros(parameter.value.sizes(), at::kBool);
+    for (int64_t i = 0; i < kept.numel(); ++i) {
+      kept.view(-1)[i] = (parameter.mask[i / 8].item<int>() >> (i % 8) & 1) != 0;
+    }
+    return kept;
+  };
+  std::map<std::string, at::Tensor> expected;
+  for (const auto& parameter : state.parameters) {
+    expected.emplace(parameter.name, bits(parameter));
+  }
+  for (const auto& cut : net_cuts()) {
+    if (const auto found = expected.find(cut.tensor); found != expected.end()) {
+      found->second = found->second.index_select(cut.dim, at::tensor(cut.kept, at::kLong));
+    }
+  }
+  {
+    Surgery surgery(rarefy::graph::named_tensors(*net));
+    surgery.apply(net_cuts());
+    for (const auto& parameter : state.parameters) {  // the tensors themselves
+      CHECK(torch::equal(bits(parameter), expected.at(parameter.name)));
+    }
+  }
+  check_masks(*net);  // rolled back
   prune(*net, net_cuts());
+  for (const auto& parameter : masked_parameters(*net).parameters) {
+    CHECK(torch::equal(bits(parameter), expected.at(parameter.name)));
+  }
+  check_masks(*net);
+  pruner.step();
+  pruner.finalize();
+  Net other;
+  MagnitudePruner second(*other, {.sparsity = 0.5});
+  Surgery surgery(rarefy::graph::named_tensors(*other));
+  CHECK_THAT(message([&] { surgery.apply({{"conv1.weight_mask_bits", 0, {0, 1}}}); }),
+             ContainsSubstring("conv1.weight_mask_bits must be cut by a cut of what it belongs to"));
 }
 
 TEST_CASE("A pruned model is saved and loaded into the original class", "[manifest]") {

@@ -29,7 +29,8 @@ struct CheckpointParts {
 
 /// Writes a checkpoint: parameters and buffers of the student, the optimizer, the trainer's state with the random state of
 /// now, the other parts, and the teacher's fingerprint. To a temporary name, renamed when it is complete; what was at
-/// `path` is there until then. Throws c10::Error when it cannot be written.
+/// `path` is there until then. Throws c10::Error when it cannot be written, c10::ValueError when weights
+/// of the student are not zero where its pruning masks prune.
 RAREFY_API void save_checkpoint(const std::string& path, const DistillationTrainer& trainer,
                                 const CheckpointParts& parts);
 

@@ -37,7 +37,7 @@ class RAREFY_API Ema {
   void update(const std::vector<torch::Tensor>& averages, const std::vector<torch::Tensor>& values);
 
   /// The same for the parameters of a module, matched by name, and copies of its buffers (running statistics, ranges of
-  /// quantizers). Throws c10::ValueError where names or shapes differ, before anything has changed.
+  /// quantizers, masks of a pruner, which are applied to the average). Throws c10::ValueError where names or shapes differ, before anything has changed.
   void update(torch::nn::Module& average, const torch::nn::Module& value);
 
   /// The decay of the next update.

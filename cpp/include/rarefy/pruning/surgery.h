@@ -23,7 +23,7 @@ namespace rarefy::pruning {
 /// Tensors keep their identity: a parameter, a buffer or a momentum is the same tensor object with other data, so that
 /// modules, optimizers and everyone else who holds it sees the cut. The data is new memory in the order of the old (channels
 /// last, transposed), and never a view of it: the old memory is free after commit(), unless someone else holds it. .grad is
-/// cut along. A loss that was computed before can still be there: its backward pass fails after commit() with torch's
+/// cut along, and so are the packed mask of a pruner beside a parameter and what else it keeps there. A loss that was computed before can still be there: its backward pass fails after commit() with torch's
 /// message about modified variables, and neither it nor a later one is wrong.
 ///
 /// A tensor under several names is cut once, and tensors over the same memory stay so. Distributed wrappers hold copies of
@@ -41,7 +41,7 @@ class RAREFY_API Surgery {
   /// Cuts the tensors, their gradients, and what optimizers keep about them. A cut that keeps everything is none.
   /// Throws, with everything as it was: c10::ValueError for an unknown tensor, for indices that are none, not ascending or
   /// out of range, for tensors with several names and different cuts, for memory that overlaps another tensor's, for a
-  /// parameter with a mask of MagnitudePruner, for optimizer state of a shape that is not understood (kept_of_state), and
+  /// mask by itself or one that does not fit its parameter (pruners), for optimizer state of a shape that is not understood (kept_of_state), and
   /// when cuts are applied already; c10::IndexError for a dimension that the tensor does not have.
   void apply(const std::vector<Cut>& cuts);
 

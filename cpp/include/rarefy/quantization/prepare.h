@@ -47,7 +47,10 @@ RAREFY_API void calibrate(torch::nn::Module& model, const std::function<void()>&
 /// and activations with them, if the model runs so. report() says which layers give bytes, and why others do not.
 ///   [&] { return std::vector{net->forward(x)}; }
 ///
-/// Throws c10::ValueError that lists the layers which have not been calibrated, and passes on what `forward` throws on the
+/// Zeros that a pruner holds are zeros among the integers, and final: masks are taken out of the model.
+///
+/// Throws c10::ValueError that lists the layers which have not been calibrated, or names a weight that is not zero where its
+/// mask prunes, and passes on what `forward` throws on the
 /// prepared model, with the model unchanged.
 RAREFY_API void convert(torch::nn::Module& model, const std::function<std::vector<torch::Tensor>()>& forward = nullptr);
 

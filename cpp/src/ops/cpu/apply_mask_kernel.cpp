@@ -3,6 +3,7 @@
 
 #include "ops/cpu/dense.h"
 #include "ops/cpu/mask_simd.h"
+#include "ops/cpu/strided_range.h"
 #include "ops/mask_checks.h"
 
 namespace rarefy::ops {
@@ -11,48 +12,14 @@ namespace {
 /// Clears elements of a strided x where the bit of their logical position is 0.
 template <typename T>
 void apply_strided(const at::Tensor& x, const uint8_t* mask) {
-  // Neighbouring dimensions that are walked with one stride are one dimension.
-  std::vector<int64_t> sizes, strides;
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    if (x.size(d) == 1) {
-      continue;
-    }
-    if (!sizes.empty() && strides.back() == x.size(d) * x.stride(d)) {
-      sizes.back() *= x.size(d);
-      strides.back() = x.stride(d);
-    } else {
-      sizes.push_back(x.size(d));
-      strides.push_back(x.stride(d));
-    }
-  }
+  const StridedRange range(x);
   T* values = static_cast<T*>(x.data_ptr());
-  const size_t dims = sizes.size();
   at::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> index(dims);
-    int64_t offset = 0;
-    for (size_t d = dims, rest = static_cast<size_t>(begin); d-- > 0; rest /= static_cast<size_t>(sizes[d])) {
-      index[d] = static_cast<int64_t>(rest % static_cast<size_t>(sizes[d]));
-      offset += index[d] * strides[d];
-    }
-    const int64_t run = sizes[dims - 1], step = strides[dims - 1];
-    for (int64_t i = begin; i < end;) {
-      const int64_t run_end = std::min(end, i + run - index[dims - 1]);
-      for (T* p = values + offset; i < run_end; ++i, p += step) {
-        if ((mask[i / 8] >> (i % 8) & 1) == 0) {
-          *p = 0;
-        }
+    range.walk(values, begin, end, [&](T* p, int64_t i) {
+      if ((mask[i / 8] >> (i % 8) & 1) == 0) {
+        *p = 0;
       }
-      offset -= index[dims - 1] * step;
-      index[dims - 1] = 0;
-      for (size_t d = dims - 1; d-- > 0;) {
-        offset += strides[d];
-        if (++index[d] < sizes[d]) {
-          break;
-        }
-        offset -= sizes[d] * strides[d];
-        index[d] = 0;
-      }
-    }
+    });
   });
 }
 

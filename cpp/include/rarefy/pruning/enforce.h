@@ -1,0 +1,78 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <rarefy/export.h>
+#include <rarefy/pruning/state.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace torch::nn {
+class Module;
+}
+namespace torch::optim {
+class Optimizer;
+}
+
+// The one place where masks are enforced: on values, gradients and what optimizers keep, in a model before it is saved, and
+// after code that knows nothing of masks has written weights. apply_masks(), for values and gradients, is declared with the
+// state that it works on.
+//
+// All work of a call goes to the threads together. Functions that write do so without recording gradients; where they throw
+// (a mask that does not fit its parameter: c10::ValueError that names it), nothing has changed.
+namespace rarefy::pruning {
+
+/// A tensor of a parameter's shape that an optimizer keeps: exp_avg, a momentum buffer.
+struct RAREFY_API Moment {
+  size_t parameter;  // position in PruningState::parameters
+  at::Tensor value;
+};
+
+/// What the optimizer keeps about the parameters of the state, in their shapes; see optimizer_tensors() for what it throws.
+/// One element is a step count, and left out.
+RAREFY_API std::vector<Moment> moments_of(const PruningState& state, const torch::optim::Optimizer& optimizer);
+
+/// Sets dense gradients to zero where masks prune: before optimizer.step(), pruned values and moments that are zero stay zero
+/// under SGD, Adam and every other rule that maps zeros to zero. False when some gradient is sparse and was left as it is.
+RAREFY_API bool mask_gradients(const PruningState& state);
+
+/// Sets values, and nothing else, to zero where masks prune.
+RAREFY_API void apply_values(const PruningState& state);
+
+/// Sets values, dense gradients and moments to zero where masks prune, each element at most once. Moments are floating point
+/// of their parameter's shape, on any device.
+RAREFY_API void enforce(const PruningState& state, const std::vector<Moment>& moments);
+
+/// The same with the moments of an optimizer, or without any for null. Call it after optimizer.step():
+///   for (...) { ...; optimizer.step(); enforce(state, &optimizer); }
+RAREFY_API void enforce(const PruningState& state, const torch::optim::Optimizer* optimizer = nullptr);
+
+/// Pruned values that are not zero.
+struct RAREFY_API Stray {
+  std::string parameter;
+  int64_t count;
+  int64_t first;  // flat index, in logical order
+};
+
+/// The parameters with values that left their mask. Reads only.
+RAREFY_API std::vector<Stray> stray_values(const PruningState& state);
+
+/// The parameters of a model that have a mask beside them, found by its key; the step counter is zero. Throws c10::ValueError
+/// for a mask without a parameter.
+RAREFY_API PruningState masked_parameters(const torch::nn::Module& model);
+
+/// Throws c10::ValueError when values left their mask: names the first such parameter, the number of its values and the
+/// first index. Functions of rarefy that save a model call it. `function` begins the message.
+RAREFY_API void check_masks(const torch::nn::Module& model, const char* function = "check_masks");
+RAREFY_API void check_masks(const PruningState& state, const char* function = "check_masks");
+
+/// Takes masks, what pruners keep beside them and the step counter out of a model, whose zeros are no longer held from then on: what convert() does. A pruner
+/// over the model must not be used any more; its finalize() is the same where there is one.
+RAREFY_API void remove_masks(torch::nn::Module& model);
+
+/// Sets pruned values of a model to zero again: after a merge of adapters, an average of models, loaded dense weights.
+/// Returns how many were not zero.
+RAREFY_API int64_t remask(torch::nn::Module& model);
+
+}  // namespace rarefy::pruning
