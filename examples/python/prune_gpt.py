@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def main() -> None:
         text = load_text(arguments.data, arguments.seed)
         rf.pruning.parse_pattern(arguments.pattern)
     except ValueError as error:
-        sys.exit(f"prune_gpt.py: {error}")
+        parser.error(str(error))
 
     torch.manual_seed(arguments.seed)
     size = {"length": 32, "width": 32, "layers": 2} if arguments.quick else {}
@@ -80,7 +79,7 @@ def main() -> None:
             zeros = 1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)
             rows.append({"method": name, "zeros": zeros, "perplexity": perplexity(model, test), "seconds": seconds})
     except ValueError as error:
-        sys.exit(f"prune_gpt.py: {error}")
+        parser.error(str(error))
 
     print(f"\n{result}\n")  # of the last method, layer by layer
     print(f"{'method':<18} {'zeros':>7} {'perplexity':>11} {'seconds':>8}")

@@ -23,6 +23,8 @@
 namespace rarefy::pruning {
 namespace {
 
+constexpr int64_t kPanel = 512;  // columns of blocks that are brought up to date together
+
 /// How the columns of a weight are gone through.
 struct Columns {
   at::Tensor order, back;          // undefined: as they are
@@ -96,14 +98,25 @@ void prune(at::Tensor& w, const at::Tensor& upper, at::Tensor& keep, const Colum
   const int64_t rows = w.size(0), features = w.size(1);
   const bool has_groups = !columns.group_end.empty();
   auto errors = at::empty_like(w);
-  int64_t pruned = 0;
+  // W of columns [to, to + width) -= what columns [from, to) owe to them.
+  const auto settle = [&](int64_t from, int64_t to, int64_t width) {
+    if (to > from && width > 0) {
+      auto target = w.narrow(1, to, width);
+      linalg::add_product(target, errors.narrow(1, from, to - from),
+                          upper.narrow(0, from, to - from).narrow(1, to, width), 1.0, -1.0);
+    }
+  };
+  int64_t pruned = 0, panel = 0, panel_end = 0;
   for (size_t b = 0; b + 1 < columns.blocks.size(); ++b) {
     const int64_t begin = columns.blocks[b], width = columns.blocks[b + 1] - begin;
-    auto block = w.narrow(1, begin, width);
-    if (begin > 0) {  // all that earlier columns owe to these
-      linalg::add_product(block, errors.narrow(1, 0, begin), upper.narrow(0, 0, begin).narrow(1, begin, width), 1.0,
-                          -1.0);
+    if (begin == panel_end) {  // the next blocks at once, from all earlier panels
+      const auto next = std::find_if(columns.blocks.begin() + static_cast<int64_t>(b), columns.blocks.end() - 1,
+                                     [&](int64_t end) { return end - begin >= kPanel; });
+      panel = begin;
+      panel_end = *next;
+      settle(0, begin, panel_end - begin);
     }
+    settle(panel, begin, width);
     const auto own = upper.narrow(0, begin, width).narrow(1, begin, width);
     const auto diagonal = own.diagonal().contiguous();
     const int64_t padded = (width + cpu::kSurgeryLanes - 1) / cpu::kSurgeryLanes * cpu::kSurgeryLanes;

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,9 @@ def layer_shape(module: nn.Module) -> LayerShape | None:
     if isinstance(module, _CONVOLUTIONS):
         own = isinstance(module.padding, str) or module.padding_mode != "zeros"  # padded by the hook
         padding = [0] * len(module.kernel_size) if own else list(module.padding)
-        return LayerShape(list(module.weight.shape), list(module.stride), padding, list(module.dilation), module.groups)
+        return LayerShape(
+            list(module.weight.shape), list(module.stride), padding, list(module.dilation), module.groups
+        )
     return None
 
 
@@ -116,30 +119,85 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@dataclass
+class _Call:
+    """The last call of a block in a batch."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: object = None
+
+
+def _first(output: object) -> object:
+    return output[0] if isinstance(output, tuple) and output else output
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a call can be made again with this value: no caches or other objects with a state."""
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(part) for part in value)
+    return value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device))
+
+
+def _is_link(before: _Call, after: _Call) -> bool:
+    """Whether a block is called with the output of the one before, and otherwise with the very same values."""
+    if not before.args or not after.args or after.args[0] is not _first(before.output):
+        return False
+    rest = [(*call.args[1:], *call.kwargs.values()) for call in (before, after)]
+    return (
+        isinstance(after.args[0], Tensor)
+        and before.kwargs.keys() == after.kwargs.keys()
+        and len(rest[0]) == len(rest[1])
+        and all(_is_plain(value) for value in rest[0])
+        and all(a is b or (type(a) in (bool, int, float, str) and a == b) for a, b in zip(*rest, strict=True))
+    )
+
+
+@dataclass
+class Trace:
+    """What the first batch calls: modules in the order of first calls with their numbers of calls, and blocks' calls."""
+
+    counts: dict[nn.Module, int]
+    blocks: dict[nn.Module, _Call]
+
+    def is_link(self, before: nn.Module, after: nn.Module) -> bool:
+        """Whether two blocks run once each, the second on the first one's output."""
+        once = self.counts.get(before) == 1 and self.counts.get(after) == 1
+        return once and _is_link(self.blocks[before], self.blocks[after])
+
+
 class Data:
     """Runs calibration batches through a model and hands the inputs of chosen layers over."""
 
     def __init__(self, function: str, model: nn.Module, batches: Iterable[object], forward: Forward | None) -> None:
         self._function, self._model, self._batches, self._forward = function, model, batches, forward
 
-    def calls(self, modules: Iterable[nn.Module]) -> dict[nn.Module, int]:
-        """How often the first batch calls each module, in the order of first calls. Modules not called are missing."""
-        counts: dict[nn.Module, int] = {}
+    def trace(self, modules: Iterable[nn.Module], blocks: Iterable[nn.Module]) -> Trace:
+        """Look at the first batch. Modules that it does not call are missing."""
+        trace = Trace({}, {})
 
-        def count(module: nn.Module, _: object) -> None:
-            counts[module] = counts.get(module, 0) + 1
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            trace.counts[module] = trace.counts.get(module, 0) + 1
+            if module in of_interest:
+                trace.blocks[module] = _Call(args, kwargs)
 
-        handles = [module.register_forward_pre_hook(count) for module in modules]
+        def end(module: nn.Module, _: object, output: object) -> None:
+            trace.blocks[module].output = output
+
+        of_interest = set(blocks)
+        handles = [m.register_forward_pre_hook(begin, with_kwargs=True) for m in {*modules, *of_interest}]
+        handles += [m.register_forward_hook(end) for m in of_interest]
         try:
             with evaluating(self._model):
                 feed(self._function, self._model, next(iter(self._batches)), self._forward)
         finally:
             for handle in handles:
                 handle.remove()
-        return counts
+        return trace
 
-    def run(self, layers: Sequence[Layer], last: nn.Module | None, sink: Callable[[int, Tensor], None]) -> None:
-        """All batches: sink(i, x) for every input x of layers[i]. The model stops behind `last` where it is given."""
+    @contextmanager
+    def watching(self, layers: Sequence[Layer], sink: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """While it is open, sink(i, x) is called for every input x of layers[i]."""
 
         def see(index: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -147,26 +205,70 @@ class Data:
 
             return hook
 
-        def stop(*_: object) -> None:
-            raise _Stop
-
         handles = [
             module.register_forward_pre_hook(see(i), with_kwargs=True)
             for i, layer in enumerate(layers)
             for module in layer.modules
         ]
-        if last is not None:
-            handles.append(last.register_forward_hook(stop))
         try:
             with evaluating(self._model):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run(
+        self,
+        layers: Sequence[Layer],
+        last: nn.Module | None,
+        sink: Callable[[int, Tensor], None],
+        on_last: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
+    ) -> None:
+        """All batches. The model stops behind `last` where it is given; on_last gets the arguments of its calls."""
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: object) -> None:
+            if on_last is not None:
+                on_last(args, kwargs)
+            raise _Stop
+
+        handle = None if last is None else last.register_forward_hook(stop, with_kwargs=True)
+        try:
+            with self.watching(layers, sink):
                 for batch in self._batches:
                     try:
                         feed(self._function, self._model, batch, self._forward)
                     except _Stop:
                         pass
         finally:
-            for handle in handles:
+            if handle is not None:
                 handle.remove()
+
+
+class Chain:
+    """Blocks of which each is called with the output of the one before: the inputs of one block are kept.
+
+    So a stage runs its block and the one before it, where running the model up to there would run all blocks again.
+    """
+
+    def __init__(self, data: Data, blocks: list[nn.Module]) -> None:
+        self._data, self._blocks = data, blocks
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def run(self, position: int, layers: Sequence[Layer], sink: Callable[[int, Tensor], None]) -> None:
+        """All batches, for the layers of the block at this position; positions come in order."""
+        block = self._blocks[position]
+        if position == 0:
+            self._calls = []
+            self._data.run(layers, block, sink, lambda args, kwargs: self._calls.append((args, kwargs)))
+        else:
+            before = self._blocks[position - 1]
+            with self._data.watching(layers, sink):
+                for i, (args, kwargs) in enumerate(self._calls):
+                    args = (_first(before(*args, **kwargs)), *args[1:])
+                    self._calls[i] = (args, kwargs)
+                    block(*args, **kwargs)
+        if position + 1 == len(self._blocks):
+            self._calls = []
 
 
 def block_names(function: str, model: nn.Module, blocks: Sequence[str] | None) -> list[str]:
@@ -182,6 +284,14 @@ def block_names(function: str, model: nn.Module, blocks: Sequence[str] | None) -
     return [f"{name}.{child}" for name in outer for child, _ in modules[name].named_children()]
 
 
+Sink: TypeAlias = Callable[[int, Tensor], None]
+Stage: TypeAlias = tuple[list[CalibratedLayer], Callable[[Sink], None]]
+
+
+def _stage(layers: Sequence[Layer], run: Callable[[Sink], None]) -> Stage:
+    return [CalibratedLayer(layer.name, layer.weight, layer.shape) for layer in layers], run
+
+
 def make_stages(
     function: str,
     model: nn.Module,
@@ -189,33 +299,47 @@ def make_stages(
     data: Data,
     propagate: bool,
     blocks: Sequence[str] | None,
-) -> list[tuple[list[CalibratedLayer], Callable[[Callable[[int, Tensor], None]], None]]]:
+) -> list[Stage]:
     """Stages in the order in which the model runs them; one stage of all layers without propagation."""
     modules = dict(model.named_modules())
     names = block_names(function, model, blocks)
-    block_of: dict[int, nn.Module] = {}  # of each layer's module: the block around it
+    block_of: dict[int, nn.Module] = {}  # of each module: the first block around it
+    blocks_around: dict[int, int] = {}
     for name in names:
         for module in modules[name].modules():
             block_of.setdefault(id(module), modules[name])
-    counts = data.calls([*(m for layer in layers for m in layer.modules), *(modules[name] for name in names)])
-    order = {module: i for i, module in enumerate(counts)}
+            blocks_around[id(module)] = blocks_around.get(id(module), 0) + 1
+    trace = data.trace((m for layer in layers for m in layer.modules), (modules[name] for name in names))
+    order = {module: i for i, module in enumerate(trace.counts)}
     stages: dict[int, tuple[nn.Module, list[Layer]]] = {}
     for layer in layers:
         anchor = block_of.get(id(layer.modules[0]), layer.modules[0])
         stages.setdefault(id(anchor), (anchor, []))[1].append(layer)
-    # What the first batch does not call comes last: another batch may.
-    ordered = sorted(stages.values(), key=lambda stage: order.get(stage[0], len(order)))
+
+    def first_call(stage: tuple[nn.Module, list[Layer]]) -> int:
+        # What the first batch does not call comes last: another batch may.
+        calls = [stage[0], *(module for layer in stage[1] for module in layer.modules)]
+        return min(order.get(module, len(order)) for module in calls)
+
+    ordered = sorted(stages.values(), key=first_call)
     if not propagate:
-        ordered = [(model, [layer for _, members in ordered for layer in members])]
+        members = [layer for _, members in ordered for layer in members]
+        return [_stage(members, lambda sink: data.run(members, None, sink))]
 
-    def make(anchor: nn.Module, members: list[Layer]):
+    out = []
+    chain: list[nn.Module] = []
+    for anchor, members in ordered:
         # A model can end early behind a module that runs once and has every use of the stage's weights inside.
-        inside = {id(module) for module in anchor.modules()}
-        ends = counts.get(anchor) == 1 and all(id(m) in inside for layer in members for m in layer.modules)
-        last = anchor if ends and anchor is not model else None
-        return (
-            [CalibratedLayer(layer.name, layer.weight, layer.shape) for layer in members],
-            lambda sink: data.run(members, last, sink),
-        )
-
-    return [make(anchor, members) for anchor, members in ordered]
+        inside = {id(module) for module in anchor.modules() if blocks_around.get(id(module), 1) == 1}
+        ends = trace.counts.get(anchor) == 1 and all(id(m) in inside for layer in members for m in layer.modules)
+        if ends and anchor in trace.blocks:
+            if not (chain and trace.is_link(chain[-1], anchor)):
+                chain = []
+                own = Chain(data, chain)
+            run = partial(own.run, len(chain), members)
+            chain.append(anchor)
+        else:
+            chain = []
+            run = partial(data.run, members, anchor if ends else None)
+        out.append(_stage(members, run))
+    return out
