@@ -34,6 +34,9 @@ _KEEP_ZEROS = (
 )
 
 
+_CHECK_EVERY = 100  # steps
+
+
 # --- a model and its masks --------------------------------------------------------------------------------------------
 
 
@@ -294,8 +297,10 @@ class OptimizerHook:
     """Enforces masks around each step of an optimizer, so that no line after ``optimizer.step()`` is needed.
 
     Before a step, gradients are masked. Values and moments that are zero then stay zero under the rules of SGD, Adam and
-    their like, which map zeros to zeros, so that after the step values are only read; under other rules, or where a value
-    is not zero, everything is written. A change of masks is enforced at once, in values, gradients and moments.
+    their like, which map zeros to zeros, and nothing else is written. Everything is written (values, gradients, moments) when
+    masks change, when someone else wrote values or masks since the last step (their versions tell), when the optimizer has
+    loaded a state, and at each step under other rules and with sparse gradients. What neither a version nor a rule tells,
+    such as a write through ``.data``, is found by reading all values, every 100 steps.
 
     Nothing runs for steps that ``torch.amp.GradScaler`` skips. Hooks stay when the optimizer loads a state; copies and
     pickles of an optimizer have none.
@@ -324,8 +329,11 @@ class OptimizerHook:
         self._optimizers = [_hookable(optimizer) for optimizer in given]
         self._state, self._before, self._after = state, before, after
         self._check(state())
-        self._dirty = True  # what the optimizers keep from before
+        self._dirty = True  # there may be values and moments that are not zero: from before, or written by someone else
         self._sparse = self._dense = False
+        self._watched: list[Tensor] = []  # values and masks, and what they were after the last step
+        self._seen: list[tuple[int, int, int]] = []
+        self._steps = 0
         self._handles: list[Any] = []
         for optimizer in self._optimizers:
             self._handles += [
@@ -386,29 +394,28 @@ class OptimizerHook:
         if self._dense:
             return
         state = self._state()
+        self._watched = [*_core.pruning.values_of(state), *_core.pruning.masks_of(state)]
+        if self._dirty or _fingerprint(self._watched) != self._seen:
+            enforce(state, self._optimizers)
+        self._dirty = False
         self._sparse = not _core.pruning.mask_gradients(state)
-        if self._dirty:
-            enforce(state, self._optimizers)  # what regrows in this step begins without a history
 
     def _post(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _is_skipped(optimizer):
             return
         changed = optimizer is self._optimizers[-1] and self._after is not None and self._after()
-        state = self._state()
+        self._steps += 1
         if self._dense:
-            _core.pruning.apply_values(state)
+            _core.pruning.apply_values(self._state())
             self._dirty = True
             return
-        must_write = (
-            changed
-            or self._dirty
-            or self._sparse
-            or type(optimizer) not in _KEEP_ZEROS
-            or not all(value.is_cpu for value in _core.pruning.values_of(state))  # reading back costs more than writing
-        )
-        if must_write or _core.pruning.stray_values(state):
-            enforce(state, self._optimizers)
-            self._dirty = False
+        if changed or self._sparse or not _keeps_zeros(optimizer):
+            enforce(self._state(), self._optimizers)
+        elif self._steps % _CHECK_EVERY == 0:
+            state = self._state()
+            if _core.pruning.stray_values(state):
+                enforce(state, self._optimizers)
+        self._seen = _fingerprint(self._watched)
 
     def _loaded(self, optimizer: Any) -> None:
         self._dirty = True
@@ -430,6 +437,16 @@ def _hookable(optimizer: Any) -> Any:
             f"{type(optimizer).__name__}; without it, call step() after optimizer.step()"
         )
     return inner
+
+
+def _keeps_zeros(optimizer: Any) -> bool:
+    """Whether a step maps values, gradients and moments that are zero to zeros; 0 / 0 is not."""
+    return type(optimizer) in _KEEP_ZEROS and all(group.get("eps", 1.0) > 0 for group in optimizer.param_groups)
+
+
+def _fingerprint(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+    """Differs when a tensor was replaced or written to, unless through ``.data``."""
+    return [(id(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors]
 
 
 def _is_skipped(optimizer: Any) -> bool:
