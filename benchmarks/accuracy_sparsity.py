@@ -24,7 +24,14 @@ from torch import nn
 
 import rarefy as rf
 
-DENSE, CONTINUED, AT_ONCE, AGP, RIGL, TWO_OF_FOUR = "FP32", "dense continued", "90 % at once", "90 % AGP", "90 % RigL", "2:4"
+DENSE, CONTINUED, AT_ONCE, AGP, RIGL, TWO_OF_FOUR = (
+    "FP32",
+    "dense continued",
+    "90 % at once",
+    "90 % AGP",
+    "90 % RigL",
+    "2:4",
+)
 SPARSITY = 0.9
 LOST_GOALS = {AGP: 1.0, TWO_OF_FOUR: 0.5}  # points below the dense model
 GRADUAL = 0.5  # part of the steps in which weights go

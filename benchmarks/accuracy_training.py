@@ -1,7 +1,6 @@
 """Training and evaluation that the parts of accuracy.py share."""
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path

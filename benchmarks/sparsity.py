@@ -1,13 +1,13 @@
 """What masks cost and what zeros gain, each figure beside its goal. Prints JSON lines.
 
-    threshold   global threshold and masks of 25 M weights / reading the weights once; numpy, torch.kthvalue, torch's pruning
-    two_of_four 2:4 mask of a 4096 x 4096 weight / the time to read it and write the mask
-    step        training step of ResNet-18 (32 x 3 x 64 x 64, SGD) with masks / without, and bytes saved for the backward pass
-    sparsegpt   SparseGPT of a 4096 x 4096 layer / a blocked reference in PyTorch
-    disk        file of a model that is 90 % zero / its dense file
-    linear      sparse linear layers beside dense ones: the sparsity from which they are faster, by size, batch and block
+threshold   global threshold and masks of 25 M weights / reading the weights once; numpy, torch.kthvalue, torch's pruning
+two_of_four 2:4 mask of a 4096 x 4096 weight / the time to read it and write the mask
+step        training step of ResNet-18 (32 x 3 x 64 x 64, SGD) with masks / without, and bytes saved for the backward pass
+sparsegpt   SparseGPT of a 4096 x 4096 layer / a blocked reference in PyTorch
+disk        file of a model that is 90 % zero / its dense file
+linear      sparse linear layers beside dense ones: the sparsity from which they are faster, by size, batch and block
 
-    python benchmarks/sparsity.py [--only NAME ...] [--threads 2] [--repeats 11] [--quick]
+python benchmarks/sparsity.py [--only NAME ...] [--threads 2] [--repeats 11] [--quick]
 """
 
 import argparse
@@ -114,7 +114,9 @@ def step(quick: bool, repeats: int) -> Iterator[Record]:
         )  # fmt: skip
     # Gradients are there when it is called in a step, and are masked too: twice the work of the call above.
     alone = 2 * seconds["rarefy, pruner.step() alone"]
-    yield record("(dense step + masks) / dense step", 1 + alone / seconds["dense"], GOALS["step"], name="rarefy, by parts")
+    yield record(
+        "(dense step + masks) / dense step", 1 + alone / seconds["dense"], GOALS["step"], name="rarefy, by parts"
+    )
     for name in ("rarefy", "torch.nn.utils.prune"):
         goal = GOALS["saved"] if name == "rarefy" else None
         yield record("bytes saved for the backward pass / dense", saved[name] / saved["dense"], goal, name=name)
@@ -152,9 +154,9 @@ def disk(quick: bool, repeats: int) -> Iterator[Record]:
             torch.save(model.state_dict(), dense)
             report = rf.pruning.save_sparse(model, file)
             functions = {
-                "save_sparse": lambda to=file: rf.pruning.save_sparse(model, to),
+                "save_sparse": lambda to=file, model=model: rf.pruning.save_sparse(model, to),
                 "load_sparse": lambda of=file: rf.pruning.load_sparse(of),
-                "torch.save": lambda to=dense: torch.save(model.state_dict(), to),
+                "torch.save": lambda to=dense, model=model: torch.save(model.state_dict(), to),
             }
             seconds = interleaved(functions, repeats)
             yield record(

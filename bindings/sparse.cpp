@@ -49,8 +49,7 @@ void init_files(py::module_& m) {
                "', elements=" + std::to_string(self.elements) + ", kept=" + std::to_string(self.kept) + ")";
       });
   py::class_<SparseFileReport>(m, "SparseFileReport", "What a compressed file holds. Prints as a table.")
-      .def_property_readonly("tensors",
-                             [](const SparseFileReport& self) { return py::tuple(py::cast(self.tensors)); })
+      .def_property_readonly("tensors", [](const SparseFileReport& self) { return py::tuple(py::cast(self.tensors)); })
       .def_readonly("dense_bytes", &SparseFileReport::dense_bytes, "Of the tensors, each in full.")
       .def_readonly("bytes", &SparseFileReport::bytes, "Of the file, header included.")
       .def_property_readonly("ratio", &SparseFileReport::ratio, "bytes / dense_bytes.")
@@ -90,8 +89,8 @@ void init_files(py::module_& m) {
 
 void init_execution(py::module_& m) {
   py::class_<SparsifiedLayer>(m, "SparsifiedLayer", "What became of one linear layer.")
-      .def(py::init([](std::string layer, std::vector<int64_t> samples, int64_t elements, std::string reason, bool sparse,
-                       double sparsity, std::pair<double, double> milliseconds) {
+      .def(py::init([](std::string layer, std::vector<int64_t> samples, int64_t elements, std::string reason,
+                       bool sparse, double sparsity, std::pair<double, double> milliseconds) {
              SparsifiedLayer out;
              out.name = std::move(layer);
              out.elements = elements;
@@ -126,18 +125,18 @@ void init_execution(py::module_& m) {
       .def("__repr__", &SparsifyReport::to_string)
       .def("_repr_html_", &SparsifyReport::to_html);
   py::class_<SparsifyOptions>(m, "SparsifyOptions", "Checked options of sparsify.")
-      .def(py::init([](double gain, double seconds, double least_sparsity,
-                       std::vector<std::pair<int64_t, int64_t>> blocks) {
-             SparsifyOptions options{gain, seconds, least_sparsity, std::move(blocks)};
-             options.validate();
-             return options;
-           }),
+      .def(py::init(
+               [](double gain, double seconds, double least_sparsity, std::vector<std::pair<int64_t, int64_t>> blocks) {
+                 SparsifyOptions options{gain, seconds, least_sparsity, std::move(blocks)};
+                 options.validate();
+                 return options;
+               }),
            py::arg("gain"), py::arg("seconds"), py::arg("least_sparsity"), py::arg("blocks"));
   py::class_<SparseReport>(m, "SparseReport", "Bytes on disk, multiply-accumulates, measured time. Prints as a table.")
       .def(py::init([](SparseFileReport file, int64_t macs, int64_t effective, std::pair<double, double> milliseconds,
                        SparsifyReport layers) {
-             return SparseReport{std::move(file),       macs, effective, milliseconds.first,
-                                 milliseconds.second, std::move(layers)};
+             return SparseReport{std::move(file),  macs, effective, milliseconds.first, milliseconds.second,
+                                 std::move(layers)};
            }),
            py::arg("file"), py::arg("macs"), py::arg("effective_macs"), py::arg("milliseconds"), py::arg("layers"))
       .def_readonly("file", &SparseReport::file, "What save_sparse would write.")

@@ -46,9 +46,7 @@ struct NetImpl : torch::nn::Module {
     second = register_module("second", rarefy::nn::Linear(1024, 1024));
     last = register_module("last", rarefy::nn::Linear(1024, kClasses));
   }
-  torch::Tensor forward(const torch::Tensor& x) {
-    return last(torch::relu(second(torch::relu(first(x)))));
-  }
+  torch::Tensor forward(const torch::Tensor& x) { return last(torch::relu(second(torch::relu(first(x))))); }
 };
 TORCH_MODULE(Net);
 

@@ -120,9 +120,15 @@ def table(data: Images, models: dict[str, nn.Module], report: rf.pruning.SparseR
         "| ------ | ---------: | --------: | ---------: | ---------: |",
     ]
     sizes = {"dense": report.file.dense_bytes, "pruned": report.file.bytes, "sparse": report.file.bytes}
-    times = {"dense": report.dense_milliseconds, "pruned": report.dense_milliseconds, "sparse": report.sparse_milliseconds}
+    times = {
+        "dense": report.dense_milliseconds,
+        "pruned": report.dense_milliseconds,
+        "sparse": report.sparse_milliseconds,
+    }
     for name, model in models.items():
-        weights = sum(int(value.count_nonzero()) for value in models["dense" if name == "dense" else "pruned"].parameters())
+        weights = sum(
+            int(value.count_nonzero()) for value in models["dense" if name == "dense" else "pruned"].parameters()
+        )
         lines.append(
             f"| {name:6} | {accuracy(model, data):10.2f} | {weights:9,} | {sizes[name]:10,} | {times[name]:10.3f} |"
         )
@@ -135,7 +141,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, metavar="FILE.npz", help="colour images (default: scikit-learn's digits)")
     parser.add_argument("--out", type=Path, default=Path("out/prune_weights"), help="folder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sparsity", type=float, default=0.9, help="part of the weights to remove (default: %(default)s)")
+    parser.add_argument(
+        "--sparsity", type=float, default=0.9, help="part of the weights to remove (default: %(default)s)"
+    )
     parser.add_argument("--batch", type=int, default=1, help="images of a timed run (default: %(default)s)")
     parser.add_argument("--epochs", type=int, nargs=2, metavar=("TRAIN", "PRUNE"), help="before and while pruning")
     parser.add_argument("--quick", action="store_true", help="few epochs, to see that everything works")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import struct
 import subprocess
 import sys
@@ -76,7 +75,9 @@ def test_every_type_round_trips(tmp_path, dtype):
     loaded = load_sparse(tmp_path / "x")
     assert loaded.keys() == tensors.keys()
     assert all(same_bits(loaded[name], tensors[name]) for name in tensors)
-    assert (tmp_path / "x").stat().st_size == report.bytes == sparse_size(tensors).bytes + (report.bytes - sparse_size(tensors).bytes)
+    assert (tmp_path / "x").stat().st_size == report.bytes
+    assert report.bytes == save_sparse(tensors, tmp_path / "y", {"made": "by a test"}).bytes
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
     forms = {tensor.name: tensor.form for tensor in report.tensors}
     assert forms["dense"] == forms["empty"] == forms["scalar"] == "dense"
     assert forms["zeros"] != "dense"
@@ -100,6 +101,7 @@ def test_round_trip_of_any_shape(tmp_path_factory, shape, density, pattern, seed
         x = one_of_four([shape[0], 4 * shape[1], *shape[2:]], 1, seed)
     path = tmp_path_factory.mktemp("sparse") / "x"
     report = save_sparse({"x": x}, path)
+    assert report.bytes == sparse_size({"x": x}).bytes == path.stat().st_size
     assert same_bits(load_sparse(path)["x"], x)
     assert report.tensors[0].bytes <= report.tensors[0].dense_bytes
 
@@ -157,9 +159,13 @@ def test_layout_is_the_documented_one(tmp_path):
     np.testing.assert_array_equal(out, y.numpy())
 
 
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(64 * 4, 100))
+
+
 def pruned_model(sparsity=0.9) -> tuple[nn.Sequential, rf.pruning.MagnitudePruner]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(64 * 4, 100))
+    model = net()
     pruner = rf.pruning.MagnitudePruner(model, sparsity)
     pruner.step()
     return model, pruner
@@ -186,9 +192,7 @@ def test_masks_come_back_and_pruning_goes_on(tmp_path):
     assert state.keys() == model.state_dict().keys()
     assert all(same_bits(state[name], value) for name, value in model.state_dict().items())
 
-    fresh = pruned_model(0.0)[0]
-    fresh = nn.Sequential(*[type(m)(*a) for m, a in ((nn.Conv2d(1, 1, 1), (3, 64, 3)), (nn.ReLU(), ()),
-                            (nn.Conv2d(1, 1, 1), (64, 64, 3)), (nn.Flatten(), ()), (nn.Linear(1, 1), (256, 100)))])  # fmt: skip
+    fresh = net()
     assert load_sparse(tmp_path / "x", fresh) is fresh
     assert all(same_bits(fresh.state_dict()[name], value) for name, value in model.state_dict().items())
     again = rf.pruning.MagnitudePruner(fresh, 0.8)
@@ -224,9 +228,8 @@ def test_values_outside_of_the_mask(tmp_path):
     before = (tmp_path / "x").read_bytes()
     with torch.no_grad():
         weight.view(-1)[place] = 1e-30
-    with pytest.raises(
-        ValueError, match=rf"\[save_sparse\] what a mask prunes must be zero, got another value in '4.weight' at flat index {place}"
-    ):
+    message = f"what a mask prunes must be zero, got another value in '4.weight' at flat index {place}"
+    with pytest.raises(ValueError, match=rf"\[save_sparse\] {message}"):
         save_sparse(model, tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == before
 
@@ -303,7 +306,6 @@ def set_format(number):
     [
         (change_data("w.bits", 0, 1), "'w.values' must have as many values as are kept"),
         (change_data("w.bits", -1, 128), "the padding of 'w.bits' must be zero"),
-        (change_description(shape=[30, 42]), "'w.bits' must be 160 bytes .* got 160|must have as many|must be"),
         (change_description(shape=[300, 41]), r"'w.bits' must be 1544 bytes \(uint8\) for the shape of 'w', got 160"),
         (change_description(shape=[2**40, 2**40]), "must give a shape of at least 1 and fewer than 2\\^59 elements"),
         (change_description(shape=[0, 5]), "must give a shape of at least 1"),
@@ -325,9 +327,6 @@ def test_broken_descriptions_are_refused(tmp_path, change, message):
     path = tmp_path / "broken"
     save_sparse({"w": sparse((30, 41), 0.1), "other": torch.ones(3)}, path)
     rewrite(path, change)
-    if message.startswith("'w.bits' must be 160"):  # 1260 elements are 160 bytes too: the padding or the count tells
-        assert load_sparse(path)["w"].shape == (30, 42)
-        return
     with pytest.raises(ValueError, match=rf"^\[load_sparse\] {path}: .*{message}"):
         load_sparse(path)
 
@@ -335,7 +334,14 @@ def test_broken_descriptions_are_refused(tmp_path, change, message):
 def test_broken_indices_are_refused(tmp_path):
     save_sparse({"w": one_of_four((6, 12), 1)}, tmp_path / "x")
     rewrite(tmp_path / "x", change_data("w.indices", -1, 0xC0))
-    with pytest.raises(ValueError, match="the padding of 'w.indices' must be zero"):
+    with pytest.raises(ValueError, match=r"the padding of 'w.indices' must be zero"):
+        load_sparse(tmp_path / "x")
+
+
+def test_bytes_that_are_no_bool_are_refused(tmp_path):
+    save_sparse({"w": torch.rand(1000) < 0.1}, tmp_path / "x")
+    rewrite(tmp_path / "x", change_data("w.values", 3, 4))
+    with pytest.raises(ValueError, match="the bytes of bool tensor 'w' must be 0 or 1"):
         load_sparse(tmp_path / "x")
 
 
@@ -350,7 +356,7 @@ def test_truncated_files_are_refused(tmp_path):
     path.write_bytes(good + b"\0")
     with pytest.raises(ValueError, match="the tensors must cover the data"):
         load_sparse(path)
-    with pytest.raises(RuntimeError, match="cannot open .*missing: No such file"):
+    with pytest.raises(RuntimeError, match=r"cannot open .*missing: No such file"):
         load_sparse(tmp_path / "missing")
 
 
@@ -362,10 +368,12 @@ def test_damaged_headers_never_crash(tmp_path, seed):
     for _ in range(150):
         at = generator.integers(len(good))
         path.write_bytes(good[:at] + bytes([generator.integers(256)]) + good[at + 1 :])
+        refused = None
         try:
             load_sparse(path)
         except ValueError as error:
-            assert str(path) in str(error)
+            refused = str(error)
+        assert refused is None or str(path) in refused
 
 
 def test_a_model_that_does_not_fit_stays_as_it_was(tmp_path):
@@ -375,7 +383,7 @@ def test_a_model_that_does_not_fit_stays_as_it_was(tmp_path):
     before = {name: value.clone() for name, value in other.state_dict().items()}
     with pytest.raises(ValueError, match=r"\[load_sparse\] .* shapes and types must be those of the model"):
         load_sparse(tmp_path / "x", other)
-    with pytest.raises(ValueError, match="missing are: 0.weight, 0.bias; unexpected are: "):
+    with pytest.raises(ValueError, match=r"missing are: 0.weight, 0.bias; unexpected are: "):
         load_sparse(tmp_path / "x", nn.Sequential(nn.Linear(3, 4)))
     assert before.keys() == other.state_dict().keys()
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
@@ -383,13 +391,13 @@ def test_a_model_that_does_not_fit_stays_as_it_was(tmp_path):
 
 
 def test_refused_tensors(tmp_path):
-    with pytest.raises(ValueError, match="no tensor may be called as a part of a sparse one, got 'w.values'"):
+    with pytest.raises(ValueError, match=r"no tensor may be called as a part of a sparse one, got 'w.values'"):
         save_sparse({"w": torch.zeros(1000), "w.values": torch.ones(3)}, tmp_path / "x")
     with pytest.raises(ValueError, match="must be dense and have values"):
         save_sparse({"w": torch.eye(3).to_sparse()}, tmp_path / "x")
     with pytest.raises(ValueError, match=r"must be tensors, got int at w"):
         save_sparse({"w": 3}, tmp_path / "x")
-    with pytest.raises(ValueError, match="metadata must not have the key rarefy.sparse"):
+    with pytest.raises(ValueError, match=r"metadata must not have the key rarefy.sparse"):
         save_sparse({"w": torch.ones(3)}, tmp_path / "x", {"rarefy.sparse": ""})
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(RuntimeError, match=r"\[save_sparse\] cannot open .*folder/x: No such file"):
@@ -417,15 +425,28 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
+MEMORY = """
+import resource, sys, torch, rarefy as rf
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KB
+x = torch.zeros(50_000_000)  # 200 MB
+x[::17] = 1.0
+before = peak()
+rf.pruning.save_sparse({"x": x}, sys.argv[1])
+written = peak()
+y = rf.pruning.load_sparse(sys.argv[1])["x"]
+print(written - before, peak() - written, torch.equal(x, y))
+"""
+
+
 def test_no_second_copy_is_made(tmp_path):
-    """Writing and reading a tensor of 200 MB takes far less than that besides."""
-    x = torch.zeros(50_000_000)
-    x[::17] = 1.0
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    save_sparse({"x": x}, tmp_path / "x")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # KB
-    assert torch.equal(load_sparse(tmp_path / "x")["x"], x)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+    """Writing takes far less than the tensor besides; reading takes the tensor and far less."""
+    command = [sys.executable, "-c", MEMORY, tmp_path / "x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    written, read, equal = done.stdout.split()
+    assert equal == "True"
+    assert int(written) < 60_000
+    assert int(read) < 260_000
 
 
 def test_report_prints(tmp_path):

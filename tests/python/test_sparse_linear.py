@@ -187,7 +187,11 @@ def test_a_backward_pass_is_refused():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda a: a.update(x=a["x"].double()), TypeError, "input must be of the type of the values, Float, got Double"),
+        (
+            lambda a: a.update(x=a["x"].double()),
+            TypeError,
+            "input must be of the type of the values, Float, got Double",
+        ),
         (lambda a: a.update(values=a["values"].double()), TypeError, "values must be float32 or bfloat16, got Double"),
         (lambda a: a.update(columns=a["columns"].long()), TypeError, "columns must be int16 or int32, got Long"),
         (lambda a: a.update(offsets=a["offsets"].int()), TypeError, "row_offsets must be int64, got Int"),

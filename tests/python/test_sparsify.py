@@ -56,10 +56,10 @@ def test_the_measurement_decides():
     sparse, report = sparsify(model, x, seconds=0.03)
     assert layers_of(report)["2"].sparse
     assert isinstance(sparse[2], SparseLinear)
-    same, report = sparsify(model, x, gain=1e6, **QUICK)
+    same, report = sparsify(model, x, gain=1000.0, **QUICK)
     assert report.sparse == 0
     assert all(type(module) is not SparseLinear for module in same)
-    assert "must be 1e+06 times, are" in report.layers[0].reason
+    assert "must be 1000 times, are" in report.layers[0].reason
     assert "0 of 3 linear layers are sparse" in str(report)
     assert "<table>" in report._repr_html_()
 

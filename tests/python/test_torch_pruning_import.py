@@ -44,7 +44,9 @@ def test_state_dict():
     back = export_torch_pruning(out)
     assert set(back) == set(state)
     assert all(torch.equal(back[name], state[name]) for name in state if not name.endswith("_orig"))
-    assert all(torch.equal(back[n], state[n] * state[n.replace("_orig", "_mask")]) for n in state if n.endswith("_orig"))
+    assert all(
+        torch.equal(back[n], state[n] * state[n.replace("_orig", "_mask")]) for n in state if n.endswith("_orig")
+    )
 
 
 def test_a_state_goes_into_a_pruner():
@@ -119,7 +121,10 @@ def test_spectral_norm_is_left_alone():
         (lambda s: s.update({"0.weight": torch.ones(1)}), "'0.weight' must not be there beside '0.weight_orig'"),
         (lambda s: s["0.weight_mask"].view(-1)[0].fill_(0.5), "'0.weight_mask' must be 0 or 1 everywhere"),
         (lambda s: s["0.weight_mask"].view(-1)[0].fill_(float("nan")), "'0.weight_mask' must be 0 or 1 everywhere"),
-        (lambda s: s.update({"0.weight_mask": torch.ones(8)}), r"must have the shape of '0.weight_orig', \[8, 3, 3, 3\]"),
+        (
+            lambda s: s.update({"0.weight_mask": torch.ones(8)}),
+            r"'0.weight_mask' must have the shape of '0.weight_orig', \[8, 3, 3, 3\]",
+        ),
         (lambda s: s.update({"0.weight_mask_bits": torch.ones(8)}), "'0.weight_mask_bits' must not be there already"),
     ],
 )
@@ -147,7 +152,7 @@ def test_a_model_that_is_refused_stays_as_it_was():
     with torch.no_grad():
         model[3].bias_mask[0] = 2.0
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="'3.bias_mask' must be 0 or 1 everywhere"):
+    with pytest.raises(ValueError, match=r"'3.bias_mask' must be 0 or 1 everywhere"):
         import_torch_pruning(model)
     assert before.keys() == model.state_dict().keys()
     assert len(model[3]._forward_pre_hooks) == 2

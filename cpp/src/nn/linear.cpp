@@ -89,6 +89,10 @@ void LinearImpl::become_dense(const torch::Tensor& given) {
   }
   sparse_.reset();
   weight = register_parameter("weight", dense, !given.defined() || given.requires_grad());
+  if (bias.defined()) {  // behind the weight again
+    parameters_.erase("bias");
+    parameters_.insert("bias", bias);
+  }
 }
 
 torch::Tensor LinearImpl::run_sparse(const torch::Tensor& x) const {

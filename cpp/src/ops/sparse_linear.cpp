@@ -53,8 +53,8 @@ SparseWeight sparse_of(const at::Tensor& dense, int64_t height, int64_t width) {
   const auto count = static_cast<int64_t>(columns.size());
   const auto options = at::TensorOptions();
   SparseWeight weight;
-  weight.values = height * width == 1 ? at::empty({count}, dense.options())
-                                      : at::empty({count, height, width}, dense.options());
+  weight.values =
+      height * width == 1 ? at::empty({count}, dense.options()) : at::empty({count, height, width}, dense.options());
   weight.row_offsets = at::empty({rows + 1}, options.dtype(at::kLong));
   std::memcpy(weight.row_offsets.mutable_data_ptr(), offsets.data(), offsets.size() * sizeof(int64_t));
   auto* values = static_cast<Word*>(weight.values.mutable_data_ptr());
@@ -77,8 +77,7 @@ SparseWeight sparse_of(const at::Tensor& dense, int64_t height, int64_t width) {
 }  // namespace
 
 at::Tensor sparse_linear(const at::Tensor& x, const SparseWeight& weight, const std::optional<at::Tensor>& bias) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("rarefy::sparse_linear", "").typed<Signature>();
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("rarefy::sparse_linear", "").typed<Signature>();
   return op.call(x, weight.values, weight.columns, weight.row_offsets, bias);
 }
 

@@ -159,7 +159,8 @@ int64_t first_outside(const at::Tensor& x, const uint8_t* bits) {
   const int64_t n = x.numel();
   return with_words(x, [&](auto type) -> int64_t {
     using Word = decltype(type);
-    const Word sign = has_negative_zero(x.scalar_type()) ? static_cast<Word>(Word{1} << (8 * sizeof(Word) - 1)) : Word{0};
+    const Word sign =
+        has_negative_zero(x.scalar_type()) ? static_cast<Word>(Word{1} << (8 * sizeof(Word) - 1)) : Word{0};
     const auto* words = static_cast<const Word*>(x.const_data_ptr());
     for (int64_t first = 0; first < n; first += kWord) {
       const int64_t count = std::min(kWord, n - first);

@@ -2,6 +2,7 @@
 #include <rarefy/pruning/sparse_file.h>
 #include <rarefy/pruning/state.h>
 
+#include <algorithm>
 #include <map>
 #include <set>
 #include <utility>
@@ -129,8 +130,7 @@ class Planner {
                [&](const void* data, size_t size) { file.write(data, size); });
       });
     } else {
-      const auto indices =
-          std::make_shared<std::vector<uint8_t>>(indices_of(host.sizes(), record.axis, packed));
+      const auto indices = std::make_shared<std::vector<uint8_t>>(indices_of(host.sizes(), record.axis, packed));
       add(".indices", at::kByte, static_cast<int64_t>(indices->size()),
           [indices](PendingFile& file) { file.write(indices->data(), indices->size()); });
       add(".values", host.scalar_type(), kept, [tensor, indices, axis = record.axis](PendingFile& file) {
@@ -194,6 +194,11 @@ class Decoder {
       const bool by_index = record.form == SparseForm::one_of_four;
       const auto& bits = part(name + (by_index ? ".indices" : ".bits"), parts);
       auto [tensor, mask] = by_index ? from_indices(name, record, values, bits) : from_bits(name, record, values, bits);
+      if (values.dtype == at::kBool) {
+        const auto* bytes = static_cast<const uint8_t*>(tensor.const_data_ptr());
+        require(std::all_of(bytes, bytes + tensor.numel(), [](uint8_t byte) { return byte <= 1; }),
+                "the bytes of bool tensor '", name, "' must be 0 or 1");
+      }
       decoded.emplace_back(name, std::move(tensor));
       if (record.is_mask) {
         decoded.emplace_back(mask_key(name), std::move(mask));
@@ -281,10 +286,7 @@ class Decoder {
 }  // namespace
 
 bool is_pruning_state(const std::string& name) {
-  const auto last = name.substr(name.rfind('.') + 1);  // npos + 1 is 0: the whole name
-  const auto ends_with = [&](const char* ending) { return last.ends_with(ending); };
-  return ends_with("_mask_bits") || ends_with("_mask_score") || ends_with("_mask_latent") ||
-         ends_with("_mask_rewind") || last == kStepKey;
+  return is_pruning_key(name.substr(name.rfind('.') + 1));  // npos + 1 is 0: the whole name
 }
 
 SparseFileReport save_sparse(const NamedTensors& tensors, const std::filesystem::path& path, const Metadata& metadata) {

@@ -36,8 +36,8 @@ std::string SparseFileReport::to_string() const {
   std::string out = title(*this) + "\n";
   const auto line = [&](const std::string& tensor, const std::string& shape, const std::string& form,
                         const std::string& kept, const std::string& dense, const std::string& bytes) {
-    out += fmt::format("  {:<{}}  {:<{}}  {:<7}  {:>12}  {:>12}  {:>12}\n", tensor, name_width, shape, shape_width, form,
-                       kept, dense, bytes);
+    out += fmt::format("  {:<{}}  {:<{}}  {:<7}  {:>12}  {:>12}  {:>12}\n", tensor, name_width, shape, shape_width,
+                       form, kept, dense, bytes);
   };
   line("tensor", "shape", "form", "values", "dense bytes", "bytes");
   for (const auto& tensor : tensors) {
@@ -53,9 +53,9 @@ std::string SparseFileReport::to_html() const {
       "<th>bytes</th></tr>",
       escaped(title(*this)));
   for (const auto& tensor : tensors) {
-    out += fmt::format("<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
-                       escaped(tensor.name), shape_text(tensor), name(tensor.form), tensor.kept, tensor.dense_bytes,
-                       tensor.bytes);
+    out +=
+        fmt::format("<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>", escaped(tensor.name),
+                    shape_text(tensor), name(tensor.form), tensor.kept, tensor.dense_bytes, tensor.bytes);
   }
   return out + "</table>";
 }

@@ -28,9 +28,9 @@ SparseRecord read_record(JsonReader& reader, const std::string& name) {
       int64_t elements = 1;
       reader.array([&] {
         const uint64_t size = reader.integer();
-        reader.require(record.shape.size() < kMaxDimensions && size > 0 &&
-                           size <= static_cast<uint64_t>(kMaxElements / elements),
-                       "must give a shape of at least 1 and fewer than 2^59 elements to '", name, "'");
+        reader.require(
+            record.shape.size() < kMaxDimensions && size > 0 && size <= static_cast<uint64_t>(kMaxElements / elements),
+            "must give a shape of at least 1 and fewer than 2^59 elements to '", name, "'");
         elements *= static_cast<int64_t>(size);
         record.shape.push_back(static_cast<int64_t>(size));
       });

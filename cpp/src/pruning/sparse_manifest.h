@@ -12,7 +12,7 @@ namespace rarefy::pruning {
 struct SparseRecord {
   SparseForm form = SparseForm::bitmask;
   std::vector<int64_t> shape;
-  int64_t axis = 0;     // along which one of four is kept
+  int64_t axis = 0;      // along which one of four is kept
   bool is_mask = false;  // the bits are a pruner's mask
 
   int64_t elements() const;

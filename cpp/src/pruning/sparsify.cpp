@@ -189,9 +189,10 @@ std::optional<ops::SparseWeight> choose_sparse(SparsifiedLayer& layer, const at:
     return stays("no block fits its shape and its zeros");
   }
   layer.sparse = best_ratio >= options.gain;
-  layer.reason = fmt::format("{} {} as fast as dense", block_text(layer.block),
-                             layer.sparse ? fmt::format("are {:.2f} times", best_ratio)
-                                          : fmt::format("must be {} times, are {:.2f} times", options.gain, best_ratio));
+  layer.reason =
+      fmt::format("{} {} as fast as dense", block_text(layer.block),
+                  layer.sparse ? fmt::format("are {:.2f} times", best_ratio)
+                               : fmt::format("must be {} times, are {:.2f} times", options.gain, best_ratio));
   return layer.sparse ? best : std::nullopt;
 }
 

@@ -51,10 +51,10 @@ std::string SparsifyReport::to_html() const {
       "<th>sparse ms</th><th></th><th>why</th></tr>",
       title(*this));
   for (const auto& layer : layers) {
-    out += fmt::format(
-        "<tr><td>{}</td><td>{:.3f}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
-        escaped(layer.name), layer.sparsity, samples_text(layer.samples), milliseconds(layer.dense_milliseconds),
-        milliseconds(layer.sparse_milliseconds), layer.sparse ? "sparse" : "dense", escaped(layer.reason));
+    out += fmt::format("<tr><td>{}</td><td>{:.3f}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
+                       escaped(layer.name), layer.sparsity, samples_text(layer.samples),
+                       milliseconds(layer.dense_milliseconds), milliseconds(layer.sparse_milliseconds),
+                       layer.sparse ? "sparse" : "dense", escaped(layer.reason));
   }
   return out + "</table>";
 }

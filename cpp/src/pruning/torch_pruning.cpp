@@ -45,8 +45,8 @@ NamedTensors import_torch_pruning(const NamedTensors& state) {
       const auto* mask = state.find(*base + kMask);
       TORCH_CHECK_VALUE(mask != nullptr, function, "'", name, "' must come with '", *base, kMask, "', got none");
       TORCH_CHECK_VALUE(!state.contains(*base), function, "'", *base, "' must not be there beside '", name, "'");
-      TORCH_CHECK_VALUE(mask->sizes() == item.value().sizes(), function, "'", *base, kMask, "' must have the shape of '",
-                        name, "', ", item.value().sizes(), ", got ", mask->sizes());
+      TORCH_CHECK_VALUE(mask->sizes() == item.value().sizes(), function, "'", *base, kMask,
+                        "' must have the shape of '", name, "', ", item.value().sizes(), ", got ", mask->sizes());
       const auto kept = mask->ne(0);
       TORCH_CHECK_VALUE(kept.eq(mask->eq(1)).all().item<bool>(), function, "'", *base, kMask,
                         "' must be 0 or 1 everywhere, and is not");
@@ -92,15 +92,15 @@ NamedTensors export_torch_pruning(const NamedTensors& state) {
       continue;
     }
     const auto& value = item.value();
-    TORCH_CHECK_VALUE(mask->scalar_type() == at::kByte && mask->numel() == ops::mask_bytes(value.numel()), function, "'",
-                      mask_key(name), "' must hold ", ops::mask_bytes(value.numel()), " bytes (uint8) for shape ",
+    TORCH_CHECK_VALUE(mask->scalar_type() == at::kByte && mask->numel() == ops::mask_bytes(value.numel()), function,
+                      "'", mask_key(name), "' must hold ", ops::mask_bytes(value.numel()), " bytes (uint8) for shape ",
                       value.sizes(), ", got ", mask->numel(), " of ", mask->scalar_type());
     const auto bits = on_host(*mask);
     TORCH_CHECK_VALUE(count_kept(bits.const_data_ptr<uint8_t>(), value.numel()) >= 0, function, "the padding of '",
                       mask_key(name), "' must be zero");
     out.insert(name + kOriginal, value);
-    out.insert(name + kMask, unpacked(bits.const_data_ptr<uint8_t>(), value.sizes())
-                                 .to(value.device(), value.scalar_type()));
+    out.insert(name + kMask,
+               unpacked(bits.const_data_ptr<uint8_t>(), value.sizes()).to(value.device(), value.scalar_type()));
     any = true;
   }
   TORCH_CHECK_VALUE(any, function, "the state must have masks, '<name>_mask_bits', got none among ", state.size(),

@@ -74,19 +74,27 @@ class SparseLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         dense = state_dict.get(f"{prefix}weight")
-        if dense is not None and f"{prefix}weight_values" not in state_dict:
-            if dense.shape == (self.out_features, self.in_features):
-                parts = _core.pruning.to_sparse_weight(dense.to(self.weight_values.dtype), *self.block)
-                names = ("weight_values", "weight_columns", "weight_row_offsets")
-                state_dict.update({prefix + name: part for name, part in zip(names, parts, strict=True)})
-                del state_dict[f"{prefix}weight"]
-        for name in ("weight_values", "weight_columns"):
-            given, own = state_dict.get(prefix + name), getattr(self, name)
-            # Another number of kept values is what another pruning gives; blocks of another size are another layer.
-            if given is not None and given.shape[1:] == own.shape[1:] and len(given) != len(own):
-                setattr(self, name, torch.empty_like(given, dtype=own.dtype, device=own.device))
-            if given is not None and name == "weight_columns" and given.dtype != own.dtype:
-                setattr(self, name, getattr(self, name).to(given.dtype))
+        fits = dense is not None and dense.shape == (self.out_features, self.in_features)
+        if fits and f"{prefix}weight_values" not in state_dict:
+            parts = _core.pruning.to_sparse_weight(dense.to(self.weight_values.dtype), *self.block)
+            names = ("weight_values", "weight_columns", "weight_row_offsets")
+            state_dict.update({prefix + name: part for name, part in zip(names, parts, strict=True)})
+            del state_dict[f"{prefix}weight"]
+        values, columns, offsets = (
+            state_dict.get(f"{prefix}weight_{part}") for part in ("values", "columns", "row_offsets")
+        )
+        # Another number of kept values is what another pruning gives; all else that differs is another layer.
+        if (
+            values is not None
+            and columns is not None
+            and offsets is not None
+            and offsets.shape == self.weight_row_offsets.shape
+            and values.shape[1:] == self.weight_values.shape[1:]
+            and len(values) == len(columns) == int(offsets[-1])
+        ):
+            own = self.weight_values
+            self.weight_values = torch.empty_like(values, dtype=own.dtype, device=own.device)
+            self.weight_columns = torch.empty_like(columns, device=own.device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:

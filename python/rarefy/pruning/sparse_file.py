@@ -34,11 +34,12 @@ def save_sparse(
 ) -> SparseFileReport:
     """Write a model or tensors to a safetensors file, sparse tensors compressed.
 
-    A sparse tensor is stored as its values and a packed mask, or as 2-bit places where each four neighbours keep one (1:4);
-    each tensor in the form of fewest bytes, so that dense ones stay as they are. Values come back bit for bit; only +0 is left
-    out. Where a pruner's mask ``x_mask_bits`` stands beside ``x``, it is stored once, as the bits of x. Any reader of safetensors
-    opens the file; ``load_sparse`` puts the tensors together again, and C++ reads the same files. The file is written under
-    another name and renamed, so that a failure leaves the file that was there. A tensor with several names is written once.
+    A sparse tensor is stored as its values and a packed mask, or as 2-bit places where each four neighbours keep one
+    (1:4); each tensor in the form of fewest bytes, so that dense ones stay as they are. Values come back bit for bit; only
+    +0 is left out. Where a pruner's mask ``x_mask_bits`` stands beside ``x``, it is stored once, as the bits of x. Any
+    reader of safetensors opens the file; ``load_sparse`` puts the tensors together again, and C++ reads the same files.
+    The file is written under another name and renamed, so that a failure leaves the file that was there. A tensor with
+    several names is written once.
 
     Args:
         model_or_tensors: a module, whose parameters and buffers are written, or tensors by name.
@@ -49,8 +50,8 @@ def save_sparse(
         Bytes of the file and of every tensor.
 
     Raises:
-        ValueError: a pruned value that is not zero (call the pruner's ``step`` after the optimizer's); a tensor that safetensors
-            does not know; names that clash with those of the format.
+        ValueError: a pruned value that is not zero (call the pruner's ``step`` after the optimizer's); a tensor that
+            safetensors does not know; names that clash with those of the format.
         RuntimeError: the file cannot be written.
     """
     tensors = _tensors(model_or_tensors, "save_sparse")
@@ -82,7 +83,8 @@ def load_sparse(
         The model; without one, dense tensors on the CPU by name, one tensor under each of its names.
 
     Raises:
-        ValueError: a file that breaks a rule of the format (it is named), or does not fit the model; the model is then as it was.
+        ValueError: a file that breaks a rule of the format (it is named), or does not fit the model; the model is then
+            as it was.
         RuntimeError: the file cannot be read.
     """
     file = os.fspath(path)

@@ -29,20 +29,20 @@ def sparsify(
 ) -> tuple[nn.Module, SparsifyReport]:
     """Make the linear layers sparse that run faster so, with inputs of the size of the example. For inference.
 
-    Every ``nn.Linear`` with enough zeros is timed on this machine, dense and sparse in turn, with as many rows as the model gives
-    it: on the CPU as compressed rows of single weights or of blocks (``rarefy.nn.SparseLinear``), on CUDA in 2:4 form by torch's
-    semi-structured kernels where the weight has it. Where the sparse one wins it takes the place; the report says which, how
-    fast, and why the others stay dense.
+    Every ``nn.Linear`` with enough zeros is timed on this machine, dense and sparse in turn, with as many rows as the model
+    gives it: on the CPU as compressed rows of single weights or of blocks (``rarefy.nn.SparseLinear``), on CUDA in 2:4 form
+    by torch's semi-structured kernels where the weight has it. Where the sparse one wins it takes the place; the report
+    says which, how fast, and why the others stay dense.
 
     Args:
         model: finished with pruning (``pruner.finalize()``): a layer with a pruner's mask stays dense.
-        example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments; of the batch size that
-            the model will be used with.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments; of the batch size
+            that the model will be used with.
         gain: how many times as fast as dense a sparse layer must be.
         seconds: to measure each form of each layer for.
         least_sparsity: layers with a smaller part of zeros are not measured.
-        blocks: heights and widths of the blocks that are tried; (1, 1) is single weights. One whose blocks are half empty is not
-            measured.
+        blocks: heights and widths of the blocks that are tried; (1, 1) is single weights. One whose blocks are half empty
+            is not measured.
         inplace: change the model instead of a copy.
 
     Returns:

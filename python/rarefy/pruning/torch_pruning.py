@@ -35,8 +35,8 @@ def import_torch_pruning(model_or_state: Model | Mapping[str, Tensor]) -> Model 
         The module, or the new state.
 
     Raises:
-        ValueError: nothing that torch has pruned; an ``x_orig`` without ``x_mask`` or without its hook; a mask of another shape,
-            or with values other than 0 and 1. Nothing has changed then.
+        ValueError: nothing that torch has pruned; an ``x_orig`` without ``x_mask`` or without its hook; a mask of another
+            shape, or with values other than 0 and 1. Nothing has changed then.
     """
     if not isinstance(model_or_state, nn.Module):
         state = dict(model_or_state)

@@ -15,8 +15,8 @@
 namespace rarefy::pruning {
 
 struct RAREFY_API SparseReport {
-  SparseFileReport file;      // what save_sparse() would write
-  int64_t macs = 0;           // multiply-accumulates of the run that was given
+  SparseFileReport file;       // what save_sparse() would write
+  int64_t macs = 0;            // multiply-accumulates of the run that was given
   int64_t effective_macs = 0;  // of those, with a weight that is not zero
   double dense_milliseconds = 0;
   double sparse_milliseconds = 0;  // with the linear layers sparse that are faster so; both times in turn, medians
@@ -39,7 +39,8 @@ RAREFY_API std::pair<double, double> compare_times(const std::function<void()>& 
 ///   forward  runs the model and returns its outputs: [&] { return std::vector{net->forward(x)}; }
 ///   seconds  to time the whole model for
 /// Throws as sparsify() does.
-RAREFY_API SparseReport measure_sparse(torch::nn::Module& model, const std::function<std::vector<at::Tensor>()>& forward,
+RAREFY_API SparseReport measure_sparse(torch::nn::Module& model,
+                                       const std::function<std::vector<at::Tensor>()>& forward,
                                        const std::vector<at::Tensor>& inputs, const SparsifyOptions& options = {},
                                        double seconds = 0.5);
 

@@ -32,7 +32,7 @@ struct RAREFY_API SparsifyOptions {
 struct RAREFY_API SparsifiedLayer {
   std::string name;
   int64_t elements = 0;
-  double sparsity = 0;               // zeros / elements of the weight
+  double sparsity = 0;                // zeros / elements of the weight
   std::vector<int64_t> samples = {};  // rows of the inputs that the model gave it, call by call
   bool sparse = false;
   std::pair<int64_t, int64_t> block{0, 0};  // of the fastest form that was measured; 0 without a measurement

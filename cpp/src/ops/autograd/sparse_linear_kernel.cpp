@@ -14,8 +14,7 @@ using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Ten
 
 at::Tensor below_autograd(const at::Tensor& x, const at::Tensor& values, const at::Tensor& columns,
                           const at::Tensor& row_offsets, const std::optional<at::Tensor>& bias) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("rarefy::sparse_linear", "").typed<Signature>();
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("rarefy::sparse_linear", "").typed<Signature>();
   at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(x, values, columns, row_offsets, bias);
 }

@@ -17,8 +17,8 @@
 namespace rarefy::ops {
 namespace {
 
-constexpr int64_t kWork = 32768;       // products below which a second thread does not pay
-constexpr int64_t kBufferRows = 64;    // rows whose sums are collected before they are written
+constexpr int64_t kWork = 32768;     // products below which a second thread does not pay
+constexpr int64_t kBufferRows = 64;  // rows whose sums are collected before they are written
 constexpr const char* kName = "[sparse_linear] ";
 
 void check_offsets(const at::Tensor& offsets, int64_t count) {
@@ -103,14 +103,13 @@ class Product {
   void many_samples() {
     const auto all = tiles();
     const auto* from = static_cast<const char*>(x_.const_data_ptr());
-    at::parallel_for(0, in_, std::max<int64_t>(1, kWork / std::max<int64_t>(samples_, 1)),
-                     [&](int64_t begin, int64_t end) {
-                       for (const auto& tile : all) {
-                         const auto* samples = from + tile.first * in_ * static_cast<int64_t>(x_.element_size());
-                         RAREFY_ISA_CALL(sparse_pack, matrix_.type, samples, tile.samples, in_, tile.values, tile.lanes,
-                                         begin, end);
-                       }
-                     });
+    at::parallel_for(
+        0, in_, std::max<int64_t>(1, kWork / std::max<int64_t>(samples_, 1)), [&](int64_t begin, int64_t end) {
+          for (const auto& tile : all) {
+            const auto* samples = from + tile.first * in_ * static_cast<int64_t>(x_.element_size());
+            RAREFY_ISA_CALL(sparse_pack, matrix_.type, samples, tile.samples, in_, tile.values, tile.lanes, begin, end);
+          }
+        });
     at::parallel_for(0, rows_, grain_of(rows_, work_ * samples_), [&](int64_t begin, int64_t end) {
       const int64_t at_once = std::max<int64_t>(1, kBufferRows / matrix_.height);
       std::vector<float> sums(static_cast<size_t>(at_once * matrix_.height * cpu::kTileMost));

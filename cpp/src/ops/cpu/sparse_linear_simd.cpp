@@ -19,7 +19,8 @@ bool valid(const Column* columns, int64_t n, int64_t limit) {
   uint32_t beyond = 0;
   for (int64_t i = 0; i < n; ++i) {
     // A negative column is a large one here.
-    beyond |= static_cast<uint32_t>(static_cast<int64_t>(static_cast<uint32_t>(static_cast<int32_t>(columns[i]))) >= limit);
+    beyond |=
+        static_cast<uint32_t>(static_cast<int64_t>(static_cast<uint32_t>(static_cast<int32_t>(columns[i]))) >= limit);
   }
   return beyond == 0;
 }
