@@ -10,11 +10,14 @@ With --structured: half of the multiply-accumulates of ResNet-20 removed as chan
 the same share of every layer ("uniform L1"), and at random, each fine-tuned with the same schedule and the same batches;
 and a model that is pruned to a time in milliseconds, asked for beside measured.
 
+With --sparsity: ResNet-20 with nine of ten weights at zero (at once, gradually, with RigL), and in 2:4; see
+accuracy_sparsity.py.
+
 With --distillation: a small student trained on the labels, and the same student (the same first weights, batches and
 schedule) distilled from a ResNet-20, or from the Transformer of the sentences, which is more than twice as large. The teacher
 looks at each image and at its mirror image once; its logits are kept.
 
-    python benchmarks/accuracy.py [--data DIR] [--task images|sentences|all] [--structured | --distillation]
+    python benchmarks/accuracy.py [--data DIR] [--task images|sentences|all] [--structured | --distillation | --sparsity]
                                   [--seeds 0 1 2] [--cache DIR] [--threads 2] [--continued] [--quick] [--json]
 
 Three seeds of both tasks with --data take about 25 minutes of processor time (images 400 s and sentences 80 s a seed).
@@ -23,25 +26,25 @@ Three seeds of both tasks with --data take about 25 minutes of processor time (i
 import argparse
 import copy
 import json
-import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import accuracy_sparsity
 import datasets
 import models
 import torch
 import torch.nn.functional as F
+from accuracy_training import BATCH, Result, Task, accuracy, adamw, float_model, sgd, shift_and_flip, train
 from timing import interleaved
 from torch import Tensor, nn
 
 import rarefy as rf
 from rarefy.quantization import QConfig
 
-BATCH = 128
 PRUNED = "half the MACs"  # the row of pruning that has a goal, and those that it is compared with
 UNIFORM = "half the MACs, uniform L1"
 RANDOM = "half the MACs, random"
@@ -56,23 +59,6 @@ TEACHER_SEED = 100  # one teacher for all seeds
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is trained, and how."""
-
-    build: Callable[[], nn.Module]
-    split: datasets.Split
-    augment: Callable[[Tensor], Tensor]
-    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer]
-    rate: float  # highest learning rate of the FP32 training
-    fine_rate: float  # learning rate at which QAT begins
-    epochs: int
-    fine_epochs: int
-    goals: dict[str, float]  # points that each kind may lose
-    prune_rate: float = 0.0  # highest learning rate after pruning
-    prune_epochs: int = 0
-
-
-@dataclass(frozen=True)
 class Teaching:
     """How a student is distilled, and trained alone."""
 
@@ -81,35 +67,6 @@ class Teaching:
     epochs: int  # over the images and their mirror images, or over the sentences
     temperature: float
     alpha: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """One kind of model: per cent of right answers, seconds to make it, and what else there is to say."""
-
-    kind: str
-    percent: float
-    seconds: float
-    more: dict[str, object] = field(default_factory=dict)
-
-
-def shift_and_flip(x: Tensor) -> Tensor:
-    """Each image moved by up to 4 pixels, with zeros at the border, and mirrored half of the time."""
-    size = x.shape[-1]
-    padded = F.pad(x, (4, 4, 4, 4))
-    rows = torch.randint(9, (len(x), 1)) + torch.arange(size)
-    columns = torch.randint(9, (len(x), 1)) + torch.arange(size)
-    columns = torch.where(torch.rand(len(x), 1) < 0.5, columns.flip(1), columns)
-    moved = padded[torch.arange(len(x)).view(-1, 1, 1), :, rows.unsqueeze(2), columns.unsqueeze(1)]
-    return moved.permute(0, 3, 1, 2)  # channels last in memory, in which convolutions are faster
-
-
-def sgd(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
-
-
-def adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01)
 
 
 def make_task(name: str, data: Path | None, quick: bool) -> Task:
@@ -147,74 +104,6 @@ def make_teaching(task: Task, quick: bool) -> Teaching:
         lambda: models.SentenceClassifier(words, datasets.LENGTH, split.classes, width=64),
         1 if quick else 5, 1 if quick else 5, 2.0, 0.7,
     )  # fmt: skip
-
-
-def batches(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
-    order = torch.randperm(len(task.split.train_y))
-    for chosen in order[: len(order) // BATCH * BATCH].split(BATCH):
-        yield task.augment(task.split.train_x[chosen]), task.split.train_y[chosen]
-
-
-def train(
-    model: nn.Module,
-    task: Task,
-    rate: float,
-    epochs: int,
-    warmup: float,
-    autocast: bool,
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-) -> None:
-    """Epochs over the data; the rate rises over the share ``warmup`` of the steps, and falls to zero by a cosine."""
-    steps = epochs * (len(task.split.train_y) // BATCH)
-    optimizer = task.optimizer(model, rate)
-    rising = round(warmup * steps)
-
-    def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / (rising + 1)
-        return 0.5 + 0.5 * math.cos(math.pi * (step - rising) / max(1, steps - rising))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    model.train()
-    for _ in range(epochs):
-        for x, y in batches(task):
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                y_hat = model(x)
-            loss(y_hat.float(), y).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, split: datasets.Split) -> float:
-    """Per cent of right answers."""
-    model.eval()
-    right = sum(
-        int((model(x).argmax(1) == y).sum())
-        for x, y in zip(split.test_x.split(250), split.test_y.split(250), strict=True)
-    )
-    return 100.0 * right / len(split.test_y)
-
-
-def float_model(task: Task, seed: int, cache: Path | None) -> nn.Module:
-    """The trained FP32 model of a seed, read from the cache where it is there."""
-    torch.manual_seed(seed)
-    model = task.build()
-    file = None
-    if cache is not None:
-        name = task.split.name.replace(" ", "-")
-        file = cache / f"{name}-{len(task.split.train_y)}-epochs{task.epochs}-rate{task.rate}-seed{seed}.pt"
-        if file.exists():
-            model.load_state_dict(torch.load(file, weights_only=True))
-            return model
-    train(model, task, task.rate, task.epochs, warmup=0.2, autocast=True)
-    if file is not None:
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        torch.save(model.state_dict(), temporary)
-        temporary.replace(file)
-    return model
 
 
 def quantized(task: Task, seed: int, cache: Path | None, with_continued: bool) -> Iterator[Result]:
@@ -367,6 +256,7 @@ def main() -> None:
     parser.add_argument("--task", choices=["images", "sentences", "all"], default="all")
     parser.add_argument("--structured", action="store_true", help="structured pruning instead of quantization; images")
     parser.add_argument("--distillation", action="store_true", help="distillation instead of quantization")
+    parser.add_argument("--sparsity", action="store_true", help="masks instead of quantization; images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cache", type=Path, help="folder that keeps the FP32 models, so that a rerun only quantizes")
     parser.add_argument("--continued", action="store_true", help="also continue FP32 as long as QAT does")
@@ -376,16 +266,20 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
-    if arguments.structured and arguments.distillation:
-        parser.error("--structured and --distillation are two benchmarks")
+    if arguments.structured + arguments.distillation + arguments.sparsity > 1:
+        parser.error("--structured, --distillation and --sparsity are different benchmarks")
     run, option = (structured if arguments.structured else quantized), arguments.continued
     if arguments.distillation:
         run, option = distillation, arguments.quick
-    if arguments.structured and arguments.task == "sentences":
-        parser.error("--structured prunes the network of the images")
+    if arguments.sparsity:
+        run = accuracy_sparsity.results
+    if (arguments.structured or arguments.sparsity) and arguments.task == "sentences":
+        parser.error("--structured and --sparsity prune the network of the images")
     names = ["images", "sentences"] if arguments.task == "all" else [arguments.task]
-    for name in names[:1] if arguments.structured else names:
+    for name in names[:1] if arguments.structured or arguments.sparsity else names:
         task = make_task(name, arguments.data, arguments.quick)
+        if arguments.sparsity:
+            task = accuracy_sparsity.task_of(task, arguments.quick)
         results: dict[str, list[float]] = {}
         for seed in seeds:
             for result in run(task, seed, arguments.cache, option):
@@ -406,6 +300,10 @@ def main() -> None:
             print(
                 json.dumps(record) if arguments.json else "  ".join(f"{key} {value}" for key, value in record.items())
             )
+            continue
+        if arguments.sparsity:
+            for record in accuracy_sparsity.summary(task.split.name, results, arguments.quick):
+                print(json.dumps(record) if arguments.json else "  ".join(f"{k} {v}" for k, v in record.items()))
             continue
         mean = {kind: statistics.fmean(values) for kind, values in results.items()}
         for kind in results:

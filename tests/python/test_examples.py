@@ -14,13 +14,17 @@ import numpy as np
 import pytest
 import torch
 
+from rarefy.pruning import load_sparse
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPRESS_CNN = ROOT / "examples/python/compress_cnn.py"
 PRUNE_STRUCTURED = ROOT / "examples/python/prune_structured.py"
+PRUNE_WEIGHTS = ROOT / "examples/python/prune_weights.py"
 DISTILL_SENTIMENT = ROOT / "examples/python/distill_sentiment.py"
 DISTILL_CLIP = ROOT / "examples/python/distill_clip.py"
 DEPLOY_ALL = ROOT / "examples/python/deploy_all.py"
 COMPRESS_MLP = ROOT / "build/dev/examples/cpp/compress_mlp"
+PRUNE_WEIGHTS_CPP = ROOT / "build/dev/examples/cpp/prune_weights"
 PRUNE_CNN = ROOT / "build/dev/examples/cpp/prune_cnn"
 SERVE_INT8 = ROOT / "build/dev/examples/cpp/serve_int8"
 DISTILL_CNN = ROOT / "build/dev/examples/cpp/distill_cnn"
@@ -273,6 +277,85 @@ def test_prune_structured_bad_arguments(tmp_path, arguments, message):
     assert result.returncode == 2
     assert re.search(message, result.stderr)
     assert "Traceback" not in result.stderr
+
+
+# ---- prune_weights.py -----------------------------------------------------------------------------------------------
+
+
+def prune_weights(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, PRUNE_WEIGHTS, *map(str, arguments)], capture_output=True, text=True, timeout=500
+    )
+
+
+@pytest.mark.slow
+def test_prune_weights(tmp_path):
+    result = prune_weights("--quick", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    row = re.compile(r"^\| (\w+) +\| +([\d.]+) \| +([\d,]+) \| +([\d,]+) \| +([\d.]+) \|$", re.M)
+    rows = {match[1]: [float(x.replace(",", "")) for x in match.groups()[1:]] for match in row.finditer(result.stdout)}
+    assert list(rows) == ["dense", "pruned", "sparse"]
+    dense, pruned, sparse = rows.values()
+    assert min(dense[0], pruned[0]) > 70  # few epochs
+    assert abs(sparse[0] - pruned[0]) < 1
+    assert pruned[1] < 0.11 * dense[1]
+    assert pruned[2] < 0.16 * dense[2]
+    loaded = f"fresh process: {int(pruned[2]):,} bytes read, equal outputs"
+    assert loaded in result.stdout
+    assert (tmp_path / "pruned.safetensors").stat().st_size == pruned[2]
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    again = prune_weights("--load", "--out", tmp_path)
+    assert (again.returncode, again.stdout) == (0, loaded + "\n")
+    assert not [path for path in tmp_path.rglob("*") if ".tmp" in path.name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "missing.npz"], "missing.npz must be an .npz file that can be read"),
+        (["--sparsity", "1"], r"--sparsity: must be in \[0, 1\), got 1.0"),
+        (["--epochs", "1", "0"], "--epochs: must be positive, got 1 0"),
+        (["--batch", "0"], "--batch: must be positive, got 0"),
+    ],
+)
+def test_prune_weights_bad_arguments(tmp_path, arguments, message):
+    result = prune_weights(*arguments, "--out", tmp_path / "out")
+    assert result.returncode == 2
+    assert re.search(message, result.stderr)
+    assert "Traceback" not in result.stderr
+
+
+needs_prune_weights = pytest.mark.skipif(
+    not PRUNE_WEIGHTS_CPP.exists(), reason="needs the C++ examples in build/dev (-DRAREFY_BUILD_EXAMPLES=ON)"
+)
+
+
+@needs_prune_weights
+@pytest.mark.slow
+def test_prune_weights_in_cpp(tmp_path):
+    command = [PRUNE_WEIGHTS_CPP, "--out", tmp_path, "--quick"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    dense, pruned = map(float, re.search(r"accuracy: dense ([\d.]+) %, pruned ([\d.]+) %", result.stdout).groups())
+    assert min(dense, pruned) > 70
+    bytes_of, ratio = re.search(r"(\d+) of \d+ bytes \((0\.\d+)\), equal outputs", result.stdout).groups()
+    assert (tmp_path / "pruned.safetensors").stat().st_size == int(bytes_of)
+    assert float(ratio) < 0.16
+    state = load_sparse(tmp_path / "pruned.safetensors")
+    assert set(state) == {f"{layer}.{name}" for layer in ("first", "second", "last") for name in ("weight", "bias")}
+
+
+@needs_prune_weights
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "--out must be given"), (["--fast"], "unknown or incomplete option --fast"), (["--out"], "unknown or inc")],
+)
+def test_prune_weights_usage(arguments, message):
+    result = subprocess.run([PRUNE_WEIGHTS_CPP, *arguments], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "usage: prune_weights --out DIR" in result.stderr
 
 
 # ---- distill_sentiment.py, distill_clip.py --------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from pruning_runs import same, tensors
 from torch import nn
 
 import rarefy as rf
@@ -421,7 +422,7 @@ def test_report():
     assert "left alone:" in text
     assert f"{report.sparsity:.4f}" in text
     assert report._repr_html_().count("<tr>") == 1 + 3 + 1 + 5
-    assert repr(pruner).startswith("MagnitudePruner(3 tensors, global, sparsity 0.8")
+    assert repr(pruner).startswith("MagnitudePruner(3 tensors, Magnitude(p=1), unstructured, global, sparsity 0.8")
     with pytest.raises(AttributeError):
         report.step = 3
 
@@ -458,10 +459,10 @@ def test_sparsity_zero():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"sparsity": 1.0}, ValueError, r"\[MagnitudePruner\] sparsity must be in \[0, 1\), got 1"),
+        ({"sparsity": 1.0}, ValueError, r"\[Pruner\] sparsity must be in \[0, 1\), got 1"),
         ({"sparsity": -0.5}, ValueError, r"sparsity must be in \[0, 1\), got -0.5"),
         ({"sparsity": float("nan")}, ValueError, r"sparsity must be in \[0, 1\), got nan"),
-        ({"scope": "layer"}, ValueError, r"scope must be 'local' or 'global', got 'layer'"),
+        ({"scope": "layer"}, ValueError, r"scope must be 'local', 'global' or 'erk', got 'layer'"),
         (
             {"sparsity": 0.1, "schedule": PolynomialSchedule(0, 5, initial=0.3)},
             ValueError,
@@ -500,13 +501,12 @@ def test_nan_changes_nothing(scope):
     with torch.no_grad():
         model.conv.weight.fill_(1.0)
         model.head[2].weight.view(-1)[11] = float("nan")
-    before = copy.deepcopy(model.state_dict())
+    before = tensors(model)
     with pytest.raises(
         ValueError, match=r"weights must not be NaN, got 1 NaN in 'head.2.weight', the first at flat index 11"
     ):
         pruner.step()
-    after = model.state_dict()
-    assert all(torch.equal(after[k].nan_to_num(7.0), v.nan_to_num(7.0)) for k, v in before.items())
+    assert same(tensors(model), before)
 
 
 def test_checkpoint_of_another_model():
@@ -517,9 +517,9 @@ def test_checkpoint_of_another_model():
     with pytest.raises(RuntimeError, match=r"size mismatch for conv.weight_mask_bits"):
         model.load_state_dict(state)
     model.conv.weight_mask_bits = torch.zeros(8, dtype=torch.uint8)
-    before = copy.deepcopy(model.state_dict())
+    before = tensors(model)
     for call in (pruner.step, pruner.report, pruner.finalize):
         with pytest.raises(ValueError, match=r"the mask of 'conv.weight' must hold 24 bytes .* got 8 of Byte"):
             call()
-    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+    assert same(tensors(model), before)
     assert rf.pruning.MagnitudePruner is MagnitudePruner

@@ -88,6 +88,9 @@ class Counter {
         name == "rarefy::quantized_linear") {
       return numel(node.outputs.at(0)) * last(node.input(0));
     }
+    if (name == "rarefy::sparse_linear") {
+      return numel(node.input(1)) * (numel(node.input(0)) / std::max<int64_t>(last(node.input(0)), 1));
+    }
     if (name == "addmv" || name == "addbmm" || name == "addr") {
       const int64_t a = node.input(1);
       return name == "addr" ? result(node) : name == "addmv" ? numel(a) : numel(a) * last(node.input(2));

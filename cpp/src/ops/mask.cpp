@@ -10,6 +10,10 @@
 
 TORCH_LIBRARY_FRAGMENT(rarefy, m) {
   m.def("magnitude_mask(Tensor[] weights, float sparsity, Tensor[]? masks=None) -> Tensor[]");
+  m.def("score_mask(Tensor[] scores, float sparsity, Tensor[]? masks=None) -> Tensor[]");
+  m.def("nm_mask(Tensor x, int n, int m, int dim=1, Tensor? mask=None, bool magnitude=True) -> Tensor");
+  m.def("pack_mask(Tensor kept) -> Tensor");
+  m.def("unpack_mask(Tensor mask, SymInt[] size) -> Tensor");
   m.def("apply_mask_(Tensor(a!) x, Tensor mask) -> ()");
 }
 
@@ -21,6 +25,33 @@ std::vector<at::Tensor> magnitude_mask(at::TensorList weights, double sparsity, 
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("rarefy::magnitude_mask", "").typed<decltype(magnitude_mask)>();
   return op.call(weights, sparsity, masks);
+}
+
+std::vector<at::Tensor> score_mask(at::TensorList scores, double sparsity, std::optional<at::TensorList> masks) {
+  TORCH_CHECK_VALUE(!scores.empty(), "[score_mask] needs at least one score, got none");
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("rarefy::score_mask", "").typed<decltype(score_mask)>();
+  return op.call(scores, sparsity, masks);
+}
+
+at::Tensor nm_mask(const at::Tensor& x, int64_t n, int64_t m, int64_t dim, const std::optional<at::Tensor>& mask,
+                   bool magnitude) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("rarefy::nm_mask", "").typed<decltype(nm_mask)>();
+  return op.call(x, n, m, dim, mask, magnitude);
+}
+
+at::Tensor pack_mask(const at::Tensor& kept) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("rarefy::pack_mask", "").typed<decltype(pack_mask)>();
+  return op.call(kept);
+}
+
+at::Tensor unpack_mask(const at::Tensor& mask, at::IntArrayRef size) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("rarefy::unpack_mask", "")
+                             .typed<at::Tensor(const at::Tensor&, c10::SymIntArrayRef)>();
+  return op.call(mask, c10::fromIntArrayRefSlow(size));
 }
 
 void apply_mask_(at::Tensor& x, const at::Tensor& mask) {

@@ -1,23 +1,10 @@
-// Removing a buffer from a torch::nn::Module, which has register_buffer but no counterpart.
+// Removing a buffer from a torch::nn::Module.
 #pragma once
 
-#include <torch/nn/cloneable.h>
-
-namespace rarefy::pruning::detail {
-struct BufferAccess;
-}
-
-/// torch::nn::Module names every Cloneable<T> its friend; this one is only that.
-template <>
-class torch::nn::Cloneable<rarefy::pruning::detail::BufferAccess> {
- public:
-  static void unregister_buffer(torch::nn::Module& module, const std::string& name) { module.buffers_.erase(name); }
-};
+#include "nn/module_buffers.h"
 
 namespace rarefy::pruning {
 
-inline void unregister_buffer(torch::nn::Module& module, const std::string& name) {
-  torch::nn::Cloneable<detail::BufferAccess>::unregister_buffer(module, name);
-}
+using nn::unregister_buffer;
 
 }  // namespace rarefy::pruning

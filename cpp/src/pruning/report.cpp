@@ -21,9 +21,25 @@ std::string shape_text(const std::vector<int64_t>& shape) {
 }
 
 std::string title(const PruningReport& report) {
-  return fmt::format("sparsity {:.4f} (target {}) after {} steps{}{}", report.sparsity(), report.target, report.step,
+  return fmt::format("sparsity {:.4f} (target {}) after {} steps{}{}{}", report.sparsity(), report.target, report.step,
+                     report.pattern == "unstructured" ? "" : ", pattern " + report.pattern,
                      report.finalized ? ", finalized" : "",
                      report.target == 0.0 ? "; the target is 0, so nothing is pruned" : "");
+}
+
+/// One line per quantity that was measured: "bytes 100 of 400 (0.250)".
+std::vector<std::string> cost_lines(const PruningCost& cost) {
+  std::vector<std::string> lines;
+  const auto add = [&](const char* what, const auto& part, const auto& whole, const char* unit) {
+    if (part.has_value() && whole.has_value()) {
+      const auto ratio = *whole == 0 ? 0.0 : static_cast<double>(*part) / static_cast<double>(*whole);
+      lines.push_back(fmt::format("{}: {}{} of {}{} ({:.3f})", what, *part, unit, *whole, unit, ratio));
+    }
+  };
+  add("bytes in a file", cost.bytes, cost.dense_bytes, "");
+  add("multiply-accumulates", cost.macs, cost.dense_macs, "");
+  add("forward pass", cost.seconds, cost.dense_seconds, " s");
+  return lines;
 }
 
 }  // namespace
@@ -76,6 +92,9 @@ std::string PruningReport::to_string() const {
          tensor.note);
   }
   line("total", "", elements(), zeros(), fmt::format("{:.4f}", sparsity()), "");
+  for (const auto& text : cost_lines(cost)) {
+    out += text + "\n";
+  }
   if (!left_alone.empty()) {
     out += "left alone:\n";
     for (const auto& other : left_alone) {
@@ -99,6 +118,9 @@ std::string PruningReport::to_html() const {
         fmt::format("{:.4f}", tensor.sparsity()), tensor.note);
   }
   row("th", "total", "", elements(), zeros(), fmt::format("{:.4f}", sparsity()), "");
+  for (const auto& text : cost_lines(cost)) {
+    row("td", text, "", "", "", "", "");
+  }
   for (const auto& other : left_alone) {
     row("td", other.name, "", other.elements, "", "", "left alone: " + other.reason);
   }

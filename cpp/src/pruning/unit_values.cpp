@@ -8,15 +8,12 @@
 #include <optional>
 #include <unordered_map>
 
+#include "pruning/finite.h"
+#include "pruning/random_key.h"
 #include "pruning/slice_sums.h"
 
 namespace rarefy::pruning {
 namespace {
-
-/// A sum reads a tensor once and needs no memory; it is not finite when an element is not, and seldom otherwise.
-bool is_finite(const at::Tensor& tensor) {
-  return tensor.numel() == 0 || std::isfinite(tensor.sum().item<double>()) || at::isfinite(tensor).all().item<bool>();
-}
 
 /// True for the scale of a normalization; its shift and its running statistics say nothing about the channel.
 bool is_scale(const Member& member) {
@@ -208,21 +205,11 @@ Values activation(const Member& member, int64_t units, const at::Tensor& statist
   return sums;
 }
 
-uint64_t mixed(uint64_t x) {  // the finalizer of splitmix64
-  x = (x ^ (x >> 30U)) * 0xbf58476d1ce4e5b9U;
-  x = (x ^ (x >> 27U)) * 0x94d049bb133111ebU;
-  return x ^ (x >> 31U);
-}
-
 Values random_values(const Group& group, uint64_t seed) {
-  uint64_t key = 0xcbf29ce484222325U;  // FNV-1a of the name: a group keeps its scores when others come or go
-  for (const char c : group.name) {
-    key = (key ^ static_cast<unsigned char>(c)) * 0x100000001b3U;
-  }
-  key = mixed(key ^ mixed(seed));
+  const auto key = random_key(group.name, seed);
   Values out(static_cast<size_t>(group.units));
   for (size_t unit = 0; unit < out.size(); ++unit) {
-    out[unit] = static_cast<double>(mixed(key + (unit + 1) * 0x9e3779b97f4a7c15U) >> 11U) * 0x1p-53;
+    out[unit] = static_cast<double>(random_bits(key, unit) >> 11U) * 0x1p-53;
   }
   return out;
 }

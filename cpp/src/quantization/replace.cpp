@@ -7,8 +7,6 @@
 #include <rarefy/ops/quantized.h>
 #include <torch/nn/modules/activation.h>
 #include <torch/nn/modules/batchnorm.h>
-#include <torch/nn/modules/container/moduledict.h>
-#include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/container/sequential.h>
 #include <torch/nn/modules/conv.h>
 #include <torch/nn/modules/embedding.h>
@@ -19,48 +17,18 @@
 #include <map>
 #include <typeinfo>
 
+#include "nn/slots.h"
+
 namespace rarefy::quantization {
 namespace {
 
 using torch::nn::AnyModule;
 using torch::nn::Module;
 
-/// One place where a parent holds a child.
-struct Slot {
-  Module* parent;
-  size_t index;
-  std::string key;
-  std::string name;  // of the child, dotted
-};
-
-using Slots = std::map<const Module*, std::vector<Slot>>;
-
-void collect(Module& module, const std::string& prefix, Slots& slots) {
-  size_t index = 0;
-  for (const auto& child : module.named_children()) {
-    const auto name = prefix.empty() ? child.key() : prefix + "." + child.key();
-    slots[child.value().get()].push_back({&module, index++, child.key(), name});
-    collect(*child.value(), name, slots);
-  }
-}
-
-bool replaceable(const Module& parent) {
-  return typeid(parent) == typeid(torch::nn::SequentialImpl) || typeid(parent) == typeid(torch::nn::ModuleListImpl) ||
-         typeid(parent) == typeid(torch::nn::ModuleDictImpl);
-}
-
-/// The container keeps its own list beside the registered children; both change.
-void put(const Slot& slot, const AnyModule& module) {
-  const auto offset = static_cast<std::ptrdiff_t>(slot.index);
-  if (auto* sequential = dynamic_cast<torch::nn::SequentialImpl*>(slot.parent)) {
-    *(sequential->begin() + offset) = module;
-  } else if (auto* list = dynamic_cast<torch::nn::ModuleListImpl*>(slot.parent)) {
-    *(list->begin() + offset) = module.ptr();
-  } else if (auto* dict = dynamic_cast<torch::nn::ModuleDictImpl*>(slot.parent)) {
-    (dict->begin() + offset)->value() = module.ptr();
-  }
-  slot.parent->replace_module(slot.key, module.ptr());
-}
+using nn::put;
+using nn::Slot;
+using nn::Slots;
+using nn::slots_below;
 
 /// The module that a Sequential runs after the one in `slot`, if it runs there only.
 std::shared_ptr<Module> next_in_sequential(const Slot& slot, const Slots& slots) {
@@ -162,7 +130,7 @@ nn::ConvOptions<D> conv_options(const typename FloatTypes<D>::Conv& module) {
 
 class Finder {
  public:
-  explicit Finder(Module& model) { collect(model, "", slots_); }
+  explicit Finder(Module& model) : slots_(slots_below(model)) {}
 
   std::vector<FloatLayer> find(Module& model) {
     std::vector<FloatLayer> found;
@@ -198,7 +166,7 @@ class Finder {
       return true;
     }
     for (const auto& slot : slots_of(module)) {
-      if (!replaceable(*slot.parent)) {
+      if (!nn::is_replaceable(*slot.parent)) {
         layer.reason = std::string("a typed member cannot be replaced: make it a rarefy::nn::") + kind;
         return true;
       }
@@ -314,8 +282,7 @@ class Finder {
 
 /// Where the model holds the module called `name`, under that name and others.
 std::vector<Slot> slots_of(Module& model, const std::string& name) {
-  Slots slots;
-  collect(model, "", slots);
+  const auto slots = slots_below(model);
   for (const auto& [module, places] : slots) {
     if (std::any_of(places.begin(), places.end(), [&](const Slot& slot) { return slot.name == name; })) {
       return places;
@@ -327,8 +294,7 @@ std::vector<Slot> slots_of(Module& model, const std::string& name) {
 }  // namespace
 
 void remove_spent_batch_norms(Module& model) {
-  Slots slots;
-  collect(model, "", slots);
+  const auto slots = slots_below(model);
   const auto spent = [](const Module* module) {
     const auto is = [module](auto* typed) { return typed != nullptr && typed->spent; };
     return is(dynamic_cast<const nn::FoldedBatchNorm1dImpl*>(module)) ||
@@ -346,7 +312,7 @@ void remove_spent_batch_norms(Module& model) {
 
 std::optional<std::string> why_not_removable(Module& model, const std::string& name) {
   for (const auto& slot : slots_of(model, name)) {
-    if (!replaceable(*slot.parent)) {
+    if (!nn::is_replaceable(*slot.parent)) {
       return name + " is a typed member, which cannot be taken out: make it and its convolution one rarefy::nn::ConvBn";
     }
   }
@@ -360,8 +326,7 @@ void remove_batch_norm(Module& model, const std::string& name) {
 }
 
 void remove_fused_relus(Module& model) {
-  Slots slots;
-  collect(model, "", slots);
+  const auto slots = slots_below(model);
   for (const auto& [module, places] : slots) {
     const auto* layer = dynamic_cast<const nn::Quantizable*>(module);
     if (layer == nullptr || !layer->relu() || places.size() != 1) {
@@ -380,8 +345,7 @@ void remove_fused_relus(Module& model) {
 }
 
 void replace_max_pools(Module& model) {
-  Slots slots;
-  collect(model, "", slots);
+  const auto slots = slots_below(model);
   for (const auto& [module, places] : slots) {
     const auto in_sequential = [](const Slot& slot) {
       return typeid(*slot.parent) == typeid(torch::nn::SequentialImpl);

@@ -32,6 +32,7 @@ from rarefy.nn.quantized import (
 )
 from rarefy.nn.quantized_operations import QuantizedAdd, QuantizedCat
 from rarefy.nn.relu import ReLU
+from rarefy.nn.sparse_linear import SparseLinear
 from rarefy.nn.transposed_linear import TransposedLinear
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "QuantizedLayer",
     "QuantizedLinear",
     "ReLU",
+    "SparseLinear",
     "SpentBatchNorm",
     "TransposedLinear",
     "WeightedLayer",

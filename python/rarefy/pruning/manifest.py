@@ -99,7 +99,7 @@ def load_pruned(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 raise ValueError(f"[load_pruned] {file}: module '{module_path}' must be of the model")
             for name, text in changed.items():
                 _set(surgery, modules[module_path], f"{module_path}.{name}".lstrip("."), name, json.loads(text), file)
-        model.load_state_dict(_matched(model, values, file))
+        model.load_state_dict(matched(model, values, file, "load_pruned"))
         surgery.commit()
     return model
 
@@ -119,32 +119,40 @@ def _set(surgery: Surgery, module: nn.Module, path: str, name: str, value: Any, 
         surgery.set_attribute(module, name, value)
 
 
-def _matched(model: nn.Module, values: dict[str, Tensor], file: str) -> dict[str, Tensor]:
-    """The model's state from the values of a file, after every check."""
-    state = _state(model, "load_pruned")
+def matched(
+    model: nn.Module, values: dict[str, Tensor], file: str, function: str, strict: bool = True
+) -> dict[str, Tensor]:
+    """The model's state from the values of a file, after every check; not strict: the part of it that both have."""
+    state = _state(model, function)
     given: dict[int, str] = {}
     for name in values:
         if name in state:
             given.setdefault(id(state[name]), name)
     missing = [name for name, tensor in state.items() if name not in values and id(tensor) not in given]
     unexpected = [name for name in values if name not in state]
-    if missing or unexpected:
+    if strict and (missing or unexpected):
         raise ValueError(
-            f"[load_pruned] {file}: names must be those of the model, but missing are: {', '.join(missing) or 'none'}; "
+            f"[{function}] {file}: names must be those of the model, but missing are: {', '.join(missing) or 'none'}; "
             f"unexpected are: {', '.join(unexpected) or 'none'}"
         )
     unfit = []
     for name, value in values.items():
+        if name not in state:
+            continue
         target = state[name]
         types = value.dtype == target.dtype or (value.is_floating_point() and target.is_floating_point())
         if not types or value.shape != target.shape:
             unfit.append(f"{name} ({value.dtype} {list(value.shape)} into {target.dtype} {list(target.shape)})")
     if unfit:
-        raise ValueError(f"[load_pruned] {file}: shapes and types must be those of the model, but are not: {unfit}")
+        raise ValueError(f"[{function}] {file}: shapes and types must be those of the model, but are not: {unfit}")
     for name, value in values.items():
-        first = given[id(state[name])]
+        first = given[id(state[name])] if name in state else name
         if not torch.equal(values[first], value):
             raise ValueError(
-                f"[load_pruned] {file}: {first} and {name} are one tensor of the model and must be equal in the file"
+                f"[{function}] {file}: {first} and {name} are one tensor of the model and must be equal in the file"
             )
-    return {name: values[name] if name in values else values[given[id(tensor)]] for name, tensor in state.items()}
+    return {
+        name: values[name] if name in values else values[given[id(tensor)]]
+        for name, tensor in state.items()
+        if name in values or id(tensor) in given
+    }

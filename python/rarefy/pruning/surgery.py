@@ -30,6 +30,29 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def quantizer_cuts(model: nn.Module, tensors: Mapping[str, Tensor], cuts: Sequence[Cut]) -> list[Cut]:
+    """Return the cuts of per-channel tensors of fake quantizers, by those of the weights that they belong to."""
+    by_tensor: dict[int, list[Cut]] = defaultdict(list)
+    for cut in cuts:
+        if cut.tensor in tensors:
+            by_tensor[id(tensors[cut.tensor])].append(cut)
+    given = {(cut.tensor, cut.dim) for cut in cuts}
+    result = []
+    for path, module in model.named_modules():
+        if not isinstance(module, WeightedLayer) or not module.prepared or module.quant.weight is None:
+            continue
+        quantizer = module.quant.weight
+        for cut in by_tensor[id(module.weight)]:
+            if cut.dim != quantizer.axis:
+                continue
+            own = (*quantizer.named_parameters(recurse=False), *quantizer.named_buffers(recurse=False))
+            for name, tensor in own:
+                key = f"{path}.quant.weight.{name}".lstrip(".")
+                if tensor.shape == (module.weight.shape[cut.dim],) and (key, 0) not in given:
+                    result.append(Cut(key, 0, cut.kept))
+    return result
+
+
 def _holds_tensor(value: object) -> bool:
     if isinstance(value, Tensor):
         return True
@@ -38,7 +61,7 @@ def _holds_tensor(value: object) -> bool:
     return isinstance(value, (list, tuple, set)) and any(_holds_tensor(item) for item in value)
 
 
-class _OptimizerState:
+class OptimizerState:
     """What optimizers keep about the parameters of a model."""
 
     def __init__(self, optimizers: Sequence[Any], names: Mapping[int, str]) -> None:
@@ -117,7 +140,7 @@ class Surgery:
         for name, tensor in self._tensors.items():
             names.setdefault(id(tensor), name)
         given = optimizers if isinstance(optimizers, Iterable) else (optimizers,)
-        self._state = _OptimizerState(list(given), names)
+        self._state = OptimizerState(list(given), names)
         self._names = names
         state = self._state.tensors
         self._core = _core.pruning.Surgery(
@@ -144,7 +167,7 @@ class Surgery:
             IndexError: a dimension that the tensor does not have.
         """
         cuts = [cut for cut in cuts if not self._is_whole(cut)]
-        cuts += self._quantizer_cuts(cuts)
+        cuts += quantizer_cuts(self._model, self._tensors, cuts)
         for cut in cuts:
             tensor = self._tensors.get(cut.tensor)
             if tensor is not None and type(tensor) not in _PLAIN:
@@ -177,28 +200,6 @@ class Surgery:
                     module = self._model.get_submodule(".".join(steps[:depth]))
                     modules[id(module)] = depth, module
         return [module for _, module in sorted(modules.values(), key=lambda item: -item[0])]
-
-    def _quantizer_cuts(self, cuts: Sequence[Cut]) -> list[Cut]:
-        """Cuts of the per-channel tensors of fake quantizers, by those of the weights that they belong to."""
-        by_tensor: dict[int, list[Cut]] = defaultdict(list)
-        for cut in cuts:
-            if cut.tensor in self._tensors:
-                by_tensor[id(self._tensors[cut.tensor])].append(cut)
-        given = {(cut.tensor, cut.dim) for cut in cuts}
-        result = []
-        for path, module in self._model.named_modules():
-            if not isinstance(module, WeightedLayer) or not module.prepared or module.quant.weight is None:
-                continue
-            quantizer = module.quant.weight
-            for cut in by_tensor[id(module.weight)]:
-                if cut.dim != quantizer.axis:
-                    continue
-                own = (*quantizer.named_parameters(recurse=False), *quantizer.named_buffers(recurse=False))
-                for name, tensor in own:
-                    key = f"{path}.quant.weight.{name}".lstrip(".")
-                    if tensor.shape == (module.weight.shape[cut.dim],) and (key, 0) not in given:
-                        result.append(Cut(key, 0, cut.kept))
-        return result
 
     @property
     def shapes_before(self) -> Mapping[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from rarefy import nn as rnn
-from rarefy.quantization.prepare import feed
+from rarefy._batches import feed
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 

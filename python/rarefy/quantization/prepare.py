@@ -11,10 +11,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from rarefy import nn as rnn
+from rarefy._batches import feed
 from rarefy._core.quantization import Latest, MinMax, MovingAverage, TargetProfile
 from rarefy.masks import check_masks, remove_masks
 from rarefy.nn.registry import Fold, Row, integer_type, is_layer, is_prepared, row_of, unsupported
@@ -451,23 +452,6 @@ def calibrate(
     if counts:
         warnings.warn(f"[calibrate] batches with NaN or infinite values were left out at: {counts}", stacklevel=2)
     return model
-
-
-def feed(function: str, model: nn.Module, batch: object, forward: Callable[[nn.Module, object], object] | None) -> None:
-    """One batch through a model; ``function`` is whose error it is when the batch is of no known kind."""
-    if forward is not None:
-        forward(model, batch)
-    elif isinstance(batch, Tensor):
-        model(batch)
-    elif isinstance(batch, dict):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
-        model(batch[0])
-    else:
-        raise TypeError(
-            f"[{function}] a batch must be a tensor, a tuple or list that begins with one, or a dict of keyword arguments, "
-            f"got {type(batch).__name__}; pass forward= for other kinds"
-        )
 
 
 def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: bool = False) -> nn.Module:

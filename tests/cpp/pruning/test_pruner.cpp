@@ -188,8 +188,8 @@ TEST_CASE("finalize removes the buffers and keeps the zeros", "[pruning]") {
   for (size_t i = 0; i < parameters.size(); ++i) {
     REQUIRE(parameters[i].is_same(net->parameters()[i]));
   }
-  REQUIRE_THROWS_WITH(pruner.step(), ContainsSubstring("[MagnitudePruner.step] must not be called after finalize()"));
-  REQUIRE_THROWS_WITH(pruner.finalize(), ContainsSubstring("[MagnitudePruner.finalize] must not be called after"));
+  REQUIRE_THROWS_WITH(pruner.step(), ContainsSubstring("[Pruner.step] must not be called after finalize()"));
+  REQUIRE_THROWS_WITH(pruner.finalize(), ContainsSubstring("[Pruner.finalize] must not be called after"));
   MagnitudePruner(*net, {.sparsity = 0.75}).step();
   REQUIRE(zeros(net) == std::llrint(0.75 * kElements));
 }
@@ -231,7 +231,7 @@ TEST_CASE("a pruner that fails leaves the model as it was", "[pruning]") {
       ContainsSubstring("every name in include must be that of a parameter or of a module with parameters, got 'fc9'"));
   torch::nn::BatchNorm2d norm(3);
   REQUIRE_THROWS_WITH(MagnitudePruner(*norm), ContainsSubstring("needs at least one parameter to prune"));
-  REQUIRE_THROWS_WITH(parse_scope("layer"), ContainsSubstring("scope must be 'local' or 'global', got 'layer'"));
+  REQUIRE_THROWS_WITH(parse_scope("layer"), ContainsSubstring("scope must be 'local', 'global' or 'erk', got 'layer'"));
   REQUIRE(buffer_keys(net).empty());
 
   MagnitudePruner pruner(*net, {.sparsity = 0.5});

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <rarefy/nn/weighted.h>
+#include <rarefy/ops/sparse_linear.h>
 #include <torch/nn/options/linear.h>
 
 namespace rarefy::nn {
@@ -19,7 +20,17 @@ class RAREFY_API LinearImpl : public WeightedModule<LinearImpl> {
   void reset_parameters();
   void pretty_print(std::ostream& stream) const override;
   std::string kind() const override { return "Linear"; }
-  torch::Tensor forward(const torch::Tensor& x) { return run(x); }
+  torch::Tensor forward(const torch::Tensor& x) { return is_sparse() ? run_sparse(x) : run(x); }
+
+  void prepare(const quantization::LayerConfig& config, const quantization::Observer& default_observer) override;
+
+  /// Computes with a sparse weight from now on, for inference: `weight` is gone, and the buffers of rarefy::nn::SparseLinear
+  /// take its place. See rarefy::pruning::sparsify. Throws c10::ValueError for a layer that is quantized or sparse, and for a
+  /// weight of another shape.
+  void become_sparse(const ops::SparseWeight& given);
+  /// Dense again, with `given` as the weight; unset: with a new parameter of the same values.
+  void become_dense(const torch::Tensor& given = {});
+  bool is_sparse() const { return sparse_.has_value(); }
 
   LinearOptions options;
 
@@ -33,6 +44,11 @@ class RAREFY_API LinearImpl : public WeightedModule<LinearImpl> {
     return device == c10::DeviceType::CPU || device == c10::DeviceType::CUDA;
   }
   torch::Tensor execute(const torch::Tensor& x) override;
+
+ private:
+  torch::Tensor run_sparse(const torch::Tensor& x) const;
+
+  std::optional<ops::SparseWeight> sparse_;
 };
 TORCH_MODULE(Linear);
 

@@ -12,6 +12,18 @@ std::vector<at::Tensor> magnitude_mask_autograd(at::TensorList weights, double s
   return magnitude_mask(weights, sparsity, masks);
 }
 
+std::vector<at::Tensor> score_mask_autograd(at::TensorList scores, double sparsity,
+                                            std::optional<at::TensorList> masks) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return score_mask(scores, sparsity, masks);
+}
+
+at::Tensor nm_mask_autograd(const at::Tensor& x, int64_t n, int64_t m, int64_t dim,
+                            const std::optional<at::Tensor>& mask, bool magnitude) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return nm_mask(x, n, m, dim, mask, magnitude);
+}
+
 void apply_mask_autograd(at::Tensor& x, const at::Tensor& mask) {
   TORCH_CHECK_VALUE(
       !(x.requires_grad() && at::GradMode::is_enabled()),
@@ -30,6 +42,8 @@ void apply_mask_autograd(at::Tensor& x, const at::Tensor& mask) {
 
 TORCH_LIBRARY_IMPL(rarefy, Autograd, m) {
   m.impl("magnitude_mask", &magnitude_mask_autograd);
+  m.impl("score_mask", &score_mask_autograd);
+  m.impl("nm_mask", &nm_mask_autograd);
   m.impl("apply_mask_", &apply_mask_autograd);
 }
 

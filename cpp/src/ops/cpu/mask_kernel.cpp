@@ -1,5 +1,5 @@
-// magnitude_mask finds its threshold in one pass over the weights and writes the masks in a second one. A sample gives
-// a narrow range of magnitudes that holds the threshold nearly always; the pass counts what lies below the range and
+// magnitude_mask and score_mask find their threshold in one pass over the weights and write the masks in a second one. A sample
+// gives a narrow range of keys that holds the threshold nearly always; the pass counts what lies below the range and
 // takes out what lies inside it, a few percent, and an exact selection among those ends it. Where the sample misled, or
 // most weights are equal, histograms over all the weights narrow the range instead. Both give the same threshold.
 #include <ATen/ops/empty.h>
@@ -12,6 +12,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "ops/cpu/dense.h"
 #include "ops/cpu/mask_simd.h"
@@ -45,11 +46,16 @@ struct Chunk {
 struct Keys {
   std::vector<Source> sources;
   std::vector<Chunk> chunks;
+  bool is_signed = false;  // scores: numbers in their order; otherwise magnitudes
   bool is_double = false;
   int64_t total = 0;
   int64_t dead = 0;
 
-  int64_t infinity() const { return is_double ? kInfinityKey64 : int64_t{cpu::kInfinityKey}; }
+  int64_t highest() const { return is_double ? kInfinityKey64 : int64_t{cpu::kInfinityKey}; }
+  int64_t lowest() const { return is_signed ? -highest() : 0; }
+  KeyRange all() const { return {lowest(), highest(), 0}; }
+  /// The threshold above which every element lies.
+  KeyRange none() const { return {lowest() - 1, lowest() - 1, 0}; }
 };
 
 int64_t key_of(double value) { return std::bit_cast<int64_t>(value) & 0x7fffffffffffffff; }
@@ -57,25 +63,40 @@ int64_t key_of(float value) { return std::bit_cast<int32_t>(value) & 0x7fffffff;
 int64_t key_of(c10::BFloat16 value) { return int64_t{value.x & 0x7fff} << 16; }
 int64_t key_of(c10::Half value) { return key_of(static_cast<float>(value)); }
 
+/// The key with the sign of the number.
+template <typename T>
+int64_t signed_key_of(T value) {
+  const int64_t key = key_of(value);
+  return std::signbit(static_cast<std::conditional_t<std::is_same_v<T, double>, double, float>>(value)) ? -key : key;
+}
+
 bool is_set(const uint8_t* mask, int64_t i) { return mask == nullptr || (mask[i / 8] >> (i % 8) & 1) != 0; }
 
-/// Calls body(pointer) with the values of x as their own type.
+template <typename T, typename Body>
+auto with_keys_as(const at::Tensor& x, bool is_signed, const Body& body) {
+  const T* values = x.const_data_ptr<T>();
+  return is_signed ? body([values](int64_t i) { return signed_key_of(values[i]); })
+                   : body([values](int64_t i) { return key_of(values[i]); });
+}
+
+/// Calls body(key_at), where key_at(i) is the key of the source's element i.
 template <typename Body>
-auto with_values(const at::Tensor& x, const Body& body) {
-  switch (x.scalar_type()) {
+auto with_keys(const Keys& keys, const Source& source, const Body& body) {
+  switch (source.x.scalar_type()) {
     case at::kDouble:
-      return body(x.const_data_ptr<double>());
+      return with_keys_as<double>(source.x, keys.is_signed, body);
     case at::kBFloat16:
-      return body(x.const_data_ptr<c10::BFloat16>());
+      return with_keys_as<c10::BFloat16>(source.x, keys.is_signed, body);
     case at::kHalf:
-      return body(x.const_data_ptr<c10::Half>());
+      return with_keys_as<c10::Half>(source.x, keys.is_signed, body);
     default:
-      return body(x.const_data_ptr<float>());
+      return with_keys_as<float>(source.x, keys.is_signed, body);
   }
 }
 
-Keys make_keys(at::TensorList weights, const std::optional<at::TensorList>& masks) {
+Keys make_keys(at::TensorList weights, const std::optional<at::TensorList>& masks, bool is_signed) {
   Keys keys;
+  keys.is_signed = is_signed;
   for (const auto& weight : weights) {
     keys.is_double = keys.is_double || weight.scalar_type() == at::kDouble;
   }
@@ -110,31 +131,52 @@ size_t this_thread() { return static_cast<size_t>(at::get_thread_num()); }
 
 [[noreturn]] void throw_nan(const Keys& keys) {
   for (size_t i = 0; i < keys.sources.size(); ++i) {
-    const auto& x = keys.sources[i].x;
-    const int64_t first = with_values(x, [&](const auto* values) {
+    const int64_t elements = keys.sources[i].x.numel();
+    const int64_t first = with_keys(keys, keys.sources[i], [&](const auto& key_at) {
       int64_t j = 0;
-      while (j < x.numel() && key_of(values[j]) <= keys.infinity()) {
+      while (j < elements && std::abs(key_at(j)) <= keys.highest()) {
         ++j;
       }
       return j;
     });
-    TORCH_CHECK_VALUE(first == x.numel(), "[magnitude_mask] weights must not be NaN, got NaN in tensor ", i,
-                      " at flat index ", first);
+    TORCH_CHECK_VALUE(first == elements, keys.is_signed ? "[score_mask] scores" : "[magnitude_mask] weights",
+                      " must not be NaN, got NaN in tensor ", i, " at flat index ", first);
   }
   TORCH_INTERNAL_ASSERT(false, "a NaN was seen and then was not found");
 }
 
+/// How many alive elements have a key below zero.
+int64_t count_negative(const Keys& keys) {
+  std::atomic<int64_t> count{0};
+  parallel_chunks(keys.chunks.size(), [&](size_t c) {
+    const Chunk& chunk = keys.chunks[c];
+    const Source& source = keys.sources[chunk.source];
+    count += with_keys(keys, source, [&](const auto& key_at) {
+      int64_t mine = 0;
+      for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+        mine += key_at(i) < 0 && is_set(source.alive, i) ? 1 : 0;
+      }
+      return mine;
+    });
+  });
+  return count;
+}
+
 /// The key of the given rank among alive elements, and how many are below it, by passes over all weights.
-KeyRange select_by_passes(const Keys& keys, const KeyRange& range, int64_t rank) {
+KeyRange select_by_passes(const Keys& keys, KeyRange range, int64_t rank) {
+  if (range.low < 0 && range.high >= 0) {  // the distance of two float64 keys of different sign may overflow
+    const int64_t negative = count_negative(keys);
+    range = rank < negative ? KeyRange{range.low, -1, range.below} : KeyRange{0, range.high, negative};
+  }
   return select_rank(range, rank, 1, [&](const KeyRange& r, int shift, Histogram& histogram) {
     std::vector<Histogram> parts(static_cast<size_t>(at::get_num_threads()), Histogram{});
     parallel_chunks(keys.chunks.size(), [&](size_t c) {
       const Chunk& chunk = keys.chunks[c];
       const Source& source = keys.sources[chunk.source];
       Histogram& part = parts[this_thread()];
-      with_values(source.x, [&](const auto* values) {
+      with_keys(keys, source, [&](const auto& key_at) {
         for (int64_t i = chunk.begin; i < chunk.end; ++i) {
-          const int64_t key = key_of(values[i]);
+          const int64_t key = key_at(i);
           if (key >= r.low && key <= r.high && is_set(source.alive, i)) {
             ++part[static_cast<size_t>((key - r.low) >> shift)];
           }
@@ -167,7 +209,7 @@ KeyRange select_among(const std::vector<std::vector<int32_t>>& taken, const KeyR
 /// A range that holds the key of the given rank nearly always; its `below` is not known. A few neighbours are taken
 /// from each of kPlaces equal stretches, at a scattered place, so that a period in the weights does not mislead it.
 KeyRange locate(const Keys& keys, int64_t rank) {
-  const KeyRange all{0, keys.infinity(), 0};
+  const KeyRange all = keys.all();
   if (keys.total <= kSample) {
     return all;
   }
@@ -188,10 +230,10 @@ KeyRange locate(const Keys& keys, int64_t rank) {
       const auto s = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), position) - first.begin()) - 1;
       const Source& source = keys.sources[s];
       const int64_t begin = position - first[s], end = std::min(begin + kRun, source.x.numel());
-      with_values(source.x, [&](const auto* values) {
+      with_keys(keys, source, [&](const auto& key_at) {
         for (int64_t i = begin; i < end; ++i) {
           if (is_set(source.alive, i)) {
-            mine.push_back(static_cast<int32_t>(std::min(key_of(values[i]), all.high)));
+            mine.push_back(static_cast<int32_t>(std::clamp(key_at(i), all.low, all.high)));
           }
         }
       });
@@ -207,7 +249,7 @@ KeyRange locate(const Keys& keys, int64_t rank) {
   const auto from = static_cast<int64_t>(std::floor(centre - spread));
   const auto to = static_cast<int64_t>(std::ceil(centre + spread));
   constexpr int64_t width = 512;  // of 2^23 keys per octave: as good as exact for a bound, and one pass less
-  return {from < 0 ? 0 : select_among(sample, all, from, width).low,
+  return {from < 0 ? all.low : select_among(sample, all, from, width).low,
           to >= size ? all.high : select_among(sample, all, to, width).high, 0};
 }
 
@@ -233,8 +275,8 @@ KeyRange select_by_scan(const Keys& keys, int64_t rank) {
     auto& mine = taken[this_thread()];
     part.scratch.resize(static_cast<size_t>(kChunk + cpu::kScanSlack));
     const auto scan = RAREFY_ISA_CALL(scan_keys, source.x.const_data_ptr(), source.alive, layout_of(source.x, -1).type,
-                                      static_cast<int32_t>(range.low), static_cast<int32_t>(range.high), chunk.begin,
-                                      chunk.end, part.scratch.data());
+                                      keys.is_signed, static_cast<int32_t>(range.low), static_cast<int32_t>(range.high),
+                                      chunk.begin, chunk.end, part.scratch.data());
     part.below += scan.below;
     part.inside += scan.inside;
     part.largest = std::max(part.largest, scan.largest);
@@ -253,10 +295,10 @@ KeyRange select_by_scan(const Keys& keys, int64_t rank) {
     inside += part.inside;
   }
   if (rank < 0) {
-    return {-1, -1, 0};
+    return keys.none();
   }
   if (rank < below || rank >= below + inside) {
-    return select_by_passes(keys, {0, keys.infinity(), 0}, rank);
+    return select_by_passes(keys, keys.all(), rank);
   }
   const KeyRange exact{range.low, range.high, below};
   return overflow.load() ? select_by_passes(keys, exact, rank) : select_among(taken, exact, rank);
@@ -276,7 +318,7 @@ KeyRange select_double(const Keys& keys, int64_t rank) {
   if (nan.load()) {
     throw_nan(keys);
   }
-  return rank < 0 ? KeyRange{-1, -1, 0} : select_by_passes(keys, {0, kInfinityKey64, 0}, rank);
+  return rank < 0 ? keys.none() : select_by_passes(keys, keys.all(), rank);
 }
 
 /// Masks of one chunk: alive and key > threshold. Returns the number of alive elements with key == threshold.
@@ -284,20 +326,22 @@ int64_t write_chunk(const Keys& keys, const Chunk& chunk, int64_t threshold, uin
   const Source& source = keys.sources[chunk.source];
   if (!keys.is_double) {
     return RAREFY_ISA_CALL(write_mask, source.x.const_data_ptr(), source.alive, layout_of(source.x, -1).type,
-                           static_cast<int32_t>(threshold), chunk.begin, chunk.end, mask);
+                           keys.is_signed, static_cast<int32_t>(threshold), chunk.begin, chunk.end, mask);
   }
-  const double* values = source.x.const_data_ptr<double>();
-  int64_t ties = 0;
-  for (int64_t i = chunk.begin; i < chunk.end; i += kWord) {
-    uint64_t word = 0;
-    for (int64_t j = i; j < std::min(i + kWord, chunk.end); ++j) {
-      const int64_t key = is_set(source.alive, j) ? key_of(values[j]) : -2;
-      ties += key == threshold ? 1 : 0;
-      word |= static_cast<uint64_t>(key > threshold) << (j - i);
+  return with_keys(keys, source, [&](const auto& key_at) {
+    int64_t ties = 0;
+    for (int64_t i = chunk.begin; i < chunk.end; i += kWord) {
+      uint64_t word = 0;
+      for (int64_t j = i; j < std::min(i + kWord, chunk.end); ++j) {
+        const int64_t key = key_at(j);
+        const bool alive = is_set(source.alive, j);
+        ties += alive && key == threshold ? 1 : 0;
+        word |= static_cast<uint64_t>(alive && key > threshold) << (j - i);
+      }
+      std::memcpy(mask + i / 8, &word, sizeof word);
     }
-    std::memcpy(mask + i / 8, &word, sizeof word);
-  }
-  return ties;
+    return ties;
+  });
 }
 
 /// Writes all masks; of the alive elements with the threshold's key, the first `ties_pruned` are pruned.
@@ -323,10 +367,10 @@ void write_masks(const Keys& keys, int64_t threshold, int64_t ties_pruned, const
     const Source& source = keys.sources[chunk.source];
     uint8_t* mask = mask_of(chunk);
     write_chunk(keys, chunk, threshold - 1, mask);
-    with_values(source.x, [&](const auto* values) {
+    with_keys(keys, source, [&](const auto& key_at) {
       int64_t left = again[k].prune_first;
       for (int64_t i = chunk.begin; left > 0; ++i) {
-        if (key_of(values[i]) == threshold && is_set(source.alive, i)) {
+        if (key_at(i) == threshold && is_set(source.alive, i)) {
           mask[i / 8] = static_cast<uint8_t>(mask[i / 8] & ~(1u << (i % 8)));
           --left;
         }
@@ -335,10 +379,9 @@ void write_masks(const Keys& keys, int64_t threshold, int64_t ties_pruned, const
   });
 }
 
-std::vector<at::Tensor> magnitude_mask_cpu(at::TensorList weights, double sparsity,
-                                           std::optional<at::TensorList> masks) {
-  check_magnitude_mask(weights, sparsity, masks);
-  const Keys keys = make_keys(weights, masks);
+std::vector<at::Tensor> mask_of_lowest(at::TensorList values, double sparsity,
+                                       const std::optional<at::TensorList>& masks, bool is_signed) {
+  const Keys keys = make_keys(values, masks, is_signed);
   std::vector<at::Tensor> out;
   for (const auto& source : keys.sources) {
     out.push_back(at::empty({mask_bytes(source.x.numel())}, source.x.options().dtype(at::kByte)));
@@ -349,8 +392,22 @@ std::vector<at::Tensor> magnitude_mask_cpu(at::TensorList weights, double sparsi
   return out;
 }
 
+std::vector<at::Tensor> magnitude_mask_cpu(at::TensorList weights, double sparsity,
+                                           std::optional<at::TensorList> masks) {
+  check_magnitude_mask("magnitude_mask", "weight", weights, sparsity, masks);
+  return mask_of_lowest(weights, sparsity, masks, false);
+}
+
+std::vector<at::Tensor> score_mask_cpu(at::TensorList scores, double sparsity, std::optional<at::TensorList> masks) {
+  check_magnitude_mask("score_mask", "score", scores, sparsity, masks);
+  return mask_of_lowest(scores, sparsity, masks, true);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(rarefy, CPU, m) { m.impl("magnitude_mask", &magnitude_mask_cpu); }
+TORCH_LIBRARY_IMPL(rarefy, CPU, m) {
+  m.impl("magnitude_mask", &magnitude_mask_cpu);
+  m.impl("score_mask", &score_mask_cpu);
+}
 
 }  // namespace rarefy::ops

@@ -16,6 +16,22 @@ struct Keys {
   Keys() = default;
   explicit Keys(int32_t key) : v(_mm512_set1_epi32(key)) {}
   explicit Keys(Vec x) : v(_mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffffff))) {}
+  static Keys with_sign(Vec x) {
+    const __m512i sign = _mm512_srai_epi32(_mm512_castps_si512(x.v), 31);
+    Keys out(x);
+    out.v = _mm512_sub_epi32(_mm512_xor_si512(out.v, sign), sign);
+    return out;
+  }
+  /// Of every 4 keys, in each place the next one, or the one after it; less 1 where that is an earlier one.
+  friend Keys next(Keys a) {
+    a.v = _mm512_add_epi32(_mm512_shuffle_epi32(a.v, static_cast<_MM_PERM_ENUM>(0x39)), _mm512_set4_epi32(-1, 0, 0, 0));
+    return a;
+  }
+  friend Keys after_next(Keys a) {
+    a.v =
+        _mm512_add_epi32(_mm512_shuffle_epi32(a.v, static_cast<_MM_PERM_ENUM>(0x4e)), _mm512_set4_epi32(-1, -1, 0, 0));
+    return a;
+  }
   friend uint32_t greater(Keys a, Keys b) {
     uint32_t bits = _mm512_cmpgt_epi32_mask(a.v, b.v);
     // To a general register at once: GCC would otherwise join the words with slow mask-register shifts.
@@ -37,6 +53,20 @@ struct Keys {
   Keys() = default;
   explicit Keys(int32_t key) : v(_mm256_set1_epi32(key)) {}
   explicit Keys(Vec x) : v(_mm256_and_si256(_mm256_castps_si256(x.v), _mm256_set1_epi32(0x7fffffff))) {}
+  static Keys with_sign(Vec x) {
+    const __m256i sign = _mm256_srai_epi32(_mm256_castps_si256(x.v), 31);
+    Keys out(x);
+    out.v = _mm256_sub_epi32(_mm256_xor_si256(out.v, sign), sign);
+    return out;
+  }
+  friend Keys next(Keys a) {
+    a.v = _mm256_add_epi32(_mm256_shuffle_epi32(a.v, 0x39), _mm256_setr_epi32(0, 0, 0, -1, 0, 0, 0, -1));
+    return a;
+  }
+  friend Keys after_next(Keys a) {
+    a.v = _mm256_add_epi32(_mm256_shuffle_epi32(a.v, 0x4e), _mm256_setr_epi32(0, 0, -1, -1, 0, 0, -1, -1));
+    return a;
+  }
   friend uint32_t greater(Keys a, Keys b) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(a.v, b.v))));
   }
@@ -59,6 +89,21 @@ struct Keys {
   explicit Keys(const Vec& x) {
     for (int i = 0; i < Vec::size; ++i) v[i] = static_cast<int32_t>(float_to_bits(x.v[i]) & 0x7fffffffu);
   }
+  static Keys with_sign(const Vec& x) {
+    Keys out(x);
+    for (int i = 0; i < Vec::size; ++i) out.v[i] = (float_to_bits(x.v[i]) >> 31) != 0 ? -out.v[i] : out.v[i];
+    return out;
+  }
+  friend Keys next(const Keys& a) {
+    Keys out;
+    for (int i = 0; i < Vec::size; ++i) out.v[i] = i % 4 < 3 ? a.v[i + 1] : a.v[i - 3] - 1;
+    return out;
+  }
+  friend Keys after_next(const Keys& a) {
+    Keys out;
+    for (int i = 0; i < Vec::size; ++i) out.v[i] = i % 4 < 2 ? a.v[i + 2] : a.v[i - 2] - 1;
+    return out;
+  }
   friend uint32_t greater(const Keys& a, const Keys& b) {
     uint32_t bits = 0;
     for (int i = 0; i < Vec::size; ++i) bits |= static_cast<uint32_t>(a.v[i] > b.v[i]) << i;
@@ -73,9 +118,16 @@ struct Keys {
 
 #endif
 
-template <typename T>
+template <bool Signed>
+inline Keys keys_of(const Vec& x) {
+  return Signed ? Keys::with_sign(x) : Keys(x);
+}
+
+template <bool Signed, typename T>
 inline int32_t key_of(T value) {
-  return static_cast<int32_t>(float_to_bits(to_float(value)) & 0x7fffffffu);
+  const uint32_t bits = float_to_bits(to_float(value));
+  const int32_t magnitude = static_cast<int32_t>(bits & 0x7fffffffu);
+  return Signed && (bits >> 31) != 0 ? -magnitude : magnitude;
 }
 
 inline uint64_t load_word(const uint8_t* mask, int64_t element) {
@@ -102,7 +154,7 @@ inline void for_each_word(const T* x, const uint8_t* alive, int64_t begin, int64
 
 /// Writes the keys whose bit is set to out, in order, and returns how many.
 #if defined(RAREFY_ISA_avx512)
-template <typename T>
+template <bool Signed, typename T>
 inline int64_t take(uint64_t bits, const T*, const Keys* keys, int32_t* out) {
   const int32_t* const begin = out;
   // No branch depends on the data: whether a word holds a key of the range is close to a coin toss.
@@ -114,17 +166,27 @@ inline int64_t take(uint64_t bits, const T*, const Keys* keys, int32_t* out) {
   return out - begin;
 }
 #else
-template <typename T>
+template <bool Signed, typename T>
 inline int64_t take(uint64_t bits, const T* p, const Keys*, int32_t* out) {
   int64_t count = 0;
   for (; bits != 0; bits &= bits - 1) {
-    out[count++] = key_of(p[__builtin_ctzll(bits)]);
+    out[count++] = key_of<Signed>(p[__builtin_ctzll(bits)]);
   }
   return count;
 }
 #endif
 
-template <typename T>
+inline int32_t largest_lane(const Keys& keys) {
+  int32_t lanes[Vec::size];
+  keys.store(lanes);
+  int32_t out = 0;
+  for (const int32_t lane : lanes) {
+    out = lane > out ? lane : out;
+  }
+  return out;
+}
+
+template <bool Signed, typename T>
 KeyScan scan_range(const T* x, const uint8_t* alive, int32_t low, int32_t high, int64_t begin, int64_t end,
                    int32_t* inside) {
   KeyScan result = {0, 0, 0};
@@ -135,30 +197,27 @@ KeyScan scan_range(const T* x, const uint8_t* alive, int32_t low, int32_t high, 
     Keys keys[kWord / Vec::size];
     for (int j = 0; j < kWord; j += Vec::size) {
       Keys& part = keys[j / Vec::size];
-      part = Keys(Vec::load(p + j));
+      const Vec x_j = Vec::load(p + j);
+      part = keys_of<Signed>(x_j);
       from_low |= static_cast<uint64_t>(greater(part, under)) << j;
       above_high |= static_cast<uint64_t>(greater(part, top)) << j;
-      largest = larger(largest, part);
+      largest = larger(largest, Signed ? Keys(x_j) : part);
     }
     result.below += __builtin_popcountll(present & ~from_low);
-    result.inside += take(present & from_low & ~above_high, p, keys, inside + result.inside);
+    result.inside += take<Signed>(present & from_low & ~above_high, p, keys, inside + result.inside);
   });
-  int32_t lanes[Vec::size];
-  largest.store(lanes);
-  for (const int32_t lane : lanes) {
-    result.largest = lane > result.largest ? lane : result.largest;
-  }
+  result.largest = largest_lane(largest);
   return result;
 }
 
-template <typename T>
+template <bool Signed, typename T>
 int64_t write_range(const T* x, const uint8_t* alive, int32_t threshold, int64_t begin, int64_t end, uint8_t* mask) {
   int64_t ties = 0;
   const Keys at(threshold), under(threshold - 1);
   for_each_word(x, alive, begin, end, [&](const T* p, uint64_t present, int64_t i) {
     uint64_t above = 0, from = 0;
     for (int j = 0; j < kWord; j += Vec::size) {
-      const Keys keys(Vec::load(p + j));
+      const Keys keys = keys_of<Signed>(Vec::load(p + j));
       above |= static_cast<uint64_t>(greater(keys, at)) << j;
       from |= static_cast<uint64_t>(greater(keys, under)) << j;
     }
@@ -167,6 +226,30 @@ int64_t write_range(const T* x, const uint8_t* alive, int32_t threshold, int64_t
     memcpy(mask + i / 8, &above, sizeof above);
   });
   return ties;
+}
+
+/// An element is kept when it beats 4 - n of the other three of its group. Who beats whom is a total order, since of equal
+/// keys the later one wins; so two comparisons, with the next and the one after it, say everything: the element before
+/// wins where its own comparison with the next was lost.
+template <bool Signed, typename T>
+int32_t n_of_4_range(const T* x, int n, int64_t begin, int64_t end, uint8_t* mask) {
+  Keys largest(0);
+  for_each_word(x, nullptr, begin, end, [&](const T* p, uint64_t present, int64_t i) {
+    uint64_t next_loses = 0, after_loses = 0;
+    for (int j = 0; j < kWord; j += Vec::size) {
+      const Vec x_j = Vec::load(p + j);
+      const Keys keys = keys_of<Signed>(x_j);
+      next_loses |= static_cast<uint64_t>(greater(keys, next(keys))) << j;
+      after_loses |= static_cast<uint64_t>(greater(keys, after_next(keys))) << j;
+      largest = larger(largest, Signed ? Keys(x_j) : keys);
+    }
+    const uint64_t before_wins = (next_loses << 1 & 0xeeeeeeeeeeeeeeeeu) | (next_loses >> 3 & 0x1111111111111111u);
+    const uint64_t both = next_loses & after_loses, any = next_loses | after_loses;
+    const uint64_t kept = n == 1 ? both & ~before_wins : n == 2 ? both | (any & ~before_wins) : any | ~before_wins;
+    const uint64_t word = kept & present;
+    memcpy(mask + i / 8, &word, sizeof word);
+  });
+  return largest_lane(largest);
 }
 
 /// Clears elements where the bit is 0. Written so that the compiler turns each half word into vector operations.
@@ -196,13 +279,23 @@ void apply_range(T* x, const uint8_t* mask, int64_t begin, int64_t end) {
 
 }  // namespace
 
-KeyScan scan_keys(const void* x, const uint8_t* alive, FloatType type, int32_t low, int32_t high, int64_t begin,
-                  int64_t end, int32_t* inside){
-    RAREFY_FOR_FLOAT_TYPE(type, T, scan_range(static_cast<const T*>(x), alive, low, high, begin, end, inside))}
+KeyScan scan_keys(const void* x, const uint8_t* alive, FloatType type, bool is_signed, int32_t low, int32_t high,
+                  int64_t begin, int64_t end, int32_t* inside){
+    RAREFY_FOR_FLOAT_TYPE(type, T,
+                          is_signed
+                              ? scan_range<true>(static_cast<const T*>(x), alive, low, high, begin, end, inside)
+                              : scan_range<false>(static_cast<const T*>(x), alive, low, high, begin, end, inside))}
 
-int64_t write_mask(const void* x, const uint8_t* alive, FloatType type, int32_t threshold, int64_t begin, int64_t end,
-                   uint8_t* mask) {
-  RAREFY_FOR_FLOAT_TYPE(type, T, write_range(static_cast<const T*>(x), alive, threshold, begin, end, mask))
+int64_t write_mask(const void* x, const uint8_t* alive, FloatType type, bool is_signed, int32_t threshold,
+                   int64_t begin, int64_t end, uint8_t* mask){
+    RAREFY_FOR_FLOAT_TYPE(type, T,
+                          is_signed ? write_range<true>(static_cast<const T*>(x), alive, threshold, begin, end, mask)
+                                    : write_range<false>(static_cast<const T*>(x), alive, threshold, begin, end, mask))}
+
+int32_t write_n_of_4(const void* x, FloatType type, bool is_signed, int n, int64_t begin, int64_t end, uint8_t* mask) {
+  RAREFY_FOR_FLOAT_TYPE(type, T,
+                        is_signed ? n_of_4_range<true>(static_cast<const T*>(x), n, begin, end, mask)
+                                  : n_of_4_range<false>(static_cast<const T*>(x), n, begin, end, mask))
 }
 
 void apply_mask(void* x, const uint8_t* mask, int element_bytes, int64_t begin, int64_t end) {

@@ -15,7 +15,7 @@ namespace {
 
 std::vector<at::Tensor> magnitude_mask_cuda(at::TensorList weights, double sparsity,
                                             std::optional<at::TensorList> masks) {
-  check_magnitude_mask(weights, sparsity, masks);
+  check_magnitude_mask("magnitude_mask", "weight", weights, sparsity, masks);
   const c10::DeviceGuard guard(weights[0].device());
   void* stream = stream_of(weights[0]);
   bool is_double = false;
