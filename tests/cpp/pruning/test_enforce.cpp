@@ -226,9 +226,9 @@ TEST_CASE("Saving a model whose zeros left the mask is an error", "[enforce]") {
     const torch::NoGradGuard no_grad;
     state.parameters[1].value.view(-1).index_put_({places.slice(0, 2)}, 0.5);
   }
-  const std::string expected = fmt::format(
-      "'head.0.weight' must be zero where its mask prunes, but {} values are not, the first at flat index {}",
-      places.numel() - 2, places[2].item<int64_t>());
+  const std::string expected = "'head.0.weight' must be zero where its mask prunes, but " +
+                               std::to_string(places.numel() - 2) + " values are not, the first at flat index " +
+                               std::to_string(places[2].item<int64_t>());
   std::filesystem::remove(file);
   CHECK_THAT(message([&] { rarefy::save_safetensors(*net, file); }),
              ContainsSubstring("[save_safetensors] " + expected));
