@@ -167,8 +167,7 @@ def test_structured_pruner(target):
         train(model, optimizer, 1)
         masks.step()
     before = masks.sparsity
-    report = StructuredPruner(model, images(), **target).prune(optimizers=[optimizer])
-    assert report.units_removed > 0 if hasattr(report, "units_removed") else True
+    StructuredPruner(model, images(), **target).prune(optimizers=[optimizer])
     assert model.conv1.out_channels < 10
     assert stray(model) == 0
     assert masks.steps == 3
