@@ -10,6 +10,7 @@ import argparse
 import copy
 import json
 import time
+from functools import partial
 
 import torch
 from models import ResNet18
@@ -62,6 +63,10 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
     return sum(size for pointer, size in storages.items() if pointer not in own)
 
 
+def write_all(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    enforce(masked_parameters(model), optimizer)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=32)
@@ -79,14 +84,14 @@ def main() -> None:
     for name, make in OPTIMIZERS.items():
         models = {"dense": copy.deepcopy(dense), "masks": copy.deepcopy(masked), "torch": copy.deepcopy(reference)}
         optimizers = {key: make(model.parameters()) for key, model in models.items()}
-        hook = OptimizerHook(optimizers["masks"], lambda m=models["masks"]: masked_parameters(m))
+        optimizer, model = optimizers["masks"], models["masks"]
+        hook = OptimizerHook(optimizer, partial(masked_parameters, model))
         steps = {key: step_of(model, optimizers[key], x, y) for key, model in models.items()}
         seconds = interleaved(steps, arguments.repeats, clock=time.process_time)
-        optimizer = optimizers["masks"]
         hooks = {
-            "pre": lambda: hook._pre(optimizer, (optimizer,), {}),
-            "post": lambda: hook._post(optimizer, (optimizer,), {}),
-            "all written": lambda: enforce(masked_parameters(models["masks"]), optimizer),
+            "pre": partial(hook._pre, optimizer, (optimizer,), {}),
+            "post": partial(hook._post, optimizer, (optimizer,), {}),
+            "all written": partial(write_all, model, optimizer),
         }
         alone = interleaved(hooks, 4 * arguments.repeats, clock=time.process_time)
         print(

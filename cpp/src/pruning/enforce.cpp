@@ -8,7 +8,6 @@
 #include <unordered_map>
 #include <utility>
 
-
 namespace rarefy::pruning {
 namespace {
 
@@ -77,8 +76,8 @@ void enforce(const PruningState& state, const std::vector<Moment>& moments) {
     pairs.add_gradient(parameter);
   }
   for (const auto& [index, moment] : moments) {
-    TORCH_CHECK_INDEX(index < state.parameters.size(), "[enforce] a moment must be of one of ",
-                      state.parameters.size(), " parameters, got that of parameter ", index);
+    TORCH_CHECK_INDEX(index < state.parameters.size(), "[enforce] a moment must be of one of ", state.parameters.size(),
+                      " parameters, got that of parameter ", index);
     const auto& parameter = state.parameters[index];
     TORCH_CHECK_VALUE(moment.sizes() == parameter.value.sizes(), "[enforce] a moment of '", parameter.name,
                       "' must have its shape ", parameter.value.sizes(), ", got ", moment.sizes());

@@ -1,7 +1,7 @@
 #include <fmt/ranges.h>
+#include <rarefy/masks.h>
 #include <rarefy/nn/add.h>
 #include <rarefy/nn/quantizable.h>
-#include <rarefy/masks.h>
 #include <rarefy/quantization/prepare.h>
 #include <rarefy/quantization/target.h>
 #include <torch/types.h>
