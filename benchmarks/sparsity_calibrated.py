@@ -17,6 +17,7 @@ from timing import interleaved
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "python"))
 from correlated import correlated_layer
 
+import rarefy as rf
 from rarefy import _core
 
 core = _core.pruning
@@ -77,8 +78,9 @@ def layer_errors(rows: int = 512, features: int = 1024, seed: int = 0) -> Iterat
     for pattern, goals in GOALS.items():
         chosen = core.WandaOptions(None, core.parse_pattern(pattern))
         pruned, mask, *_ = core.sparse_gpt_weight(weight, hessian, _options(pattern))
+        magnitude = rf.pruning.choose_masks({"fc": weight}, 0.5, pattern=pattern)
         weights = {
-            "magnitude": core.wanda_weight(weight, torch.ones(features), chosen)[0],
+            "magnitude": weight * rf.pruning.unpack_mask(magnitude["fc"], weight.shape),
             "wanda": core.wanda_weight(weight, hessian.diagonal().sqrt(), chosen)[0],
             "sparse_gpt": pruned,
             "refit": core.refit_weight(weight, mask, hessian, core.RefitOptions())[0],

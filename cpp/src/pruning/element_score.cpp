@@ -27,7 +27,23 @@ at::Tensor magnitude(double p, const at::Tensor& value) {
       "[element_scores] Magnitude of single weights needs a finite p, since the scores of a block add up, "
       "got infinity");
   auto scores = value.to(score_type(value)).abs();
-  return p == 1.0 ? scores : p == 2.0 ? scores.square_() : scores.pow_(p);
+  if (p == 1.0 || p == 2.0) {
+    return p == 1.0 ? scores : scores.square_();
+  }
+  if (!scores.device().is_cpu()) {
+    return scores.pow_(p);
+  }
+  // torch's own power has another last bit at the end of a range than in vectors: it would depend on threads and strides.
+  scores = scores.contiguous();
+  AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "magnitude_scores", [&] {
+    auto* values = scores.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, scores.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        values[i] = static_cast<scalar_t>(std::pow(static_cast<double>(values[i]), p));
+      }
+    });
+  });
+  return scores;
 }
 
 at::Tensor random(uint64_t seed, const std::string& name, const at::Tensor& value) {

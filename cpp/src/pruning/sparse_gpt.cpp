@@ -12,6 +12,7 @@
 #include <rarefy/pruning/calibrated.h>
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "linalg.h"
@@ -196,6 +197,12 @@ CalibratedWeight sparse_gpt(const std::string& name, const at::Tensor& weight, c
     }
     const auto [upper, damped] = factor_of(name, h, options);
     out.damping = std::max(out.damping, damped.damping);
+    // What meets zeros alone costs nothing: a divisor of infinity makes its cost and its error 0. When nothing but zeros
+    // was seen, damping leaves the order of magnitudes.
+    const auto dead = h.diagonal().eq(0);
+    if (!dead.all().item<bool>()) {
+      upper.diagonal().masked_fill_(dead, std::numeric_limits<double>::infinity());
+    }
     prune(w, upper, mask, columns, sparsity, nm != nullptr ? nm->n : 0);
     if (columns.order.defined()) {
       rows[group].copy_(w.index_select(1, columns.back));

@@ -14,13 +14,20 @@ __all__: list[str] = [
     "Activation",
     "Baseline",
     "BatchNormScale",
+    "Block",
+    "CalibratedLayer",
+    "CalibratedTensor",
+    "CalibrationReport",
+    "Candidate",
     "Channels",
     "Choice",
     "ChoiceOptions",
+    "Column",
     "ConstantSchedule",
     "Cost",
     "Counts",
     "Cut",
+    "Filter",
     "Fisher",
     "FisherAccumulator",
     "Fold",
@@ -28,15 +35,22 @@ __all__: list[str] = [
     "Group",
     "GroupOutcome",
     "GroupScore",
+    "Head",
+    "HessianAccumulator",
     "Lamp",
     "LatencyResult",
     "LatencyTable",
     "LatencyTry",
+    "LayerShape",
     "LeftAlone",
     "Macs",
     "Magnitude",
     "MagnitudePrunerOptions",
+    "MaskChoice",
+    "MaskRefit",
     "Member",
+    "Movement",
+    "NM",
     "OperatorTime",
     "Parameters",
     "Pinned",
@@ -46,32 +60,58 @@ __all__: list[str] = [
     "PruningReport",
     "PruningState",
     "Random",
+    "RefitOptions",
     "Resize",
+    "Row",
     "STEP_KEY",
+    "SparseGptOptions",
     "Structure",
     "StructuredOptions",
     "StructuredReport",
     "StructuredTransaction",
     "Surgery",
     "Taylor",
+    "Unstructured",
+    "WandaOptions",
+    "accumulate",
     "advance",
     "apply_masks",
     "at_step",
     "check_existing",
     "choose",
+    "choose_masks",
+    "choose_parameters",
     "choose_widths",
     "count",
     "custom_importance",
+    "element_scores",
+    "erk_sparsities",
     "find_structure",
     "full_mask",
+    "grasp",
+    "implied_sparsity",
     "importance",
+    "input_rows",
+    "left_alone",
     "make_report",
     "mask_key",
     "masked_fraction",
+    "misfit",
+    "needs_gradients",
+    "new_accumulator",
+    "parse_pattern",
+    "prune_calibrated",
     "reach_latency",
     "read_pruned",
+    "refit_weight",
+    "relative_error",
     "select_parameters",
+    "snip",
+    "sparse_gpt_weight",
+    "synflow",
     "useful_widths",
+    "validate_element_criterion",
+    "wanda_weight",
     "widths_for_latency",
     "write_pruned",
 ]
@@ -115,6 +155,168 @@ class Surgery:
         The indices that stay; None when all do.
         """
     def rollback(self) -> None: ...
+
+class Unstructured:
+    """
+    Every element by itself.
+    """
+    def __eq__(self, arg0: Unstructured) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def name(self) -> str:
+        """
+        The text that stands for the pattern, as in '2:4'.
+        """
+
+class NM:
+    """
+    At most n of every m consecutive elements along dimension 1 are kept: in every row of a linear
+    layer, and for a convolution at every place of the kernel, along the input channels. When m does
+    not divide the size, the last, shorter group keeps at most n too.
+    """
+    def __eq__(self, arg0: NM) -> bool: ...
+    def __getstate__(self) -> tuple[int, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self, n: typing.SupportsInt | typing.SupportsIndex = 2, m: typing.SupportsInt | typing.SupportsIndex = 4
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def m(self) -> int: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def name(self) -> str:
+        """
+        The text that stands for the pattern, as in '2:4'.
+        """
+
+class Block:
+    """
+    Blocks of rows x columns of the weight as a matrix: dimension 0 by all others. Where a side
+    is not a multiple, the last blocks are smaller.
+    """
+    def __eq__(self, arg0: Block) -> bool: ...
+    def __getstate__(self) -> tuple[int, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        rows: typing.SupportsInt | typing.SupportsIndex = 4,
+        columns: typing.SupportsInt | typing.SupportsIndex = 1,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def name(self) -> str:
+        """
+        The text that stands for the pattern, as in '2:4'.
+        """
+    @property
+    def rows(self) -> int: ...
+
+class Row:
+    """
+    All weights of an output feature or channel: an index of dimension 0.
+    """
+    def __eq__(self, arg0: Row) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def name(self) -> str:
+        """
+        The text that stands for the pattern, as in '2:4'.
+        """
+
+class Column:
+    """
+    All weights of an input feature or channel: an index of dimension 1.
+    """
+    def __eq__(self, arg0: Column) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def name(self) -> str:
+        """
+        The text that stands for the pattern, as in '2:4'.
+        """
+
+class Filter:
+    """
+    The filter of an output channel of a convolution.
+    """
+    def __eq__(self, arg0: Filter) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def name(self) -> str:
+        """
+        The text that stands for the pattern, as in '2:4'.
+        """
+
+class Head:
+    """
+    `size` consecutive rows, which divide dimension 0: an attention head.
+    """
+    def __eq__(self, arg0: Head) -> bool: ...
+    def __getstate__(self) -> tuple[int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self, size: typing.SupportsInt | typing.SupportsIndex = 64) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def name(self) -> str:
+        """
+        The text that stands for the pattern, as in '2:4'.
+        """
+    @property
+    def size(self) -> int: ...
+
+class Candidate:
+    """
+    A weight whose elements compete for being kept.
+    """
+    def __init__(
+        self, name: str, value: torch.Tensor, score: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    ) -> None: ...
+
+class MaskChoice:
+    """
+    Checked options of choose_masks().
+    """
+    def __init__(
+        self,
+        sparsity: typing.SupportsFloat | typing.SupportsIndex = 0.5,
+        scope: str = "global",
+        pattern: Unstructured | NM | Block | Row | Column | Filter | Head = ...,
+        layers: collections.abc.Sequence[tuple[str, typing.SupportsFloat | typing.SupportsIndex]] = [],
+        regrow: bool = False,
+    ) -> None: ...
+    @property
+    def layers(self) -> list[tuple[str, float]]: ...
+    @property
+    def pattern(self) -> Unstructured | NM | Block | Row | Column | Filter | Head: ...
+    @property
+    def regrow(self) -> bool: ...
+    @property
+    def scope(self) -> str: ...
+    @property
+    def sparsity(self) -> float: ...
 
 class ConstantSchedule:
     """
@@ -513,6 +715,187 @@ class FisherAccumulator:
     def update(self, parameters: collections.abc.Mapping[str, torch.Tensor]) -> None: ...
     @property
     def batches(self) -> int: ...
+
+class Movement:
+    """
+    Sum over backward passes of -w * grad: weights that move away from zero are kept
+    (arXiv:2005.07683). For single weights. Needs gradients.
+    """
+    def __eq__(self, arg0: Movement) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
+class LayerShape:
+    """
+    How a layer's weight meets its inputs: sizes [out, in] of a linear layer, or
+    [out, in / groups, kernel...] of a convolution with its stride, padding, dilation and groups.
+    """
+    def __init__(
+        self,
+        weight: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        stride: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
+        padding: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
+        dilation: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
+        groups: typing.SupportsInt | typing.SupportsIndex = 1,
+    ) -> None: ...
+    @property
+    def dilation(self) -> list[int]: ...
+    @property
+    def features(self) -> int:
+        """
+        Inputs of one row of the weight.
+        """
+    @property
+    def groups(self) -> int: ...
+    @property
+    def padding(self) -> list[int]: ...
+    @property
+    def stride(self) -> list[int]: ...
+    @property
+    def weight(self) -> list[int]: ...
+
+class HessianAccumulator:
+    """
+    The mean of x x^T over the inputs x of a layer, batch by batch. With squares=True its
+    diagonal alone. Batches with NaN or infinity are left out and counted.
+    """
+    def __init__(self, name: str, layer: LayerShape, *, squares: bool = False, float64: bool = False) -> None: ...
+    def __repr__(self) -> str: ...
+    def hessian(self) -> torch.Tensor:
+        """
+        [groups, features, features]
+        """
+    def norms(self) -> torch.Tensor:
+        """
+        Root mean squares of the input features: [groups, features]
+        """
+    def update(self, input: torch.Tensor) -> bool:
+        """
+        Add a batch; False when it was left out.
+        """
+    @property
+    def batches(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def skipped(self) -> int: ...
+
+class CalibratedTensor:
+    """
+    One weight that was pruned with calibration data.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def damping(self) -> float: ...
+    @property
+    def elements(self) -> int: ...
+    @property
+    def error(self) -> float | None:
+        """
+        The fraction of the output's energy that is lost, or None when no Hessian was gathered.
+        """
+    @property
+    def name(self) -> str: ...
+    @property
+    def note(self) -> str: ...
+    @property
+    def pruned(self) -> int: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def shape(self) -> tuple: ...
+    @property
+    def skipped(self) -> int: ...
+    @property
+    def sparsity(self) -> float: ...
+
+class CalibrationReport:
+    """
+    What a calibrated method did to each weight. Prints as a table.
+    """
+    def __repr__(self) -> str: ...
+    def _repr_html_(self) -> str: ...
+    def add_left_alone(self, arg0: collections.abc.Sequence[LeftAlone]) -> None: ...
+    @property
+    def elements(self) -> int: ...
+    @property
+    def left_alone(self) -> tuple: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def peak_bytes(self) -> int: ...
+    @property
+    def pruned(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def sparsity(self) -> float: ...
+    @property
+    def tensors(self) -> tuple: ...
+
+class WandaOptions:
+    """
+    Checked options of Wanda.
+    """
+    def __init__(
+        self,
+        sparsity: typing.SupportsFloat | typing.SupportsIndex | None,
+        pattern: Unstructured | NM | Block | Row | Column | Filter | Head,
+    ) -> None: ...
+
+class SparseGptOptions:
+    """
+    Checked options of SparseGPT.
+    """
+    def __init__(
+        self,
+        sparsity: typing.SupportsFloat | typing.SupportsIndex | None,
+        pattern: Unstructured | NM | Block | Row | Column | Filter | Head,
+        block: typing.SupportsInt | typing.SupportsIndex,
+        damping: typing.SupportsFloat | typing.SupportsIndex,
+        max_damping: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> None: ...
+
+class RefitOptions:
+    """
+    Checked options of the least-squares refit.
+    """
+    def __init__(
+        self,
+        damping: typing.SupportsFloat | typing.SupportsIndex = 0.0001,
+        max_damping: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    @property
+    def damping(self) -> float: ...
+    @property
+    def max_damping(self) -> float: ...
+
+class MaskRefit:
+    """
+    Masks whose kept weights are refit.
+    """
+    def __init__(
+        self,
+        masks: collections.abc.Mapping[str, torch.Tensor],
+        dense: collections.abc.Mapping[str, torch.Tensor],
+        refit: RefitOptions,
+    ) -> None: ...
+
+class CalibratedLayer:
+    """
+    A weight, its name and how it meets its inputs.
+    """
+    def __init__(self, name: str, weight: torch.Tensor, shape: LayerShape) -> None: ...
 
 class Channels:
     """
@@ -928,6 +1311,16 @@ class LatencyResult:
     @property
     def widths(self) -> list[int]: ...
 
+def accumulate(
+    criterion: Magnitude | Random | Movement | Taylor | Fisher | Lamp | Activation,
+    value: torch.Tensor,
+    gradient: torch.Tensor,
+    accumulated: torch.Tensor,
+) -> None:
+    """
+    Add what one backward pass says about a parameter, in place.
+    """
+
 def advance(state: PruningState, options: MagnitudePrunerOptions) -> None:
     """
     One step: grow the masks when the schedule says so, apply them, count.
@@ -963,6 +1356,21 @@ def choose(
     The units to remove so that the target is met.
     """
 
+def choose_masks(candidates: collections.abc.Sequence[Candidate], choice: MaskChoice) -> list[torch.Tensor]:
+    """
+    Packed masks, one per candidate.
+    """
+
+def choose_parameters(
+    names: collections.abc.Sequence[str],
+    values: collections.abc.Sequence[torch.Tensor],
+    include: collections.abc.Sequence[str] | None,
+    exclude: collections.abc.Sequence[str],
+) -> tuple[list[int], list[LeftAlone]]:
+    """
+    Indices of the parameters to prune, and what is left alone.
+    """
+
 def choose_widths(
     structure: Structure,
     shapes: collections.abc.Mapping[str, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]],
@@ -990,6 +1398,26 @@ def custom_importance(
     One GroupScore per group from a callable that gives one value per unit.
     """
 
+def element_scores(
+    criterion: Magnitude | Random | Movement | Taylor | Fisher | Lamp | Activation,
+    name: str,
+    value: torch.Tensor,
+    accumulated: torch.Tensor | None = None,
+    passes: typing.SupportsInt | typing.SupportsIndex = 1,
+) -> torch.Tensor:
+    """
+    A score per element, larger = kept.
+    """
+
+def erk_sparsities(
+    shapes: collections.abc.Sequence[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]],
+    sparsity: typing.SupportsFloat | typing.SupportsIndex,
+) -> list[float]:
+    """
+    The fraction of each tensor to prune (Erdos-Renyi-Kernel, Evci et al., 2020, arXiv:1911.11134), so that all
+    together have exactly round(sparsity * elements) zeros.
+    """
+
 def find_structure(graph: rarefy._core.graph.Graph) -> Structure:
     """
     The dependency groups of a recorded model.
@@ -998,6 +1426,16 @@ def find_structure(graph: rarefy._core.graph.Graph) -> Structure:
 def full_mask(x: torch.Tensor) -> torch.Tensor:
     """
     The packed mask of x that keeps every element.
+    """
+
+def grasp(
+    names: collections.abc.Sequence[str],
+    values: collections.abc.Sequence[torch.Tensor],
+    losses: collections.abc.Sequence[collections.abc.Callable[[], torch.Tensor]],
+) -> dict[str, torch.Tensor]: ...
+def implied_sparsity(pattern: Unstructured | NM | Block | Row | Column | Filter | Head) -> float | None:
+    """
+    1 - n / m for N:M, the largest sparsity that it has; None for other patterns.
     """
 
 def importance(
@@ -1010,6 +1448,16 @@ def importance(
 ) -> list[GroupScore]:
     """
     One GroupScore per group.
+    """
+
+def input_rows(layer: LayerShape, input: torch.Tensor) -> torch.Tensor:
+    """
+    The inputs of a layer as a matrix per group: [groups, samples, features].
+    """
+
+def left_alone(name: str, elements: typing.SupportsInt | typing.SupportsIndex, reason: str) -> LeftAlone:
+    """
+    One parameter that is not touched, and why.
     """
 
 def make_report(
@@ -1026,6 +1474,53 @@ def mask_key(parameter: str) -> str:
 def masked_fraction(state: PruningState) -> float:
     """
     The fraction of elements that the masks prune.
+    """
+
+def misfit(
+    pattern: Unstructured | NM | Block | Row | Column | Filter | Head,
+    shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+) -> str:
+    """
+    Why a weight of this shape cannot have the pattern; '' when it can.
+    """
+
+def needs_gradients(criterion: Magnitude | Random | Movement | Taylor | Fisher | Lamp | Activation) -> bool:
+    """
+    True for Movement, Taylor and Fisher.
+    """
+
+def new_accumulator(value: torch.Tensor) -> torch.Tensor:
+    """
+    Zeros that accumulate() adds to.
+    """
+
+def parse_pattern(
+    pattern: str | Unstructured | NM | Block | Row | Column | Filter | Head,
+) -> Unstructured | NM | Block | Row | Column | Filter | Head:
+    """
+    The pattern of a text: 'unstructured', '2:4', '4x1', 'row', 'column', 'filter' or 'head:64'. A pattern is returned
+    as it is. Raises ValueError for anything else.
+    """
+
+def prune_calibrated(
+    stages: collections.abc.Sequence[
+        tuple[
+            collections.abc.Sequence[CalibratedLayer],
+            collections.abc.Callable[
+                [collections.abc.Callable[[typing.SupportsInt | typing.SupportsIndex, torch.Tensor], None]], None
+            ],
+        ]
+    ],
+    method: WandaOptions | SparseGptOptions | MaskRefit,
+    refit: RefitOptions | None,
+    layers: collections.abc.Sequence[tuple[str, typing.SupportsFloat | typing.SupportsIndex]],
+    propagate: bool,
+    float64: bool,
+    errors: bool,
+    on_layer: collections.abc.Callable[[str], None],
+) -> tuple[dict[str, torch.Tensor], CalibrationReport]:
+    """
+    Prune the weights of all stages; returns masks and the report.
     """
 
 def reach_latency(
@@ -1047,6 +1542,14 @@ def read_pruned(path: os.PathLike | str | bytes) -> tuple:
     Tensors, records and attributes of a file.
     """
 
+def refit_weight(
+    weight: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, options: RefitOptions, name: str = "weight"
+) -> tuple: ...
+def relative_error(weight: torch.Tensor, pruned: torch.Tensor, hessian: torch.Tensor) -> float:
+    """
+    The fraction of the output's energy that a pruned weight loses: ||(W - W') X||^2 / ||W X||^2.
+    """
+
 def select_parameters(
     names: collections.abc.Sequence[str],
     values: collections.abc.Sequence[torch.Tensor],
@@ -1056,11 +1559,32 @@ def select_parameters(
     Indices of the parameters to prune, and what is left alone.
     """
 
+def snip(
+    names: collections.abc.Sequence[str],
+    values: collections.abc.Sequence[torch.Tensor],
+    losses: collections.abc.Sequence[collections.abc.Callable[[], torch.Tensor]],
+) -> dict[str, torch.Tensor]: ...
+def sparse_gpt_weight(
+    weight: torch.Tensor, hessian: torch.Tensor, options: SparseGptOptions, name: str = "weight"
+) -> tuple: ...
+def synflow(
+    names: collections.abc.Sequence[str],
+    values: collections.abc.Sequence[torch.Tensor],
+    forward: collections.abc.Callable[[], torch.Tensor],
+    sparsity: typing.SupportsFloat | typing.SupportsIndex,
+    rounds: typing.SupportsInt | typing.SupportsIndex,
+) -> dict[str, torch.Tensor]: ...
 def useful_widths(table: LatencyTable) -> list[list[int]]:
     """
     The widths of each group that are faster than the next larger one by more than noise, and the full one.
     """
 
+def validate_element_criterion(criterion: Magnitude | Random | Movement | Taylor | Fisher | Lamp | Activation) -> None:
+    """
+    ValueError when a criterion cannot score single weights.
+    """
+
+def wanda_weight(weight: torch.Tensor, norms: torch.Tensor, options: WandaOptions, name: str = "weight") -> tuple: ...
 def widths_for_latency(
     table: LatencyTable,
     scores: collections.abc.Sequence[torch.Tensor],

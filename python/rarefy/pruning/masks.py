@@ -38,7 +38,7 @@ def choose_masks(
 ) -> dict[str, Tensor]:
     """Return the packed masks of weights that prune a fraction of their elements.
 
-    >>> masks = rf.pruning.choose_masks(dict(model.named_parameters()), 0.5, pattern="4x1")
+    >>> masks = rf.pruning.choose_masks({"fc.weight": model.fc.weight}, 0.5, pattern="4x1")
     >>> kept = rf.pruning.unpack_mask(masks["fc.weight"], model.fc.weight.shape)
 
     Args:

@@ -55,8 +55,7 @@ struct RAREFY_API SparseGptOptions {
 /// Hessian by optimal brain surgery (Frantar & Alistarh, 2023, arXiv:2301.00774). With U the Cholesky factor of the
 /// inverse, U^T U = (H + damping)^-1, pruning w_ij costs (w_ij / U_jj)^2 and takes w_ij / U_jj * U_j from the row. Of every
 /// block of columns, or group of N:M, the cheapest elements are pruned, over all rows of a group of outputs;
-/// exactly round_half_even(sparsity * elements) in all. Inputs that were always zero cost next to nothing and are
-/// pruned first.
+/// exactly round_half_even(sparsity * elements) in all. Inputs that were always zero cost nothing and are pruned first.
 ///   hessian  [groups, features, features] or [features, features], symmetric
 /// Throws c10::ValueError as wanda(), and when the Hessian is not positive definite at max_damping, naming the weight.
 RAREFY_API CalibratedWeight sparse_gpt(const std::string& name, const at::Tensor& weight, const at::Tensor& hessian,
