@@ -43,6 +43,16 @@ void init_pruning_enforce(py::module_& m) {
       },
       py::arg("state"), "The parameters themselves.");
   m.def(
+      "masks_of",
+      [](const PruningState& state) {
+        std::vector<at::Tensor> masks;
+        for (const auto& parameter : state.parameters) {
+          masks.push_back(parameter.mask);
+        }
+        return masks;
+      },
+      py::arg("state"), "Their packed masks.");
+  m.def(
       "stray_values",
       [](const PruningState& state) {
         std::vector<std::tuple<std::string, int64_t, int64_t>> rows;

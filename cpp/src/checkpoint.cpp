@@ -1,6 +1,6 @@
 #include <ATen/ops/equal.h>
 #include <rarefy/checkpoint.h>
-#include <rarefy/pruning/enforce.h>
+#include <rarefy/masks.h>
 #include <rarefy/quantization/fake_quantizer.h>
 
 #include <algorithm>
@@ -72,7 +72,7 @@ NamedTensors without_duplicates(State state, Metadata& metadata) {
 }
 
 void save_safetensors(const torch::nn::Module& model, const std::filesystem::path& path, const Metadata& metadata) {
-  pruning::check_masks(model, "save_safetensors");
+  check_masks(model, "save_safetensors");
   Metadata text = metadata;
   const auto tensors = without_duplicates(state_of(model), text);
   save_safetensors(tensors, path, text);

@@ -23,7 +23,7 @@ def reference_stray(x, kept):
     """(count, first) in a plain loop."""
     count, first = 0, -1
     for i, (value, keep) in enumerate(zip(x.reshape(-1).tolist(), kept.reshape(-1).tolist(), strict=True)):
-        if not keep and not value == 0.0:
+        if not keep and value != 0.0:
             first = i if count == 0 else first
             count += 1
     return [count, first]
@@ -44,7 +44,9 @@ def test_matches_loops(sizes, kept, zeros, dtype, seed):
     masks = [pack(k) for k in keep]
     rows = torch.ops.rarefy.stray_values(xs, masks) if xs else torch.empty(0, 2)
     assert rows.tolist() == [reference_stray(x, k) for x, k in zip(xs, keep, strict=True)]
-    expected = [torch.where(torch.from_numpy(k), x, torch.zeros((), dtype=dtype)) for x, k in zip(xs, keep, strict=True)]
+    expected = [
+        torch.where(torch.from_numpy(k), x, torch.zeros((), dtype=dtype)) for x, k in zip(xs, keep, strict=True)
+    ]
     if xs:
         torch.ops.rarefy.apply_masks_(xs, masks)
     for x, e in zip(xs, expected, strict=True):
@@ -146,7 +148,9 @@ def test_opcheck():
 def test_gradients_and_versions():
     x = torch.nn.Parameter(torch.randn(10))
     masks = torch.ops.rarefy.magnitude_mask([x], 0.5)
-    with pytest.raises(ValueError, match=r"\[apply_masks_\] tensors must not require grad while gradients are recorded"):
+    with pytest.raises(
+        ValueError, match=r"\[apply_masks_\] tensors must not require grad while gradients are recorded"
+    ):
         torch.ops.rarefy.apply_masks_([x], masks)
     loss, version = (x * x).sum(), x._version
     torch.ops.rarefy.stray_values([x], masks)

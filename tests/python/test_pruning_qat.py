@@ -99,7 +99,7 @@ def test_zero_is_on_every_weight_grid(name, magnitude, zero, seed):
 
 def test_weights_have_no_zero_point():
     """Why the proof is complete: there is no other weight scheme."""
-    for scheme in (Scheme(symmetric=False), Scheme(is_signed=False)):
+    for scheme in (Scheme(symmetric=False), Scheme(signed=False)):
         with pytest.raises(ValueError, match="symmetric"):
             QConfig(weight=scheme, activation=ACTIVATION)
 
@@ -246,7 +246,7 @@ def test_an_exported_model_has_the_zeros(tmp_path):
     model = prepared_and_trained(QConfig.int8(target="onnxruntime"))
     kept = {name: mask for name, (_, mask) in masks_of(model).items()}
     path = tmp_path / "model.onnx"
-    rf.export.export_onnx(model.eval(), (images(),), path)
+    rf.export.to_onnx(model.eval(), (images(),), path)
     shapes = {tuple(mask.shape): mask for mask in kept.values()}
     found = 0
     for tensor in onnx.load(path).graph.initializer:
@@ -268,5 +268,5 @@ def test_folding_batch_normalization_keeps_zeros():
     folded = model.conv.integer_weight()
     assert not folded.values[~kept].any()
     with torch.no_grad():
-        model.bn.running_var.fill_(1e-12) if hasattr(model.bn, "running_var") else None
+        model.bn.running_var.fill_(1e-12)
     assert not model.conv.integer_weight().values[~kept].any()

@@ -114,15 +114,15 @@ def test_what_else_pruners_keep_is_cut_along():
 def test_errors_leave_everything():
     model = make()
     before = copy.deepcopy(model)
-    with Surgery(model) as surgery:
-        with pytest.raises(ValueError, match=r"conv1\.weight_mask_bits must be cut by a cut of what it belongs to"):
-            surgery.apply([Cut("conv1.weight_mask_bits", 0, [0, 1])])
+    surgery = Surgery(model)
+    with pytest.raises(ValueError, match=r"conv1\.weight_mask_bits must be cut by a cut of what it belongs to"):
+        surgery.apply([Cut("conv1.weight_mask_bits", 0, [0, 1])])
     model.conv2.weight_mask_bits = torch.zeros(8, dtype=torch.uint8)
-    with Surgery(model) as surgery:
-        with pytest.raises(
-            ValueError, match=r"conv2\.weight_mask_bits must fit conv2\.weight of shape \[9, 10, 3, 3\], as packed"
-        ):
-            surgery.apply(cuts())
+    surgery = Surgery(model)
+    with pytest.raises(
+        ValueError, match=r"conv2\.weight_mask_bits must fit conv2\.weight of shape \[9, 10, 3, 3\], as packed"
+    ):
+        surgery.apply(cuts())
     model.conv2.weight_mask_bits = before.conv2.weight_mask_bits
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     check_masks(model)
@@ -167,8 +167,7 @@ def test_structured_pruner(target):
         train(model, optimizer, 1)
         masks.step()
     before = masks.sparsity
-    report = StructuredPruner(model, images(), **target).prune(optimizers=[optimizer])
-    assert report.units_removed > 0 if hasattr(report, "units_removed") else True
+    StructuredPruner(model, images(), **target).prune(optimizers=[optimizer])
     assert model.conv1.out_channels < 10
     assert stray(model) == 0
     assert masks.steps == 3

@@ -32,6 +32,7 @@
 #include <rarefy/nn/linear.h>
 #include <rarefy/nn/mul.h>
 #include <rarefy/nn/sparse_linear.h>
+#include <rarefy/masks.h>
 #include <rarefy/onnx/export_onnx.h>
 #include <rarefy/ops/apply_masks.h>
 #include <rarefy/ops/compact_logits.h>

@@ -1,6 +1,6 @@
 #include <c10/util/Exception.h>
 #include <rarefy/distillation/checkpoint.h>
-#include <rarefy/pruning/enforce.h>
+#include <rarefy/masks.h>
 #include <torch/serialize.h>
 #include <unistd.h>
 
@@ -92,7 +92,7 @@ void put_back(const std::string& state, const Load& load) {
 }  // namespace
 
 void save_checkpoint(const std::string& path, const DistillationTrainer& trainer, const CheckpointParts& parts) {
-  pruning::check_masks(parts.student, "save_checkpoint");
+  check_masks(parts.student, "save_checkpoint");
   torch::serialize::OutputArchive archive, student, optimizer, state;
   archive.write("format", c10::IValue(std::string(kFormat)));
   archive.write("teacher", c10::IValue(trainer.teacher().fingerprint()));

@@ -2,7 +2,7 @@
 #include <ATen/ops/_foreach_lerp.h>
 #include <c10/util/Exception.h>
 #include <rarefy/distillation/ema.h>
-#include <rarefy/pruning/enforce.h>
+#include <rarefy/masks.h>
 
 #include <algorithm>
 #include <map>
@@ -103,7 +103,7 @@ void Ema::update(torch::nn::Module& average, const torch::nn::Module& value) {
       buffers[i].value().copy_(new_buffers[i]);
     }
   }
-  pruning::remask(average);  // what was pruned on the way is in the average still
+  remask(average);  // what was pruned on the way is in the average still
 }
 
 }  // namespace rarefy::distillation

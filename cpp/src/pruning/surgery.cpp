@@ -195,8 +195,8 @@ void Surgery::apply(const std::vector<Cut>& cuts) {
                                : tensor.sizes() == item.value.sizes();
       TORCH_CHECK_VALUE(fits, "[Surgery] ", found->first, " must fit ", item.name, " of shape ", item.value.sizes(),
                         packed ? ", as packed bits" : "", ", got ", tensor.scalar_type(), " ", tensor.sizes());
-      const auto after = packed ? take_mask(tensor, item.value.sizes(), of_item->second)
-                                : take(tensor.detach(), of_item->second);
+      const auto after =
+          packed ? take_mask(tensor, item.value.sizes(), of_item->second) : take(tensor.detach(), of_item->second);
       next.changes.push_back({tensor, tensor.variable_data(), after, {}, {}, {}});
     }
   }

@@ -1,7 +1,7 @@
 #include <fmt/ranges.h>
+#include <rarefy/masks.h>
 #include <rarefy/nn/add.h>
 #include <rarefy/nn/quantizable.h>
-#include <rarefy/pruning/enforce.h>
 #include <rarefy/quantization/prepare.h>
 #include <rarefy/quantization/target.h>
 #include <torch/types.h>
@@ -348,14 +348,14 @@ void convert(torch::nn::Module& model, const std::function<std::vector<torch::Te
   TORCH_CHECK_VALUE(
       missed.empty(),
       "[convert] every quantizer must be calibrated (train or calibrate first), but these are not: ", join(missed));
-  pruning::check_masks(model, "convert");
+  check_masks(model, "convert");
   if (forward != nullptr) {
     // What fails does so here, where nothing is lost yet: conversion cannot be undone.
     const torch::NoGradGuard no_grad;
     const Evaluating guard(model);
     forward();
   }
-  pruning::remove_masks(model);  // the zeros are integers from now on, and nothing writes those
+  remove_masks(model);  // the zeros are integers from now on, and nothing writes those
   for (const auto& layer : layers) {
     layer.layer->convert();
   }

@@ -91,7 +91,8 @@ template <typename Twin>
 void set(Plan& plan, const std::shared_ptr<Twin>& twin, const Module& old) {
   twin->train(old.is_training());
   for (const auto& buffer : old.named_buffers(/*recurse=*/false)) {
-    twin->register_buffer(buffer.key(), buffer.value());  // such as the mask of a pruner: the layers have none of their own
+    twin->register_buffer(buffer.key(),
+                          buffer.value());  // such as the mask of a pruner: the layers have none of their own
   }
   plan.twin = AnyModule(twin);
   plan.layer = twin;

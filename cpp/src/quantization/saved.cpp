@@ -1,7 +1,7 @@
 #include <fmt/format.h>
 #include <rarefy/nn/conv_bn.h>
 #include <rarefy/nn/quantizable.h>
-#include <rarefy/pruning/enforce.h>
+#include <rarefy/masks.h>
 #include <rarefy/quantization/saved.h>
 
 #include <algorithm>
@@ -270,7 +270,7 @@ class Loader {
 }  // namespace
 
 void save_quantized(const Module& model, const std::filesystem::path& folder) {
-  pruning::check_masks(model, "save_quantized");
+  check_masks(model, "save_quantized");
   QuantizedCheckpoint checkpoint;
   for (const auto& item : model.named_modules("", /*include_self=*/false)) {
     if (const auto* layer = dynamic_cast<const Quantizable*>(item.value().get());

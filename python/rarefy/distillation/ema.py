@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rarefy._core.distillation import Ema
 from rarefy.distillation.unwrap import unwrap
-from rarefy.pruning.enforce import remask
+from rarefy.masks import remask
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 

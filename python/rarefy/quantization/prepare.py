@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from rarefy import nn as rnn
 from rarefy._batches import feed
 from rarefy._core.quantization import Latest, MinMax, MovingAverage, TargetProfile
+from rarefy.masks import check_masks, remove_masks
 from rarefy.nn.registry import Fold, Row, integer_type, is_layer, is_prepared, row_of, unsupported
 from rarefy.quantization.distributed import RangeSync
 from rarefy.quantization.fake_quantizer import FakeQuantizer, Observer
@@ -485,8 +486,6 @@ def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: 
         raise ValueError(
             f"[convert] every quantizer must be calibrated (train or calibrate first), but these are not: {', '.join(missed)}"
         )
-    from rarefy.pruning.enforce import check_masks, remove_masks  # whose package imports this one
-
     check_masks(model)
     if not inplace:
         model = copy.deepcopy(model)

@@ -154,8 +154,8 @@ TEST_CASE("Values, gradients and moments of LibTorch's optimizers are held", "[e
       [](auto p) { return std::make_unique<torch::optim::Adam>(p, torch::optim::AdamOptions(0.01).amsgrad(true)); },
       [](auto p) { return std::make_unique<torch::optim::AdamW>(p, torch::optim::AdamWOptions(0.01)); },
       [](auto p) {
-        return std::make_unique<torch::optim::RMSprop>(
-            p, torch::optim::RMSpropOptions(0.01).momentum(0.9).centered(true));
+        return std::make_unique<torch::optim::RMSprop>(p,
+                                                       torch::optim::RMSpropOptions(0.01).momentum(0.9).centered(true));
       },
       [](auto p) { return std::make_unique<torch::optim::Adagrad>(p, torch::optim::AdagradOptions(0.01)); },
   };
@@ -226,9 +226,9 @@ TEST_CASE("Saving a model whose zeros left the mask is an error", "[enforce]") {
     const torch::NoGradGuard no_grad;
     state.parameters[1].value.view(-1).index_put_({places.slice(0, 2)}, 0.5);
   }
-  const std::string expected = fmt::format(
-      "'head.0.weight' must be zero where its mask prunes, but {} values are not, the first at flat index {}",
-      places.numel() - 2, places[2].item<int64_t>());
+  const std::string expected = "'head.0.weight' must be zero where its mask prunes, but " +
+                               std::to_string(places.numel() - 2) + " values are not, the first at flat index " +
+                               std::to_string(places[2].item<int64_t>());
   std::filesystem::remove(file);
   CHECK_THAT(message([&] { rarefy::save_safetensors(*net, file); }),
              ContainsSubstring("[save_safetensors] " + expected));
@@ -288,9 +288,9 @@ TEST_CASE("Masks go with layers that prepare_qat puts in, and convert ends them"
   const auto zeros = [&] {
     int64_t count = 0;
     for (const auto& parameter : masked_parameters(*net).parameters) {
-      count += parameter.value.numel() - rarefy::ops::stray_values({at::ones(parameter.value.sizes())}, {parameter.mask})
-                                             .select(1, 0)
-                                             .item<int64_t>();
+      count +=
+          parameter.value.numel() -
+          rarefy::ops::stray_values({at::ones(parameter.value.sizes())}, {parameter.mask}).select(1, 0).item<int64_t>();
       CHECK(stray(parameter.value, parameter.mask) == 0);
     }
     return count;

@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <rarefy/export.h>
+#include <rarefy/masks.h>
 #include <rarefy/pruning/state.h>
 
 #include <cstdint>
@@ -15,8 +16,7 @@ namespace torch::optim {
 class Optimizer;
 }
 
-// The one place where masks are enforced: on values, gradients and what optimizers keep, in a model before it is saved, and
-// after code that knows nothing of masks has written weights. apply_masks(), for values and gradients, is declared with the
+// The one place where masks are enforced: on values, gradients and what optimizers keep. apply_masks(), for values and gradients, is declared with the
 // state that it works on.
 //
 // All work of a call goes to the threads together. Functions that write do so without recording gradients; where they throw
@@ -48,31 +48,20 @@ RAREFY_API void enforce(const PruningState& state, const std::vector<Moment>& mo
 ///   for (...) { ...; optimizer.step(); enforce(state, &optimizer); }
 RAREFY_API void enforce(const PruningState& state, const torch::optim::Optimizer* optimizer = nullptr);
 
-/// Pruned values that are not zero.
-struct RAREFY_API Stray {
-  std::string parameter;
-  int64_t count;
-  int64_t first;  // flat index, in logical order
-};
-
-/// The parameters with values that left their mask. Reads only.
-RAREFY_API std::vector<Stray> stray_values(const PruningState& state);
-
 /// The parameters of a model that have a mask beside them, found by its key; the step counter is zero. Throws c10::ValueError
 /// for a mask without a parameter.
 RAREFY_API PruningState masked_parameters(const torch::nn::Module& model);
 
-/// Throws c10::ValueError when values left their mask: names the first such parameter, the number of its values and the
-/// first index. Functions of rarefy that save a model call it. `function` begins the message.
-RAREFY_API void check_masks(const torch::nn::Module& model, const char* function = "check_masks");
+// Models and their masks, whoever holds them: rarefy/masks.h.
+using rarefy::check_masks;
+using rarefy::remask;
+using rarefy::remove_masks;
+using rarefy::Stray;
+
+/// The parameters with values that left their mask. Reads only.
+RAREFY_API std::vector<Stray> stray_values(const PruningState& state);
+
+/// check_masks() of the parameters of a state.
 RAREFY_API void check_masks(const PruningState& state, const char* function = "check_masks");
-
-/// Takes masks, what pruners keep beside them and the step counter out of a model, whose zeros are no longer held from then on: what convert() does. A pruner
-/// over the model must not be used any more; its finalize() is the same where there is one.
-RAREFY_API void remove_masks(torch::nn::Module& model);
-
-/// Sets pruned values of a model to zero again: after a merge of adapters, an average of models, loaded dense weights.
-/// Returns how many were not zero.
-RAREFY_API int64_t remask(torch::nn::Module& model);
 
 }  // namespace rarefy::pruning

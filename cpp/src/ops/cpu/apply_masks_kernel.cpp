@@ -79,13 +79,12 @@ void apply_strided(const Source& source, int64_t begin, int64_t end) {
 template <typename T>
 cpu::Stray count_strided(const Source& source, int64_t begin, int64_t end) {
   cpu::Stray result{0, -1};
-  StridedRange(source.x).walk(static_cast<const T*>(source.x.const_data_ptr()), begin, end,
-                              [&](const T* p, int64_t i) {
-                                if ((source.bits[i / 8] >> (i % 8) & 1) == 0 && static_cast<T>(*p << 1) != 0) {
-                                  result.first = result.count == 0 ? i : result.first;
-                                  ++result.count;
-                                }
-                              });
+  StridedRange(source.x).walk(static_cast<const T*>(source.x.const_data_ptr()), begin, end, [&](const T* p, int64_t i) {
+    if ((source.bits[i / 8] >> (i % 8) & 1) == 0 && static_cast<T>(*p << 1) != 0) {
+      result.first = result.count == 0 ? i : result.first;
+      ++result.count;
+    }
+  });
   return result;
 }
 
@@ -114,11 +113,10 @@ at::Tensor stray_values_cpu(at::TensorList tensors, at::TensorList masks) {
   for_each_piece(tensors, masks, [&](size_t index, const Source& source, int64_t begin, int64_t end) {
     const int bytes = static_cast<int>(source.x.element_size());
     const cpu::Stray stray =
-        source.contiguous
-            ? RAREFY_ISA_CALL(count_stray, source.x.const_data_ptr(), source.bits, bytes, begin, end)
-        : bytes == 2 ? count_strided<uint16_t>(source, begin, end)
-        : bytes == 4 ? count_strided<uint32_t>(source, begin, end)
-                     : count_strided<uint64_t>(source, begin, end);
+        source.contiguous ? RAREFY_ISA_CALL(count_stray, source.x.const_data_ptr(), source.bits, bytes, begin, end)
+        : bytes == 2      ? count_strided<uint16_t>(source, begin, end)
+        : bytes == 4      ? count_strided<uint32_t>(source, begin, end)
+                          : count_strided<uint64_t>(source, begin, end);
     if (stray.count > 0) {
       counts[index].fetch_add(stray.count, std::memory_order_relaxed);
       int64_t seen = firsts[index].load(std::memory_order_relaxed);
