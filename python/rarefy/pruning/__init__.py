@@ -3,6 +3,8 @@
 import rarefy.quantization  # noqa: F401  (rarefy.nn, which the surgery knows, takes its fake quantizers from there)
 from rarefy._core.pruning import (
     ACDC,
+    NM,
+    SET,
     Block,
     CalibratedTensor,
     CalibrationReport,
@@ -26,7 +28,6 @@ from rarefy._core.pruning import (
     Macs,
     Member,
     Movement,
-    NM,
     Parameters,
     PermutationReport,
     Pinned,
@@ -37,7 +38,6 @@ from rarefy._core.pruning import (
     RefitOptions,
     RigL,
     Row,
-    SET,
     SparseFileReport,
     SparseReport,
     SparsifyReport,
@@ -66,6 +66,8 @@ from rarefy.pruning.torch_pruning import export_torch_pruning, import_torch_prun
 
 __all__ = [
     "ACDC",
+    "NM",
+    "SET",
     "Block",
     "CalibratedTensor",
     "CalibrationReport",
@@ -91,7 +93,6 @@ __all__ = [
     "MagnitudePruner",
     "Member",
     "Movement",
-    "NM",
     "Parameters",
     "PermutationReport",
     "Pinned",
@@ -103,7 +104,6 @@ __all__ = [
     "RefitOptions",
     "RigL",
     "Row",
-    "SET",
     "SparseFileReport",
     "SparseReport",
     "SparsifyReport",
