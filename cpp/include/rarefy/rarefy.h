@@ -36,12 +36,14 @@
 #include <rarefy/ops/distillation_loss.h>
 #include <rarefy/ops/fake_quantize.h>
 #include <rarefy/ops/fake_quantize_learned.h>
+#include <rarefy/ops/formats.h>
 #include <rarefy/ops/inverse_std.h>
 #include <rarefy/ops/linear_distillation_loss.h>
 #include <rarefy/ops/mask.h>
 #include <rarefy/ops/quantized.h>
 #include <rarefy/ops/relu.h>
 #include <rarefy/ops/top_k_distillation_loss.h>
+#include <rarefy/ops/weight_formats.h>
 #include <rarefy/pruning/choice.h>
 #include <rarefy/pruning/importance.h>
 #include <rarefy/pruning/latency.h>
@@ -58,6 +60,7 @@
 #include <rarefy/quantization/quantized_checkpoint.h>
 #include <rarefy/quantization/saved.h>
 #include <rarefy/quantization/schedule.h>
+#include <rarefy/quantization/simulate.h>
 #include <rarefy/quantization/scheme.h>
 #include <rarefy/quantization/target.h>
 #include <rarefy/version.h>
