@@ -1,5 +1,5 @@
-#include <fmt/format.h>
-#include <rarefy/quantization/scheme.h>
+#include <fmt/ranges.h>
+#include <rarefy/quantization/packed.h>
 
 #include "bindings.h"
 
@@ -252,6 +252,36 @@ std::string scheme_repr(const Scheme& self) {
   return text + ")";
 }
 
+void init_packed(py::module_& m) {
+  py::class_<QuantizedTensorParts>(m, "QuantizedTensorParts", R"(A tensor as a format stores it: the result of quantize_to.
+
+tensors has "data" and, as the format wants them, "scale", "zero_point", "tensor_scale", "scale_scale", "scale_mean" and
+"codebook"; rarefy/quantization/packed.h says what they hold.)")
+      .def(py::init([](const Scheme& scheme, std::vector<int64_t> shape, c10::ScalarType dtype,
+                       std::map<std::string, at::Tensor> tensors) {
+             return QuantizedTensorParts{scheme, std::move(shape), dtype, std::move(tensors)};
+           }),
+           py::arg("scheme"), py::arg("shape"), py::arg("dtype"), py::arg("tensors"))
+      .def_readonly("scheme", &QuantizedTensorParts::scheme)
+      .def_readonly("shape", &QuantizedTensorParts::shape)
+      .def_readonly("dtype", &QuantizedTensorParts::dtype)
+      .def_readonly("tensors", &QuantizedTensorParts::tensors)
+      .def_property_readonly("nbytes", &QuantizedTensorParts::nbytes, "Bytes of all parts.")
+      .def("dequantize", &dequantize, "The tensor, in its shape and dtype. Raises ValueError for parts that do not fit.")
+      .def("__repr__", [](const QuantizedTensorParts& self) {
+        return fmt::format("QuantizedTensorParts({}, shape=[{}], {} bytes)", self.scheme.str(),
+                           fmt::join(self.shape, ", "), self.nbytes());
+      });
+  m.def("quantize_to", &quantize_to, py::arg("x"), py::arg("scheme"), py::arg("scale") = py::none(),
+        py::arg("zero_point") = py::none(),
+        R"(A tensor in a format: codes as small as they are, and scales. dequantize() gives what simulating the format gives, bit for bit.
+
+x: floating point, finite. scheme: rounds to nearest.
+scale, zero_point: of a scheme that observes its range (for a codebook: the codebook); None: those of x itself.
+
+Raises ValueError for values that are not finite, and whatever the operators of the format raise.)");
+}
+
 }  // namespace
 
 void init_scheme(py::module_& m) {
@@ -324,6 +354,7 @@ Raises ValueError, with the rule and the value, for a combination that does not 
       .def("__repr__", &scheme_repr)
       .def(py::pickle([](const Scheme& self) { return py::make_tuple(self.to_json()); },
                       [](const py::tuple& state) { return Scheme::from_json(state[0].cast<std::string>()); }));
+  init_packed(m);
 }
 
 }  // namespace rarefy::python

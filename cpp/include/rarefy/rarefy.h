@@ -32,6 +32,7 @@
 #include <rarefy/nn/linear.h>
 #include <rarefy/nn/mul.h>
 #include <rarefy/onnx/export_onnx.h>
+#include <rarefy/ops/accumulator.h>
 #include <rarefy/ops/compact_logits.h>
 #include <rarefy/ops/distillation_loss.h>
 #include <rarefy/ops/fake_quantize.h>
@@ -55,6 +56,7 @@
 #include <rarefy/pruning/surgery.h>
 #include <rarefy/quantization/batch_norm.h>
 #include <rarefy/quantization/fake_quantizer.h>
+#include <rarefy/quantization/packed.h>
 #include <rarefy/quantization/prepare.h>
 #include <rarefy/quantization/qconfig.h>
 #include <rarefy/quantization/quantized_checkpoint.h>

@@ -1,5 +1,4 @@
 #include <c10/util/Exception.h>
-#include <fmt/format.h>
 #include <rarefy/quantization/target.h>
 
 namespace rarefy::quantization {
@@ -51,9 +50,9 @@ std::optional<std::string> LayerConfig::why_not_integer() const {
   if (!activation.has_value()) {
     return "the input stays in floating point";
   }
-  for (const auto& [side, scheme] : {std::pair{"weight", &*weight}, {"input", &*activation}}) {
-    if (const auto reason = scheme->why_not_integer()) {
-      return fmt::format("{} of the {}", *reason, side);
+  for (const auto* scheme : {&*weight, &*activation}) {
+    if (auto reason = scheme->why_not_integer()) {
+      return reason;
     }
   }
   if (activation->bits > 8) {

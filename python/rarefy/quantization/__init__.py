@@ -16,8 +16,10 @@ from rarefy._core.quantization import (
     PerGroup,
     PerTensor,
     PerToken,
+    QuantizedTensorParts,
     Scheme,
     Ternary,
+    quantize_to,
 )
 from rarefy.quantization.batch_norm import freeze_batch_norm, reestimate_batch_norm
 from rarefy.quantization.checkpoint import checkpoint_context
@@ -50,6 +52,7 @@ __all__ = [
     "QATSchedule",
     "QConfig",
     "QuantizationReport",
+    "QuantizedTensorParts",
     "Scheme",
     "Ternary",
     "calibrate",
@@ -60,6 +63,7 @@ __all__ = [
     "load_quantized",
     "prepare",
     "prepare_qat",
+    "quantize_to",
     "reestimate_batch_norm",
     "report",
     "save_quantized",
