@@ -45,17 +45,18 @@ void add_value_methods(py::class_<Value>& type, Repr repr) {
 }
 
 void init_granularities(py::module_& m) {
-  auto tensor = py::class_<PerTensor>(m, "PerTensor", "One scale and zero point for the whole tensor: [1].")
-                    .def(py::init<>())
-                    .def(py::pickle([](const PerTensor&) { return py::tuple(); },
-                                    [](const py::tuple&) { return PerTensor{}; }));
+  auto tensor =
+      py::class_<PerTensor>(m, "PerTensor", "One scale and zero point for the whole tensor: [1].")
+          .def(py::init<>())
+          .def(py::pickle([](const PerTensor&) { return py::tuple(); }, [](const py::tuple&) { return PerTensor{}; }));
   add_value_methods(tensor, GranularityRepr{});
 
-  auto channel = py::class_<PerChannel>(m, "PerChannel", "One scale and zero point per index of `axis`: [size of axis].")
-                     .def(py::init([](int64_t axis) { return PerChannel{axis}; }), py::arg("axis") = 0)
-                     .def_readonly("axis", &PerChannel::axis)
-                     .def(py::pickle([](const PerChannel& self) { return py::make_tuple(self.axis); },
-                                     [](const py::tuple& state) { return PerChannel{state[0].cast<int64_t>()}; }));
+  auto channel =
+      py::class_<PerChannel>(m, "PerChannel", "One scale and zero point per index of `axis`: [size of axis].")
+          .def(py::init([](int64_t axis) { return PerChannel{axis}; }), py::arg("axis") = 0)
+          .def_readonly("axis", &PerChannel::axis)
+          .def(py::pickle([](const PerChannel& self) { return py::make_tuple(self.axis); },
+                          [](const py::tuple& state) { return PerChannel{state[0].cast<int64_t>()}; }));
   add_value_methods(channel, GranularityRepr{});
 
   auto group =
@@ -71,46 +72,47 @@ void init_granularities(py::module_& m) {
               [](const py::tuple& state) { return PerGroup{state[0].cast<int64_t>(), state[1].cast<int64_t>()}; }));
   add_value_methods(group, GranularityRepr{});
 
-  auto block =
-      py::class_<PerBlock>(m, "PerBlock",
-                           "One scale per block of `rows` by `columns` of the last two axes: "
-                           "[..., ceil(R / rows), ceil(C / columns)].")
-          .def(py::init([](int64_t rows, int64_t columns) { return PerBlock{rows, columns}; }), py::arg("rows") = 128,
-               py::arg("columns") = 128)
-          .def_readonly("rows", &PerBlock::rows)
-          .def_readonly("columns", &PerBlock::columns)
-          .def(py::pickle(
-              [](const PerBlock& self) { return py::make_tuple(self.rows, self.columns); },
-              [](const py::tuple& state) { return PerBlock{state[0].cast<int64_t>(), state[1].cast<int64_t>()}; }));
+  auto block = py::class_<PerBlock>(m, "PerBlock",
+                                    "One scale per block of `rows` by `columns` of the last two axes: "
+                                    "[..., ceil(R / rows), ceil(C / columns)].")
+                   .def(py::init([](int64_t rows, int64_t columns) { return PerBlock{rows, columns}; }),
+                        py::arg("rows") = 128, py::arg("columns") = 128)
+                   .def_readonly("rows", &PerBlock::rows)
+                   .def_readonly("columns", &PerBlock::columns)
+                   .def(py::pickle([](const PerBlock& self) { return py::make_tuple(self.rows, self.columns); },
+                                   [](const py::tuple& state) {
+                                     return PerBlock{state[0].cast<int64_t>(), state[1].cast<int64_t>()};
+                                   }));
   add_value_methods(block, GranularityRepr{});
 
   auto token =
-      py::class_<PerToken>(m, "PerToken", "One scale per index of all axes but the last, from the tensor itself: [..., 1].")
+      py::class_<PerToken>(m, "PerToken",
+                           "One scale per index of all axes but the last, from the tensor itself: [..., 1].")
           .def(py::init<>())
           .def(py::pickle([](const PerToken&) { return py::tuple(); }, [](const py::tuple&) { return PerToken{}; }));
   add_value_methods(token, GranularityRepr{});
 }
 
 void init_formats(py::module_& m) {
-  auto integer = py::class_<Integer>(m, "Integer", "Integers of Scheme.bits bits with a scale and a zero point.")
-                     .def(py::init<>())
-                     .def(py::pickle([](const Integer&) { return py::tuple(); },
-                                     [](const py::tuple&) { return Integer{}; }));
+  auto integer =
+      py::class_<Integer>(m, "Integer", "Integers of Scheme.bits bits with a scale and a zero point.")
+          .def(py::init<>())
+          .def(py::pickle([](const Integer&) { return py::tuple(); }, [](const py::tuple&) { return Integer{}; }));
   add_value_methods(integer, FormatRepr{});
 
-  auto binary = py::class_<Binary>(m, "Binary", "-1 and 1, times the mean of |w| (XNOR-Net, arXiv:1603.05279). Weights alone.")
-                    .def(py::init<>())
-                    .def(py::pickle([](const Binary&) { return py::tuple(); }, [](const py::tuple&) { return Binary{}; }));
+  auto binary =
+      py::class_<Binary>(m, "Binary", "-1 and 1, times the mean of |w| (XNOR-Net, arXiv:1603.05279). Weights alone.")
+          .def(py::init<>())
+          .def(py::pickle([](const Binary&) { return py::tuple(); }, [](const py::tuple&) { return Binary{}; }));
   add_value_methods(binary, FormatRepr{});
 
-  auto ternary =
-      py::class_<Ternary>(m, "Ternary",
-                          "-1, 0 and 1, times the mean of |w| over what is above threshold * mean |w| (TWN, "
-                          "arXiv:1605.04711). Weights alone.")
-          .def(py::init([](double threshold) { return Ternary{threshold}; }), py::arg("threshold") = 0.7)
-          .def_readonly("threshold", &Ternary::threshold)
-          .def(py::pickle([](const Ternary& self) { return py::make_tuple(self.threshold); },
-                          [](const py::tuple& state) { return Ternary{state[0].cast<double>()}; }));
+  auto ternary = py::class_<Ternary>(m, "Ternary",
+                                     "-1, 0 and 1, times the mean of |w| over what is above threshold * mean |w| (TWN, "
+                                     "arXiv:1605.04711). Weights alone.")
+                     .def(py::init([](double threshold) { return Ternary{threshold}; }), py::arg("threshold") = 0.7)
+                     .def_readonly("threshold", &Ternary::threshold)
+                     .def(py::pickle([](const Ternary& self) { return py::make_tuple(self.threshold); },
+                                     [](const py::tuple& state) { return Ternary{state[0].cast<double>()}; }));
   add_value_methods(ternary, FormatRepr{});
 
   const auto make_minifloat = [](int64_t exponent_bits, int64_t mantissa_bits, std::optional<int64_t> bias,
@@ -120,7 +122,8 @@ void init_formats(py::module_& m) {
     return Minifloat{exponent_bits, mantissa_bits, bias.value_or(usual), specials(kind), saturate};
   };
   auto minifloat =
-      py::class_<Minifloat>(m, "Minifloat", R"(Floating point of at most 8 bits: a sign, an exponent, a mantissa, with denormals.
+      py::class_<Minifloat>(m, "Minifloat",
+                            R"(Floating point of at most 8 bits: a sign, an exponent, a mantissa, with denormals.
 
 exponent_bits: 1 to 7. mantissa_bits: 0 to 6.
 bias: None is 2^(exponent_bits - 1) - 1.
@@ -163,21 +166,22 @@ element: "e4m3", "e5m2", "e3m2", "e2m3", "e2m1" or "int8".)")
                                 [](const py::tuple& state) { return MX{mx_element(state[0].cast<std::string>())}; }));
   add_value_methods(mx, FormatRepr{});
 
-  auto nvfp4 = py::class_<NVFP4>(m, "NVFP4", "FP4 in blocks with a scale each in E4M3, and one float32 scale for the tensor.")
-                   .def(py::init<>())
-                   .def(py::pickle([](const NVFP4&) { return py::tuple(); }, [](const py::tuple&) { return NVFP4{}; }));
+  auto nvfp4 =
+      py::class_<NVFP4>(m, "NVFP4", "FP4 in blocks with a scale each in E4M3, and one float32 scale for the tensor.")
+          .def(py::init<>())
+          .def(py::pickle([](const NVFP4&) { return py::tuple(); }, [](const py::tuple&) { return NVFP4{}; }));
   add_value_methods(nvfp4, FormatRepr{});
 
-  auto nf4 = py::class_<NF4>(m, "NF4", R"(4-bit NormalFloat (QLoRA, arXiv:2305.14314): 16 quantiles of the normal distribution.
+  auto nf4 =
+      py::class_<NF4>(m, "NF4", R"(4-bit NormalFloat (QLoRA, arXiv:2305.14314): 16 quantiles of the normal distribution.
 
 double_quantized: the scales are stored in 8 bits, in blocks of scale_block.)")
-                 .def(py::init([](bool twice, int64_t scale_block) { return NF4{twice, scale_block}; }),
-                      py::arg("double_quantized") = false, py::arg("scale_block") = 256)
-                 .def_readonly("double_quantized", &NF4::double_quantized)
-                 .def_readonly("scale_block", &NF4::scale_block)
-                 .def(py::pickle(
-                     [](const NF4& self) { return py::make_tuple(self.double_quantized, self.scale_block); },
-                     [](const py::tuple& state) { return NF4{state[0].cast<bool>(), state[1].cast<int64_t>()}; }));
+          .def(py::init([](bool twice, int64_t scale_block) { return NF4{twice, scale_block}; }),
+               py::arg("double_quantized") = false, py::arg("scale_block") = 256)
+          .def_readonly("double_quantized", &NF4::double_quantized)
+          .def_readonly("scale_block", &NF4::scale_block)
+          .def(py::pickle([](const NF4& self) { return py::make_tuple(self.double_quantized, self.scale_block); },
+                          [](const py::tuple& state) { return NF4{state[0].cast<bool>(), state[1].cast<int64_t>()}; }));
   add_value_methods(nf4, FormatRepr{});
 
   auto codebook = py::class_<Codebook>(m, "Codebook", "The nearest of `entries` (2 to 256) values that k-means chose.")
@@ -206,9 +210,9 @@ Scheme make_scheme(std::optional<int64_t> bits, bool symmetric, std::optional<bo
                                   : std::holds_alternative<NVFP4>(format) ? 16
                                                                           : 64};
   }
-  scheme.dynamic = dynamic.value_or(in_blocks || std::holds_alternative<Binary>(format) ||
-                                    std::holds_alternative<Ternary>(format) ||
-                                    std::holds_alternative<PerToken>(scheme.granularity));
+  scheme.dynamic =
+      dynamic.value_or(in_blocks || std::holds_alternative<Binary>(format) || std::holds_alternative<Ternary>(format) ||
+                       std::holds_alternative<PerToken>(scheme.granularity));
   scheme.power_of_two = power_of_two;
   if (rounding != "nearest_even" && rounding != "stochastic") {
     throw py::value_error("[Scheme] rounding must be 'nearest_even' or 'stochastic', got '" + rounding + "'");
@@ -253,7 +257,8 @@ std::string scheme_repr(const Scheme& self) {
 }
 
 void init_packed(py::module_& m) {
-  py::class_<QuantizedTensorParts>(m, "QuantizedTensorParts", R"(A tensor as a format stores it: the result of quantize_to.
+  py::class_<QuantizedTensorParts>(m, "QuantizedTensorParts",
+                                   R"(A tensor as a format stores it: the result of quantize_to.
 
 tensors has "data" and, as the format wants them, "scale", "zero_point", "tensor_scale", "scale_scale", "scale_mean" and
 "codebook"; rarefy/quantization/packed.h says what they hold.)")
@@ -267,14 +272,16 @@ tensors has "data" and, as the format wants them, "scale", "zero_point", "tensor
       .def_readonly("dtype", &QuantizedTensorParts::dtype)
       .def_readonly("tensors", &QuantizedTensorParts::tensors)
       .def_property_readonly("nbytes", &QuantizedTensorParts::nbytes, "Bytes of all parts.")
-      .def("dequantize", &dequantize, "The tensor, in its shape and dtype. Raises ValueError for parts that do not fit.")
+      .def("dequantize", &dequantize,
+           "The tensor, in its shape and dtype. Raises ValueError for parts that do not fit.")
       .def("__repr__", [](const QuantizedTensorParts& self) {
         return fmt::format("QuantizedTensorParts({}, shape=[{}], {} bytes)", self.scheme.str(),
                            fmt::join(self.shape, ", "), self.nbytes());
       });
-  m.def("quantize_to", &quantize_to, py::arg("x"), py::arg("scheme"), py::arg("scale") = py::none(),
-        py::arg("zero_point") = py::none(),
-        R"(A tensor in a format: codes as small as they are, and scales. dequantize() gives what simulating the format gives, bit for bit.
+  m.def(
+      "quantize_to", &quantize_to, py::arg("x"), py::arg("scheme"), py::arg("scale") = py::none(),
+      py::arg("zero_point") = py::none(),
+      R"(A tensor in a format: codes as small as they are, and scales. dequantize() gives what simulating the format gives, bit for bit.
 
 x: floating point, finite. scheme: rounds to nearest.
 scale, zero_point: of a scheme that observes its range (for a codebook: the codebook); None: those of x itself.
@@ -287,8 +294,9 @@ Raises ValueError for values that are not finite, and whatever the operators of 
 void init_scheme(py::module_& m) {
   init_granularities(m);
   init_formats(m);
-  py::class_<Scheme>(m, "Scheme",
-                     R"(What a tensor is quantized to: the elements and what shares a scale, without the values of the scale.
+  py::class_<Scheme>(
+      m, "Scheme",
+      R"(What a tensor is quantized to: the elements and what shares a scale, without the values of the scale.
 
 bits: width of an element: 2 to 16 for integers (8 when None; layers with integer kernels take 2 to 8), that of the format
     otherwise.
@@ -321,8 +329,9 @@ Raises ValueError, with the rule and the value, for a combination that does not 
       .def_property_readonly("straight_through", &straight_through_of)
       .def_property_readonly("qmin", &Scheme::qmin, "Smallest integer. Raises ValueError for formats without integers.")
       .def_property_readonly("qmax", &Scheme::qmax, "Largest integer. Raises ValueError for formats without integers.")
-      .def_property_readonly("observed_range", &Scheme::observed_range,
-                             "The integers that an observer chooses its parameters for; (-1, 1) for formats without any.")
+      .def_property_readonly(
+          "observed_range", &Scheme::observed_range,
+          "The integers that an observer chooses its parameters for; (-1, 1) for formats without any.")
       .def_property_readonly("is_plain", &Scheme::is_plain,
                              "Whether it is a grid of integers with one observed scale for the tensor or each channel.")
       .def_property_readonly("needs_range", &Scheme::needs_range, "Whether a range has to be observed beforehand.")
@@ -330,9 +339,8 @@ Raises ValueError, with the rule and the value, for a combination that does not 
       .def_property_readonly("block", &Scheme::block, "Sizes of what shares a scale, as torch.ops.rarefy takes them.")
       .def_property_readonly("block_axis", &Scheme::block_axis, "The axis that goes with block, None per tensor.")
       .def(
-          "scale_shape",
-          [](const Scheme& self, const std::vector<int64_t>& shape) { return self.scale_shape(shape); }, py::arg("shape"),
-          "The shape of the scales of a tensor.")
+          "scale_shape", [](const Scheme& self, const std::vector<int64_t>& shape) { return self.scale_shape(shape); },
+          py::arg("shape"), "The shape of the scales of a tensor.")
       .def(
           "with_granularity",
           [](Scheme self, const Granularity& granularity) {

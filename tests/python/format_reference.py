@@ -42,8 +42,6 @@ def to_minifloat(y: float, e: int, m: int, bias: int, specials: str, saturate: b
     size, greatest = abs(y), magnitudes[-1]
     # Above the greatest number the next one counts, as if exponents went on.
     following = greatest + (greatest - magnitudes[-2])
-    if specials == "nan":
-        following = greatest + (greatest - magnitudes[-2])
     candidates = [*magnitudes, following]
     if size >= following:
         index = len(candidates) - 1
@@ -146,7 +144,7 @@ def up_to_power_of_two(scale: np.ndarray) -> np.ndarray:
 
 def mx_scale(x: torch.Tensor, element: str, block: int, axis: int) -> np.ndarray:
     """2^(floor(log2 of the largest) - n)."""
-    n = 0 if element == "int8" else int(math.floor(math.log2(values_of(*MINIFLOATS[element])[-1])))
+    n = 0 if element == "int8" else math.floor(math.log2(values_of(*MINIFLOATS[element])[-1]))
     value = largest(x, axis, [block])
     out = np.ones_like(value)
     for i, v in enumerate(value.flat):

@@ -88,7 +88,11 @@ def test_codebook_stays_while_weights_move():
 @pytest.mark.parametrize("observer", [MinMax(), MovingAverage(0.25)])
 @pytest.mark.parametrize(
     "scheme",
-    [Scheme(format=Minifloat.e4m3()), Scheme(bits=5, power_of_two=True), Scheme(bits=8, symmetric=False, straight_through="pass")],
+    [
+        Scheme(format=Minifloat.e4m3()),
+        Scheme(bits=5, power_of_two=True),
+        Scheme(bits=8, symmetric=False, straight_through="pass"),
+    ],
     ids=str,
 )
 def test_activation_ranges_follow_the_data(scheme, observer):
@@ -120,7 +124,9 @@ def test_batches_that_are_not_finite_are_left_out():
     assert y.isnan().tolist() == [False, True, False]
     weight = FakeQuantizer(Scheme(format=MX()), Latest())
     weight.name = "fc.quant.weight"
-    with pytest.raises(ValueError, match=r"the weight of fc.quant.weight must be finite, got 1 NaN or infinite values of 3"):
+    with pytest.raises(
+        ValueError, match=r"the weight of fc.quant.weight must be finite, got 1 NaN or infinite values of 3"
+    ):
         weight(torch.tensor([1.0, float("nan"), 2.0]))
 
 
@@ -155,7 +161,7 @@ def test_straight_through():
         assert x.grad.tolist() == expected
 
 
-# --- Models --------------------------------------------------------------------------------------------------------------------
+# --- Models ------------------------------------------------------------------------------------------
 
 
 class Net(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from conftest import available_instruction_sets
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import choose_qparams
 from strategies import FLOAT_TYPES, layouts
 
 from rarefy import _core
@@ -60,7 +61,7 @@ def some_scales(x: torch.Tensor, axis: int | None, block: list[int], seed: int =
     return torch.exp2(torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3)
 
 
-# --- Given scales -----------------------------------------------------------------------------------------------------------
+# --- Given scales ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
@@ -86,7 +87,11 @@ def test_minifloats_with_scales(name, axis, block, dtype):
         scale = some_scales(x, axis, block)
         for saturate in (True,) if specials == "none" else (True, False):
             expected = reference.with_scales(
-                x, scale.numpy(), axis, block, lambda y, _: reference.to_minifloat(y, e, m, bias, specials, saturate)
+                x,
+                scale.numpy(),
+                axis,
+                block,
+                lambda y, _, s=saturate: reference.to_minifloat(y, e, m, bias, specials, s),
             )
             same(ops.cast_minifloat(x, scale, axis, block, e, m, bias, specials, saturate), expected)
 
@@ -162,7 +167,7 @@ def test_large_tensors_stream_and_use_threads():
     assert torch.equal(mx.abs(), (torch.round(x.abs() / s * 64).clamp(max=127) / 64) * s)
 
 
-# --- Scales from x ------------------------------------------------------------------------------------------------------------
+# --- Scales from x ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
@@ -175,7 +180,7 @@ def test_dynamic_integers(axis, block, dtype):
         scale, zero = np.empty_like(low), np.zeros(low.shape, np.int32)
         for i in range(low.size):
             ends = (low.flat[i], high.flat[i]) if low.flat[i] <= high.flat[i] else (0.0, 0.0)
-            scale.flat[i], zero.flat[i] = choose(*ends, qmin, qmax, symmetric)
+            scale.flat[i], zero.flat[i] = choose_qparams(*ends, qmin, qmax, symmetric)
         found_scale, found_zero = ops.group_qparams(x, axis, block, qmin, qmax, symmetric)
         assert np.array_equal(found_scale.numpy(), scale)
         assert np.array_equal(found_zero.numpy(), zero)
@@ -185,12 +190,6 @@ def test_dynamic_integers(axis, block, dtype):
             wide = reference.up_to_power_of_two(scale)
             expected = reference.integers(x, wide, zero, axis, block, qmin, qmax)
             same(ops.fake_quantize_dynamic(x, axis, block, qmin, qmax, True, True), expected)
-
-
-def choose(low: float, high: float, qmin: int, qmax: int, symmetric: bool) -> tuple[np.float32, int]:
-    from reference import choose_qparams
-
-    return choose_qparams(low, high, qmin, qmax, symmetric)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
@@ -212,7 +211,9 @@ def test_dynamic_minifloats(name, axis, block, dtype):
 def test_mx(element, dtype):
     for shape, block, axis in [((5, 70), 32, -1), ((3, 33, 4), 16, 1), ((2, 6, 4, 5), 3, -3), ((1,), 32, 0)]:
         x = special(data(shape, dtype))
-        assert np.array_equal(ops.mx_scale(x, element, block, axis).numpy(), reference.mx_scale(x, element, block, axis))
+        assert np.array_equal(
+            ops.mx_scale(x, element, block, axis).numpy(), reference.mx_scale(x, element, block, axis)
+        )
         same(ops.fake_quantize_mx(x, element, block, axis), reference.mx(x, element, block, axis))
 
 
@@ -259,7 +260,10 @@ def test_values_of_formats_come_back_unchanged():
 
 
 @given(
-    st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple), st.data(), st.sampled_from(FLOAT_TYPES), st.integers(0, 9)
+    st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),
+    st.data(),
+    st.sampled_from(FLOAT_TYPES),
+    st.integers(0, 9),
 )
 @settings(max_examples=60, deadline=None)
 def test_any_shape_axis_and_block(shape, draw, dtype, seed):
@@ -279,7 +283,7 @@ def test_any_shape_axis_and_block(shape, draw, dtype, seed):
     same(ops.cast_minifloat_dynamic(x, axis, block, *reference.MINIFLOATS["e2m1"]), wanted)
 
 
-# --- Stochastic rounding --------------------------------------------------------------------------------------------------------
+# --- Stochastic rounding ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
@@ -337,7 +341,7 @@ def test_stochastic_rounding_depends_on_seed_call_and_place_alone():
     assert torch.equal(call(on_grid, 9, 9), on_grid)
 
 
-# --- Gradients --------------------------------------------------------------------------------------------------------------------
+# --- Gradients ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
@@ -398,7 +402,7 @@ def test_second_derivative_is_that_of_the_mask():
         assert torch.equal(second, (first != 0).double())
 
 
-# --- Errors ------------------------------------------------------------------------------------------------------------------------
+# --- Errors ------------------------------------------------------------------------------------------
 
 ONE, ZERO = torch.ones(1), torch.zeros(1, dtype=torch.int32)
 
@@ -406,31 +410,123 @@ ONE, ZERO = torch.ones(1), torch.zeros(1, dtype=torch.int32)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: ops.fake_quantize_mx(torch.ones(4, 0), "e4m3"), ValueError, "[fake_quantize_mx] the axis of blocks must not be empty, got shape [4, 0]"),
-        (lambda: ops.fake_quantize_mx(torch.ones(4), "e9"), ValueError, "[fake_quantize_mx] element must be e4m3, e5m2, e3m2, e2m3, e2m1 or int8, got 'e9'"),
-        (lambda: ops.fake_quantize_mx(torch.ones(4), "e4m3", 0), ValueError, "[fake_quantize_mx] block sizes must be at least 1, or -1 for the whole axis, got 0"),
-        (lambda: ops.fake_quantize_mx(torch.ones(4), "e4m3", 2, 1), IndexError, "[fake_quantize_mx] axis must be in [-1, 1) for an input of 1 dimensions, got 1"),
-        (lambda: ops.fake_quantize_mx(torch.ones(4, dtype=torch.int32), "e4m3"), TypeError, "[fake_quantize_mx] input must be float32, float64, bfloat16 or float16, got Int"),
-        (lambda: ops.fake_quantize_group(torch.ones(4, 6), torch.ones(4, 3), ZERO.expand(4, 2), -1, [3], -8, 7), ValueError, "[fake_quantize_group] scale must have shape [4, 2], got [4, 3]"),
-        (lambda: ops.fake_quantize_group(torch.ones(4), ONE, ZERO, None, [3], -8, 7), ValueError, "[fake_quantize_group] blocks must be along an axis, got none"),
-        (lambda: ops.fake_quantize_group(torch.ones(4), ONE, ZERO, -1, [2, 2], -8, 7), ValueError, "[fake_quantize_group] blocks of rows and columns must be of the last two axes, got axis -1 of 1"),
-        (lambda: ops.fake_quantize_group(torch.ones(4), ONE, ZERO, -1, [1, 1, 1], -8, 7), ValueError, "[fake_quantize_group] block must have at most 2 sizes, got 3"),
-        (lambda: ops.fake_quantize_group(torch.ones(4), ONE, ZERO.long(), None, [], -8, 7), TypeError, "[fake_quantize_group] zero_point must be int32, got Long"),
-        (lambda: ops.fake_quantize_group(torch.ones(4), ONE, ZERO + 9, None, [], -8, 7), ValueError, "[fake_quantize_group] zero_point must be within [-8, 7], got 9 at index 0"),
-        (lambda: ops.fake_quantize_group(torch.ones(4), ONE * 0, ZERO, None, [], -8, 7), ValueError, "[fake_quantize_group] scale must be finite and positive, got 0 at index 0"),
-        (lambda: ops.fake_quantize_group(torch.ones(4), ONE, ZERO, None, [], 7, -8), ValueError, "[fake_quantize_group] must have -32768 <= qmin < qmax <= 65535, got qmin 7 and qmax -8"),
-        (lambda: ops.fake_quantize_group(torch.ones(4), ONE, ZERO, None, [], -8, 7, True, torch.ones(1)), ValueError, "[fake_quantize_group] seed must be two int64 numbers"),
-        (lambda: ops.cast_minifloat(torch.ones(4), ONE.half(), None, [], 4, 3, 7, "nan"), TypeError, "[cast_minifloat] scale must be float32 or float64, got Half"),
-        (lambda: ops.cast_minifloat(torch.ones(4), ONE, None, [], 4, 4, 7, "nan"), ValueError, "[cast_minifloat] a minifloat must have 1 to 7 exponent bits, 0 to 6 mantissa bits and 7 of both, got 4 and 4"),
-        (lambda: ops.cast_minifloat(torch.ones(4), ONE, None, [], 4, 3, 7, "inf"), ValueError, "[cast_minifloat] specials must be none, nan or ieee, got 'inf'"),
-        (lambda: ops.cast_minifloat(torch.ones(4), ONE, None, [], 4, 3, 7, "none", False), ValueError, "[cast_minifloat] a minifloat without NaN and infinity must saturate, got saturate false"),
-        (lambda: ops.fake_quantize_dynamic(torch.ones(4), None, [], 0, 255, False, True), ValueError, "[fake_quantize_dynamic] power_of_two needs a fixed zero point: symmetric must be true, got false"),
-        (lambda: ops.fake_quantize_nvfp4(torch.ones(4), ONE * torch.nan), ValueError, "[fake_quantize_nvfp4] tensor_scale must be finite and at least 2^-60, got nan"),
-        (lambda: ops.fake_quantize_nvfp4(torch.ones(4), torch.ones(2)), ValueError, "[fake_quantize_nvfp4] tensor_scale must be one float32, got 2 of Float"),
-        (lambda: ops.nf4_scale(torch.ones(4), 64, -1), ValueError, "[nf4_scale] scale_block must not be negative, got -1"),
-        (lambda: ops.cast_minifloat_backward(torch.ones(3), torch.ones(4), ONE, None, [], 4, 3, 7, "nan"), ValueError, "[cast_minifloat_backward] grad must have the input's shape [4] and dtype Float, got [3] and Float"),
+        (
+            lambda: ops.fake_quantize_mx(torch.ones(4, 0), "e4m3"),
+            ValueError,
+            "[fake_quantize_mx] the axis of blocks must not be empty, got shape [4, 0]",
+        ),
+        (
+            lambda: ops.fake_quantize_mx(torch.ones(4), "e9"),
+            ValueError,
+            "[fake_quantize_mx] element must be e4m3, e5m2, e3m2, e2m3, e2m1 or int8, got 'e9'",
+        ),
+        (
+            lambda: ops.fake_quantize_mx(torch.ones(4), "e4m3", 0),
+            ValueError,
+            "[fake_quantize_mx] block sizes must be at least 1, or -1 for the whole axis, got 0",
+        ),
+        (
+            lambda: ops.fake_quantize_mx(torch.ones(4), "e4m3", 2, 1),
+            IndexError,
+            "[fake_quantize_mx] axis must be in [-1, 1) for an input of 1 dimensions, got 1",
+        ),
+        (
+            lambda: ops.fake_quantize_mx(torch.ones(4, dtype=torch.int32), "e4m3"),
+            TypeError,
+            "[fake_quantize_mx] input must be float32, float64, bfloat16 or float16, got Int",
+        ),
+        (
+            lambda: ops.fake_quantize_group(torch.ones(4, 6), torch.ones(4, 3), ZERO.expand(4, 2), -1, [3], -8, 7),
+            ValueError,
+            "[fake_quantize_group] scale must have shape [4, 2], got [4, 3]",
+        ),
+        (
+            lambda: ops.fake_quantize_group(torch.ones(4), ONE, ZERO, None, [3], -8, 7),
+            ValueError,
+            "[fake_quantize_group] blocks must be along an axis, got none",
+        ),
+        (
+            lambda: ops.fake_quantize_group(torch.ones(4), ONE, ZERO, -1, [2, 2], -8, 7),
+            ValueError,
+            "[fake_quantize_group] blocks of rows and columns must be of the last two axes, got axis -1 of 1",
+        ),
+        (
+            lambda: ops.fake_quantize_group(torch.ones(4), ONE, ZERO, -1, [1, 1, 1], -8, 7),
+            ValueError,
+            "[fake_quantize_group] block must have at most 2 sizes, got 3",
+        ),
+        (
+            lambda: ops.fake_quantize_group(torch.ones(4), ONE, ZERO.long(), None, [], -8, 7),
+            TypeError,
+            "[fake_quantize_group] zero_point must be int32, got Long",
+        ),
+        (
+            lambda: ops.fake_quantize_group(torch.ones(4), ONE, ZERO + 9, None, [], -8, 7),
+            ValueError,
+            "[fake_quantize_group] zero_point must be within [-8, 7], got 9 at index 0",
+        ),
+        (
+            lambda: ops.fake_quantize_group(torch.ones(4), ONE * 0, ZERO, None, [], -8, 7),
+            ValueError,
+            "[fake_quantize_group] scale must be finite and positive, got 0 at index 0",
+        ),
+        (
+            lambda: ops.fake_quantize_group(torch.ones(4), ONE, ZERO, None, [], 7, -8),
+            ValueError,
+            "[fake_quantize_group] must have -32768 <= qmin < qmax <= 65535, got qmin 7 and qmax -8",
+        ),
+        (
+            lambda: ops.fake_quantize_group(torch.ones(4), ONE, ZERO, None, [], -8, 7, True, torch.ones(1)),
+            ValueError,
+            "[fake_quantize_group] seed must be two int64 numbers",
+        ),
+        (
+            lambda: ops.cast_minifloat(torch.ones(4), ONE.half(), None, [], 4, 3, 7, "nan"),
+            TypeError,
+            "[cast_minifloat] scale must be float32 or float64, got Half",
+        ),
+        (
+            lambda: ops.cast_minifloat(torch.ones(4), ONE, None, [], 4, 4, 7, "nan"),
+            ValueError,
+            "[cast_minifloat] a minifloat must have 1 to 7 exponent bits, 0 to 6 mantissa bits and 7 of both, got 4 and 4",
+        ),
+        (
+            lambda: ops.cast_minifloat(torch.ones(4), ONE, None, [], 4, 3, 7, "inf"),
+            ValueError,
+            "[cast_minifloat] specials must be none, nan or ieee, got 'inf'",
+        ),
+        (
+            lambda: ops.cast_minifloat(torch.ones(4), ONE, None, [], 4, 3, 7, "none", False),
+            ValueError,
+            "[cast_minifloat] a minifloat without NaN and infinity must saturate, got saturate false",
+        ),
+        (
+            lambda: ops.fake_quantize_dynamic(torch.ones(4), None, [], 0, 255, False, True),
+            ValueError,
+            "[fake_quantize_dynamic] power_of_two needs a fixed zero point: symmetric must be true, got false",
+        ),
+        (
+            lambda: ops.fake_quantize_nvfp4(torch.ones(4), ONE * torch.nan),
+            ValueError,
+            "[fake_quantize_nvfp4] tensor_scale must be finite and at least 2^-60, got nan",
+        ),
+        (
+            lambda: ops.fake_quantize_nvfp4(torch.ones(4), torch.ones(2)),
+            ValueError,
+            "[fake_quantize_nvfp4] tensor_scale must be one float32, got 2 of Float",
+        ),
+        (
+            lambda: ops.nf4_scale(torch.ones(4), 64, -1),
+            ValueError,
+            "[nf4_scale] scale_block must not be negative, got -1",
+        ),
+        (
+            lambda: ops.cast_minifloat_backward(torch.ones(3), torch.ones(4), ONE, None, [], 4, 3, 7, "nan"),
+            ValueError,
+            "[cast_minifloat_backward] grad must have the input's shape [4] and dtype Float, got [3] and Float",
+        ),
     ],
-)  # fmt: skip
+)
 def test_errors(call, error, message):
     with pytest.raises(error, match=re.escape(message)):
         call()

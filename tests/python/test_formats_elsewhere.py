@@ -30,7 +30,9 @@ def edge_cases(name: str) -> np.ndarray:
     following = numbers[-1] + (numbers[-1] - numbers[-2])
     ladder = np.concatenate([numbers, [following, 2 * following]])
     centers = np.concatenate([ladder, (ladder[1:] + ladder[:-1]) / 2]).astype(np.float32)
-    around = np.concatenate([centers, np.nextafter(centers, np.float32(np.inf)), np.nextafter(centers, np.float32(-np.inf))])
+    around = np.concatenate(
+        [centers, np.nextafter(centers, np.float32(np.inf)), np.nextafter(centers, np.float32(-np.inf))]
+    )
     bfloat16 = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
     tiny = np.float32([1e-45, 1e-40, 1.1754944e-38, 3.4028235e38])
     return np.concatenate([around, -around, bfloat16, tiny, -tiny])
@@ -57,7 +59,9 @@ def test_ml_dtypes(name):
     equal_bits(double.numpy().astype(np.float32), expected)
 
 
-@pytest.mark.parametrize(("kind", "shape"), [(ml_dtypes.float8_e3m4, (3, 4, 3, "ieee")), (ml_dtypes.float8_e4m3, (4, 3, 7, "ieee"))])
+@pytest.mark.parametrize(
+    ("kind", "shape"), [(ml_dtypes.float8_e3m4, (3, 4, 3, "ieee")), (ml_dtypes.float8_e4m3, (4, 3, 7, "ieee"))]
+)
 def test_ml_dtypes_of_other_shapes(kind, shape):
     x = edge_cases("e4m3")
     with np.errstate(all="ignore"):
@@ -84,7 +88,7 @@ def test_saturation_is_the_only_difference_above(name):
     assert torch.all(y[x.abs() == torch.inf].abs() == greatest)
 
 
-# --- brevitas ------------------------------------------------------------------------------------------------------------------
+# --- brevitas ------------------------------------------------------------------------------------------
 
 FIXTURE = json.loads((Path(__file__).parent.parent / "data" / "brevitas_formats.json").read_text())
 
@@ -114,17 +118,20 @@ def test_brevitas(name):
     assert torch.equal(y, expected)
 
 
-# --- ONNX ------------------------------------------------------------------------------------------------------------------------
+# --- ONNX ------------------------------------------------------------------------------------------
 
 
 def node_cases() -> dict[str, object]:
     """The cases that the wheel generates when their modules are imported."""
-    from onnx.backend.test.case import node
-
     import onnx.backend.test.case.node.dequantizelinear
     import onnx.backend.test.case.node.quantizelinear  # noqa: F401
+    from onnx.backend.test.case import node
 
-    return {case.name.removeprefix("test_"): case for case in node._NodeTestCases if "quantizelinear" in case.name and "dynamic" not in case.name}
+    return {
+        case.name.removeprefix("test_"): case
+        for case in node._NodeTestCases
+        if "quantizelinear" in case.name and "dynamic" not in case.name
+    }
 
 
 CASES = node_cases()
@@ -134,11 +141,22 @@ def array(value: object) -> np.ndarray:
     return onnx.numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.asarray(value)
 
 
-RANGES = {"uint8": (0, 255), "int8": (-128, 127), "uint16": (0, 65535), "int16": (-32768, 32767), "uint4": (0, 15), "int4": (-8, 7), "uint2": (0, 3), "int2": (-2, 1)}  # fmt: skip
+RANGES = {
+    "uint8": (0, 255),
+    "int8": (-128, 127),
+    "uint16": (0, 65535),
+    "int16": (-32768, 32767),
+    "uint4": (0, 15),
+    "int4": (-8, 7),
+    "uint2": (0, 3),
+    "int2": (-2, 1),
+}
 FLOATS = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "float4_e2m1fn": "e2m1"}
 
 
-def rounded(x: torch.Tensor, scale: np.ndarray, zero_point: np.ndarray | None, kind: str, axis: int, block: int) -> torch.Tensor:
+def rounded(
+    x: torch.Tensor, scale: np.ndarray, zero_point: np.ndarray | None, kind: str, axis: int, block: int
+) -> torch.Tensor:
     """x on the grid of a node, by our operators."""
     scales = torch.from_numpy(scale.astype(np.float32))
     per_tensor = scales.numel() == 1

@@ -93,7 +93,7 @@ def test_exported_as_one_node(name):
     assert torch.equal(program.module()(x), COMPILED[name](x))
 
 
-# --- Devices without kernels of their own -------------------------------------------------------------------------------------------
+# --- Devices without kernels of their own ---------------------------------------------------------------------------
 
 
 def elsewhere(name: str, *arguments: object):

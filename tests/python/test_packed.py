@@ -79,7 +79,10 @@ def test_round_trip(scheme, dtype):
         # From the parts alone, as a file would hold them.
         again = QuantizedTensorParts(Scheme.from_json(scheme.to_json()), list(shape), dtype, parts.tensors)
         assert torch.equal(again.dequantize(), back)
-        assert torch.equal(quantize_to(x.t().contiguous().t() if x.dim() == 2 else x, scheme).tensors["data"].view(torch.uint8), parts.tensors["data"].view(torch.uint8))  # fmt: skip
+        assert torch.equal(
+            quantize_to(x.t().contiguous().t() if x.dim() == 2 else x, scheme).tensors["data"].view(torch.uint8),
+            parts.tensors["data"].view(torch.uint8),
+        )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,11 @@ def test_codes_are_those_of_the_standards():
     assert parts.tensors["scale"].tolist() == [[127]]
     assert parts.tensors["data"].dtype is torch.float8_e4m3fn
     assert torch.equal(parts.tensors["data"].float(), x)
-    for name, kind in (("e3m2", ml_dtypes.float6_e3m2fn), ("e2m3", ml_dtypes.float6_e2m3fn), ("e2m1", ml_dtypes.float4_e2m1fn)):
+    for name, kind in (
+        ("e3m2", ml_dtypes.float6_e3m2fn),
+        ("e2m3", ml_dtypes.float6_e2m3fn),
+        ("e2m1", ml_dtypes.float4_e2m1fn),
+    ):
         numbers = np.array(values_of(*MINIFLOATS[name]), np.float32)
         numbers = np.concatenate([numbers, -numbers])
         preset = getattr(Minifloat, name)()
@@ -137,13 +144,32 @@ def test_scales_that_were_observed_are_kept():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: quantize_to(torch.tensor([1.0, torch.nan]), Scheme()), "[quantize_to] input must be finite, got NaN or infinity"),
-        (lambda: quantize_to(torch.ones(2), Scheme(rounding="stochastic")), "[quantize_to] stored values are rounded to nearest, got int8"),
-        (lambda: QuantizedTensorParts(Scheme(), [2], torch.float32, {}).dequantize(), "[dequantize] parts of int8 symmetric per-tensor [-128, 127] must have 'data', got none"),
-        (lambda: QuantizedTensorParts(Scheme(), [2], torch.float32, {"data": torch.zeros(3, dtype=torch.uint8), "scale": torch.ones(1)}).dequantize(), "[dequantize] data must have 2 bytes for shape [2], got 3"),
-        (lambda: QuantizedTensorParts(Scheme(), [1], torch.float32, {"data": torch.zeros(1, dtype=torch.uint8)}).dequantize(), "must have 'scale', got none"),
+        (
+            lambda: quantize_to(torch.tensor([1.0, torch.nan]), Scheme()),
+            "[quantize_to] input must be finite, got NaN or infinity",
+        ),
+        (
+            lambda: quantize_to(torch.ones(2), Scheme(rounding="stochastic")),
+            "[quantize_to] stored values are rounded to nearest, got int8",
+        ),
+        (
+            lambda: QuantizedTensorParts(Scheme(), [2], torch.float32, {}).dequantize(),
+            "[dequantize] parts of int8 symmetric per-tensor [-128, 127] must have 'data', got none",
+        ),
+        (
+            lambda: QuantizedTensorParts(
+                Scheme(), [2], torch.float32, {"data": torch.zeros(3, dtype=torch.uint8), "scale": torch.ones(1)}
+            ).dequantize(),
+            "[dequantize] data must have 2 bytes for shape [2], got 3",
+        ),
+        (
+            lambda: QuantizedTensorParts(
+                Scheme(), [1], torch.float32, {"data": torch.zeros(1, dtype=torch.uint8)}
+            ).dequantize(),
+            "must have 'scale', got none",
+        ),
     ],
-)  # fmt: skip
+)
 def test_errors(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()

@@ -83,48 +83,53 @@ def test_minifloat_presets(name):
 
 
 REFUSALS = {
-    "bits must be in 2..16 for integers (1 bit is Binary), got 1": dict(bits=1),
-    "bits must be 4 for nf4, got 8": dict(bits=8, format=NF4()),
-    "minifloat has no zero point: symmetric must be true, got false": dict(format=Minifloat.e4m3(), symmetric=False),
-    "binary has no zero point: symmetric must be true, got false": dict(format=Binary(), symmetric=False),
-    "mx is signed: signed must be true, got false": dict(format=MX(), signed=False),
-    "narrow_range is for integers, got nf4": dict(format=NF4(), narrow_range=True),
-    "per-token scales follow from each tensor: dynamic must be true, got false": dict(
-        granularity=PerToken(), dynamic=False
-    ),
-    "dynamic scales must be per tensor, group, block or token, got per-channel(axis=0)": dict(
-        granularity=PerChannel(0), dynamic=True
-    ),
-    "nvfp4 has a scale per block: granularity must be PerGroup, got per-tensor": dict(
-        format=NVFP4(), granularity=PerTensor()
-    ),
-    "mx takes its scales from the tensor itself: dynamic must be true, got false": dict(format=MX(), dynamic=False),
-    "the size of a group must be at least 1, got 0": dict(format=MX(), granularity=PerGroup(0)),
-    "a block must have at least 1 row and column, got 0 by 4": dict(granularity=PerBlock(0, 4)),
-    "power_of_two needs a fixed zero point: symmetric must be true, got false": dict(
-        power_of_two=True, symmetric=False
-    ),
-    "power_of_two is for integers and minifloats, got mx e4m3": dict(format=MX(), power_of_two=True),
-    "stochastic rounding is for integers and minifloats, got nf4": dict(format=NF4(), rounding="stochastic"),
-    "rounding must be 'nearest_even' or 'stochastic', got 'up'": dict(rounding="up"),
-    "straight_through must be 'clipped' or 'pass', got 'none'": dict(straight_through="none"),
-    "seed must not be negative, got -1": dict(seed=-1),
-    "a codebook must have 2 to 256 entries, got 257": dict(format=Codebook(257)),
-    "a codebook must be per tensor, channel or group, got per-block(128, 128)": dict(
-        format=Codebook(), granularity=PerBlock()
-    ),
-    "a codebook stays: dynamic must be false, got true": dict(format=Codebook(), dynamic=True),
-    "the threshold of ternary must be in (0, 100), got 0": dict(format=Ternary(0.0)),
-    "scale_block must be at least 1, got 0": dict(format=NF4(True, 0)),
-    "exponent_bits must be in 1..7, got 8": dict(format=Minifloat(8, 0)),
-    "mantissa_bits must be in 0..6, got 7": dict(format=Minifloat(1, 7)),
-    "a minifloat must have at most 8 bits, got 9": dict(format=Minifloat(4, 4)),
-    "a minifloat without NaN and infinity must saturate, got saturate false": dict(
-        format=Minifloat(2, 1, saturate=False)
-    ),
+    "bits must be in 2..16 for integers (1 bit is Binary), got 1": {"bits": 1},
+    "bits must be 4 for nf4, got 8": {"bits": 8, "format": NF4()},
+    "minifloat has no zero point: symmetric must be true, got false": {"format": Minifloat.e4m3(), "symmetric": False},
+    "binary has no zero point: symmetric must be true, got false": {"format": Binary(), "symmetric": False},
+    "mx is signed: signed must be true, got false": {"format": MX(), "signed": False},
+    "narrow_range is for integers, got nf4": {"format": NF4(), "narrow_range": True},
+    "per-token scales follow from each tensor: dynamic must be true, got false": {
+        "granularity": PerToken(),
+        "dynamic": False,
+    },
+    "dynamic scales must be per tensor, group, block or token, got per-channel(axis=0)": {
+        "granularity": PerChannel(0),
+        "dynamic": True,
+    },
+    "nvfp4 has a scale per block: granularity must be PerGroup, got per-tensor": {
+        "format": NVFP4(),
+        "granularity": PerTensor(),
+    },
+    "mx takes its scales from the tensor itself: dynamic must be true, got false": {"format": MX(), "dynamic": False},
+    "the size of a group must be at least 1, got 0": {"format": MX(), "granularity": PerGroup(0)},
+    "a block must have at least 1 row and column, got 0 by 4": {"granularity": PerBlock(0, 4)},
+    "power_of_two needs a fixed zero point: symmetric must be true, got false": {
+        "power_of_two": True,
+        "symmetric": False,
+    },
+    "power_of_two is for integers and minifloats, got mx e4m3": {"format": MX(), "power_of_two": True},
+    "stochastic rounding is for integers and minifloats, got nf4": {"format": NF4(), "rounding": "stochastic"},
+    "rounding must be 'nearest_even' or 'stochastic', got 'up'": {"rounding": "up"},
+    "straight_through must be 'clipped' or 'pass', got 'none'": {"straight_through": "none"},
+    "seed must not be negative, got -1": {"seed": -1},
+    "a codebook must have 2 to 256 entries, got 257": {"format": Codebook(257)},
+    "a codebook must be per tensor, channel or group, got per-block(128, 128)": {
+        "format": Codebook(),
+        "granularity": PerBlock(),
+    },
+    "a codebook stays: dynamic must be false, got true": {"format": Codebook(), "dynamic": True},
+    "the threshold of ternary must be in (0, 100), got 0": {"format": Ternary(0.0)},
+    "scale_block must be at least 1, got 0": {"format": NF4(True, 0)},
+    "exponent_bits must be in 1..7, got 8": {"format": Minifloat(8, 0)},
+    "mantissa_bits must be in 0..6, got 7": {"format": Minifloat(1, 7)},
+    "a minifloat must have at most 8 bits, got 9": {"format": Minifloat(4, 4)},
+    "a minifloat without NaN and infinity must saturate, got saturate false": {
+        "format": Minifloat(2, 1, saturate=False)
+    },
     "a minifloat must have an exponent for numbers beside NaN and infinity, got 1 exponent bits, 2 mantissa bits and "
-    "specials ieee": dict(format=Minifloat(1, 2, specials="ieee")),
-    "the bias must keep a minifloat's numbers within 2^-120 and 2^101, got -100": dict(format=Minifloat(4, 3, -100)),
+    "specials ieee": {"format": Minifloat(1, 2, specials="ieee")},
+    "the bias must keep a minifloat's numbers within 2^-120 and 2^101, got -100": {"format": Minifloat(4, 3, -100)},
 }
 
 
@@ -137,12 +142,16 @@ def test_impossible_combinations_are_refused_by_name(message):
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES.values() if not isinstance(s.format, Integer)], ids=str)
 @pytest.mark.parametrize("attribute", ["qmin", "qmax", "dtype"])
 def test_formats_without_integers_say_so(scheme, attribute):
-    with pytest.raises(ValueError, match=rf"\[Scheme\] {attribute} is of .*integers, which {re.escape(str(scheme).split(' ')[0])}"):
+    with pytest.raises(
+        ValueError, match=rf"\[Scheme\] {attribute} is of .*integers, which {re.escape(str(scheme).split(' ')[0])}"
+    ):
         getattr(scheme, attribute)
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match=re.escape("[MX] element must be e4m3, e5m2, e3m2, e2m3, e2m1 or int8, got 'e9'")):
+    with pytest.raises(
+        ValueError, match=re.escape("[MX] element must be e4m3, e5m2, e3m2, e2m3, e2m1 or int8, got 'e9'")
+    ):
         MX("e9")
     with pytest.raises(ValueError, match=re.escape("[Minifloat] specials must be none, nan or ieee, got 'inf'")):
         Minifloat(4, 3, specials="inf")
@@ -182,7 +191,13 @@ def granularities():
 
 
 @given(
-    st.integers(2, 16), st.booleans(), st.booleans(), st.booleans(), granularities(), st.booleans(), st.integers(0, 2**40)
+    st.integers(2, 16),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    granularities(),
+    st.booleans(),
+    st.integers(0, 2**40),
 )
 def test_every_integer_scheme_survives_json(bits, symmetric, signed, narrow, granularity, stochastic, seed):
     scheme = Scheme(
@@ -203,15 +218,18 @@ def test_every_integer_scheme_survives_json(bits, symmetric, signed, narrow, gra
 def test_every_minifloat_is_refused_or_survives_json(e, m, bias, specials):
     try:
         scheme = Scheme(format=Minifloat(e, m, bias, specials))
-    except ValueError as error:
-        assert "[Scheme]" in str(error)
+    except ValueError:
+        with pytest.raises(ValueError, match=r"\[Scheme\]"):
+            Scheme(format=Minifloat(e, m, bias, specials))
         return
     assert Scheme.from_json(scheme.to_json()) == scheme
     assert scheme.format.greatest == values_of(e, m, bias, specials)[-1]
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (2, 3, 7), (5, 4, 3, 160), (1, 1)])
-@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(1), PerGroup(3), PerGroup(4, 0), PerBlock(2, 3), PerToken()])
+@pytest.mark.parametrize(
+    "granularity", [PerTensor(), PerChannel(1), PerGroup(3), PerGroup(4, 0), PerBlock(2, 3), PerToken()]
+)
 def test_shape_of_scales(shape, granularity):
     scheme = Scheme(granularity=granularity)
     axis = scheme.block_axis
@@ -219,7 +237,9 @@ def test_shape_of_scales(shape, granularity):
 
 
 def test_granularity_that_does_not_fit():
-    with pytest.raises(ValueError, match=re.escape("[Scheme] per-group(2, axis=3) must be of an axis of the tensor, got shape [4, 4]")):
+    with pytest.raises(
+        ValueError, match=re.escape("[Scheme] per-group(2, axis=3) must be of an axis of the tensor, got shape [4, 4]")
+    ):
         Scheme(granularity=PerGroup(2, 3)).scale_shape([4, 4])
     with pytest.raises(ValueError, match=re.escape("[Scheme] blocks must be of two axes, got shape [4]")):
         Scheme(granularity=PerBlock(2, 2)).scale_shape([4])
@@ -251,15 +271,15 @@ def test_presets():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(weight=Scheme(granularity=PerToken())), "weight must not be per token"),
+        ({"weight": Scheme(granularity=PerToken())}, "weight must not be per token"),
         (
-            dict(weight=Scheme(), activation=Scheme(granularity=PerGroup(4))),
+            {"weight": Scheme(), "activation": Scheme(granularity=PerGroup(4))},
             "activation must be per tensor, or dynamic where more values than one share its scales",
         ),
-        (dict(weight=Scheme(), activation=Scheme(format=NF4())), "nf4 is for weights, got the activation nf4"),
-        (dict(weight=Scheme(), activation=Scheme(format=Binary())), "binary is for weights"),
-        (dict(weight=Scheme(symmetric=False)), "weight must be symmetric and signed"),
-        (dict(weight=Scheme(bits=12)), "weight must have at most 8 bits"),
+        ({"weight": Scheme(), "activation": Scheme(format=NF4())}, "nf4 is for weights, got the activation nf4"),
+        ({"weight": Scheme(), "activation": Scheme(format=Binary())}, "binary is for weights"),
+        ({"weight": Scheme(symmetric=False)}, "weight must be symmetric and signed"),
+        ({"weight": Scheme(bits=12)}, "weight must have at most 8 bits"),
     ],
 )
 def test_configurations_that_no_layer_executes(fields, message):

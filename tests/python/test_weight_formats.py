@@ -127,7 +127,10 @@ def test_kmeans_is_optimal(weighted):
         for cuts in itertools.combinations(range(1, 9), entries - 1):
             pieces = np.split(np.arange(9), cuts)
             centers = np.array([np.average(points[p], weights=weights[p]) for p in pieces])
-            best = min(best, sum(float((weights[p] * (points[p] - c) ** 2).sum()) for p, c in zip(pieces, centers, strict=True)))
+            best = min(
+                best,
+                sum(float((weights[p] * (points[p] - c) ** 2).sum()) for p, c in zip(pieces, centers, strict=True)),
+            )
         given = torch.from_numpy(weights) if weighted else None
         found = ops.kmeans_codebook(torch.from_numpy(points), entries, None, [], given).numpy()
         assert error_of(points, weights, found) <= best * (1 + 1e-5) + 1e-9
@@ -154,30 +157,86 @@ def test_kmeans_of_few_different_values():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: ops.fake_quantize_ternary(torch.ones(3), 0.0), ValueError, "[fake_quantize_ternary] threshold must be positive, got 0"),
-        (lambda: ops.fake_quantize_codebook(torch.ones(3), torch.ones(1)), ValueError, "[fake_quantize_codebook] codebook must have 2 to 256 entries on its last axis and 0 axes before it, got shape [1]"),
-        (lambda: ops.fake_quantize_codebook(torch.ones(3, 4), torch.ones(4, 2), 0), ValueError, "[fake_quantize_codebook] codebook must have shape [3, 2], got [4, 2]"),
-        (lambda: ops.fake_quantize_codebook(torch.ones(3), torch.ones(2).double()), TypeError, "[fake_quantize_codebook] codebook must be float32, got Double"),
-        (lambda: ops.kmeans_codebook(torch.ones(3), 1), ValueError, "[kmeans_codebook] entries must be in 2..256, got 1"),
-        (lambda: ops.kmeans_codebook(torch.ones(0), 2), ValueError, "[kmeans_codebook] input must not be empty, got shape [0]"),
-        (lambda: ops.kmeans_codebook(torch.tensor([1.0, torch.nan]), 2), ValueError, "[kmeans_codebook] input must be finite, got NaN or infinity"),
-        (lambda: ops.kmeans_codebook(torch.ones(3), 2, None, [], torch.ones(2)), ValueError, "[kmeans_codebook] weights must have the input's shape [3], got [2]"),
-        (lambda: ops.kmeans_codebook(torch.ones(3), 2, None, [], -torch.ones(3)), ValueError, "[kmeans_codebook] weights must be finite and not negative"),
-        (lambda: ops.kmeans_codebook(torch.ones(2, 3), 2, 0, [], torch.zeros(2, 3)), ValueError, "[kmeans_codebook] the weights of every block must have a positive sum, got 0 for block 0"),
-        (lambda: ops.kmeans_codebook(torch.ones(3), 2, None, [], None, 0), ValueError, "[kmeans_codebook] iterations must be at least 1, got 0"),
+        (
+            lambda: ops.fake_quantize_ternary(torch.ones(3), 0.0),
+            ValueError,
+            "[fake_quantize_ternary] threshold must be positive, got 0",
+        ),
+        (
+            lambda: ops.fake_quantize_codebook(torch.ones(3), torch.ones(1)),
+            ValueError,
+            "[fake_quantize_codebook] codebook must have 2 to 256 entries on its last axis and 0 axes before it, got shape [1]",
+        ),
+        (
+            lambda: ops.fake_quantize_codebook(torch.ones(3, 4), torch.ones(4, 2), 0),
+            ValueError,
+            "[fake_quantize_codebook] codebook must have shape [3, 2], got [4, 2]",
+        ),
+        (
+            lambda: ops.fake_quantize_codebook(torch.ones(3), torch.ones(2).double()),
+            TypeError,
+            "[fake_quantize_codebook] codebook must be float32, got Double",
+        ),
+        (
+            lambda: ops.kmeans_codebook(torch.ones(3), 1),
+            ValueError,
+            "[kmeans_codebook] entries must be in 2..256, got 1",
+        ),
+        (
+            lambda: ops.kmeans_codebook(torch.ones(0), 2),
+            ValueError,
+            "[kmeans_codebook] input must not be empty, got shape [0]",
+        ),
+        (
+            lambda: ops.kmeans_codebook(torch.tensor([1.0, torch.nan]), 2),
+            ValueError,
+            "[kmeans_codebook] input must be finite, got NaN or infinity",
+        ),
+        (
+            lambda: ops.kmeans_codebook(torch.ones(3), 2, None, [], torch.ones(2)),
+            ValueError,
+            "[kmeans_codebook] weights must have the input's shape [3], got [2]",
+        ),
+        (
+            lambda: ops.kmeans_codebook(torch.ones(3), 2, None, [], -torch.ones(3)),
+            ValueError,
+            "[kmeans_codebook] weights must be finite and not negative",
+        ),
+        (
+            lambda: ops.kmeans_codebook(torch.ones(2, 3), 2, 0, [], torch.zeros(2, 3)),
+            ValueError,
+            "[kmeans_codebook] the weights of every block must have a positive sum, got 0 for block 0",
+        ),
+        (
+            lambda: ops.kmeans_codebook(torch.ones(3), 2, None, [], None, 0),
+            ValueError,
+            "[kmeans_codebook] iterations must be at least 1, got 0",
+        ),
         (lambda: ops.a2q_limit(1, 8, False), ValueError, "[a2q_limit] accumulator_bits must be in 2..64, got 1"),
         (lambda: ops.a2q_limit(16, 17, False), ValueError, "[a2q_limit] input_bits must be in 1..16, got 17"),
-        (lambda: ops.accumulator_range(torch.ones(3), None, 0, 1), TypeError, "[accumulator_range] weight must be of an integer type, got Float"),
-        (lambda: ops.accumulator_range(torch.ones(3, dtype=torch.int8), None, 2, 1), ValueError, "[accumulator_range] low must not be above high, got 2 and 1"),
-        (lambda: ops.check_accumulator(torch.full((2, 3), 127, dtype=torch.int8), 0, 0, 255, 16), ValueError, "[check_accumulator] sums must be within 16 bits, [-32768, 32767], got [0, 97155] for channel 0"),
+        (
+            lambda: ops.accumulator_range(torch.ones(3), None, 0, 1),
+            TypeError,
+            "[accumulator_range] weight must be of an integer type, got Float",
+        ),
+        (
+            lambda: ops.accumulator_range(torch.ones(3, dtype=torch.int8), None, 2, 1),
+            ValueError,
+            "[accumulator_range] low must not be above high, got 2 and 1",
+        ),
+        (
+            lambda: ops.check_accumulator(torch.full((2, 3), 127, dtype=torch.int8), 0, 0, 255, 16),
+            ValueError,
+            "[check_accumulator] sums must be within 16 bits, [-32768, 32767], got [0, 97155] for channel 0",
+        ),
     ],
-)  # fmt: skip
+)
 def test_errors(call, error, message):
     with pytest.raises(error, match=re.escape(message)):
         call()
 
 
-# --- Accumulators --------------------------------------------------------------------------------------------------------------------
+# --- Accumulators ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("signed", [False, True])

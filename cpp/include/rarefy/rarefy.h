@@ -62,7 +62,7 @@
 #include <rarefy/quantization/quantized_checkpoint.h>
 #include <rarefy/quantization/saved.h>
 #include <rarefy/quantization/schedule.h>
-#include <rarefy/quantization/simulate.h>
 #include <rarefy/quantization/scheme.h>
+#include <rarefy/quantization/simulate.h>
 #include <rarefy/quantization/target.h>
 #include <rarefy/version.h>

@@ -14,7 +14,9 @@ inline at::Tensor to_blocks(const at::Tensor& x, const Sharing& sharing, double 
     return x.reshape({1, -1});
   }
   if (sharing.block.empty()) {
-    return x.movedim(sharing.axis, 0).reshape_symint({x.sym_size(sharing.axis), -1});
+    const auto channels = x.sym_size(sharing.axis);
+    return x.movedim(sharing.axis, 0)
+        .reshape_symint({channels, channels == 0 ? c10::SymInt(0) : x.sym_numel() / channels});
   }
   const auto moved = x.movedim(sharing.axis, -1);
   const auto &wide = sharing.block.back(), &length = moved.sym_size(-1);

@@ -21,9 +21,7 @@
 namespace rarefy::ops {
 namespace {
 
-at::ScalarType computing_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
+at::ScalarType computing_type(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 /// A parameter as a column beside to_blocks(x).
 at::Tensor column(const at::Tensor& parameter, const at::Tensor& x) {
@@ -95,8 +93,8 @@ at::Tensor cast_minifloat_backward_any(const at::Tensor& grad, const at::Tensor&
   check_scale("cast_minifloat_backward", x, sharing, scale);
   check_same_input("cast_minifloat_backward", grad, x);
   const auto shape = minifloat_shape("cast_minifloat_backward", exponent_bits, mantissa_bits, bias, specials, true);
-  const double last = computing_type(x) == at::kDouble ? shape.last_inside<double>()
-                                                       : static_cast<double>(shape.last_inside<float>());
+  const double last =
+      computing_type(x) == at::kDouble ? shape.last_inside<double>() : static_cast<double>(shape.last_inside<float>());
   const auto inside = from_blocks((blocks_of(x, sharing) / column(scale, x)).abs().le(last), x, sharing);
   return at::empty_like(x).copy_(at::where(inside, grad, at::zeros_like(grad)));
 }
@@ -106,7 +104,7 @@ at::Tensor cast_minifloat_backward_any(const at::Tensor& grad, const at::Tensor&
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 std::pair<at::Tensor, at::Tensor> ranges(const at::Tensor& x, const Sharing& sharing) {
-  const auto finite = x.to(at::kFloat);
+  const auto finite = x.to(at::kFloat) + 0.0;  // -0 becomes 0
   const auto is_finite = finite.isfinite();
   const auto low = at::where(is_finite, finite, at::full_like(finite, kInfinity));
   const auto high = at::where(is_finite, finite, at::full_like(finite, -kInfinity));
@@ -181,7 +179,8 @@ at::Tensor cast_minifloat_dynamic_any(const at::Tensor& x, std::optional<int64_t
                                       int64_t exponent_bits, int64_t mantissa_bits, int64_t bias,
                                       c10::string_view specials, bool power_of_two) {
   const auto scale = minifloat_scale_any(x, axis, block, exponent_bits, mantissa_bits, bias, specials, power_of_two);
-  return cast_minifloat_any(x, scale, axis, block, exponent_bits, mantissa_bits, bias, specials, true, true, std::nullopt);
+  return cast_minifloat_any(x, scale, axis, block, exponent_bits, mantissa_bits, bias, specials, true, true,
+                            std::nullopt);
 }
 
 Sharing along(const char* function, const at::Tensor& x, int64_t block, int64_t axis) {

@@ -32,8 +32,8 @@ inline Sharing check_sharing(const char* function, const at::Tensor& x, std::opt
     if (sharing.block[i] == -1) {
       sharing.block[i] = size;
     }
-    TORCH_CHECK_VALUE(sharing.block[i] >= 1, "[", function, "] block sizes must be at least 1, or -1 for the whole axis, got ",
-                      sharing.block[i]);
+    TORCH_CHECK_VALUE(sharing.block[i] >= 1, "[", function,
+                      "] block sizes must be at least 1, or -1 for the whole axis, got ", sharing.block[i]);
   }
   return sharing;
 }

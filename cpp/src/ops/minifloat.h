@@ -32,7 +32,7 @@ struct MinifloatShape {
   }
   /// What a magnitude above the greatest number becomes.
   double overflow() const {
-    return saturate                      ? greatest()
+    return saturate                     ? greatest()
            : specials == Specials::ieee ? std::numeric_limits<double>::infinity()
                                         : std::numeric_limits<double>::quiet_NaN();
   }
@@ -58,7 +58,8 @@ inline MinifloatShape minifloat_shape(const char* function, int64_t exponent_bit
   using Specials = MinifloatShape::Specials;
   TORCH_CHECK_VALUE(exponent_bits >= 1 && exponent_bits <= 7 && mantissa_bits >= 0 && mantissa_bits <= 6 &&
                         exponent_bits + mantissa_bits <= 7,
-                    "[", function, "] a minifloat must have 1 to 7 exponent bits, 0 to 6 mantissa bits and 7 of both, got ",
+                    "[", function,
+                    "] a minifloat must have 1 to 7 exponent bits, 0 to 6 mantissa bits and 7 of both, got ",
                     exponent_bits, " and ", mantissa_bits);
   TORCH_CHECK_VALUE(specials == "none" || specials == "nan" || specials == "ieee", "[", function,
                     "] specials must be none, nan or ieee, got '", specials, "'");
@@ -69,8 +70,8 @@ inline MinifloatShape minifloat_shape(const char* function, int64_t exponent_bit
   TORCH_CHECK_VALUE(shape.greatest_exponent() >= shape.smallest_exponent(), "[", function,
                     "] a minifloat must have an exponent for numbers beside NaN and infinity, got ", exponent_bits,
                     " exponent bits");
-  TORCH_CHECK_VALUE(shape.greatest_exponent() <= 100 && shape.smallest_exponent() - mantissa_bits >= -120, "[", function,
-                    "] the bias must keep a minifloat's numbers within 2^-120 and 2^101, got ", bias);
+  TORCH_CHECK_VALUE(shape.greatest_exponent() <= 100 && shape.smallest_exponent() - mantissa_bits >= -120, "[",
+                    function, "] the bias must keep a minifloat's numbers within 2^-120 and 2^101, got ", bias);
   return shape;
 }
 

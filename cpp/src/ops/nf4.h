@@ -29,7 +29,8 @@ constexpr std::array<float, 16> kNormalFloat = {
 constexpr std::array<float, 15> normal_float_bounds() {
   std::array<float, 15> bounds{};
   for (size_t k = 0; k < bounds.size(); ++k) {
-    bounds[k] = static_cast<float>((static_cast<double>(kNormalFloat[k]) + static_cast<double>(kNormalFloat[k + 1])) / 2);
+    bounds[k] =
+        static_cast<float>((static_cast<double>(kNormalFloat[k]) + static_cast<double>(kNormalFloat[k + 1])) / 2);
   }
   return bounds;
 }

@@ -61,7 +61,8 @@ inline QParams apply_rule(const ScaleRule& rule, float low, float high) {
       return {std::ldexp(1.0f, std::clamp(std::ilogb(largest) - rule.exponent, -127, 127)), 0};
     }
     case Kind::nvfp4: {
-      const auto wanted = static_cast<float>(static_cast<double>(largest) / (6.0 * static_cast<double>(rule.tensor_scale)));
+      const auto wanted =
+          static_cast<float>(static_cast<double>(largest) / (6.0 * static_cast<double>(rule.tensor_scale)));
       return {std::max(round_to_minifloat(wanted, e4m3_shape()), 0x1p-9f), 0};
     }
     case Kind::absmax:

@@ -67,9 +67,7 @@ at::Tensor mean_over(const at::Tensor& magnitudes, const at::Tensor& counts) {
   return (sum / number.clamp_min(1.0)).to(magnitudes.scalar_type());
 }
 
-at::ScalarType computing_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
+at::ScalarType computing_type(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 at::Tensor like(const at::Tensor& values, const at::Tensor& x, const Sharing& sharing) {
   return at::empty_like(x).copy_(from_blocks(values, x, sharing));
@@ -144,7 +142,8 @@ at::Tensor fake_quantize_codebook_any(const at::Tensor& x, const at::Tensor& cod
 }
 
 at::Tensor kmeans_codebook_any(const at::Tensor& x, int64_t entries, std::optional<int64_t> axis,
-                               c10::SymIntArrayRef block, const std::optional<at::Tensor>& weights, int64_t iterations) {
+                               c10::SymIntArrayRef block, const std::optional<at::Tensor>& weights,
+                               int64_t iterations) {
   constexpr auto function = "kmeans_codebook";
   const auto sharing = check_sharing(function, x, axis, block);
   TORCH_CHECK_VALUE(entries >= 2 && entries <= 256, "[", function, "] entries must be in 2..256, got ", entries);
@@ -210,20 +209,21 @@ TORCH_LIBRARY_IMPL(rarefy, Meta, m) {
     check_sharing("fake_quantize_binary", x, axis, block);
     return at::empty_like(x);
   });
-  m.impl("fake_quantize_ternary", [](const at::Tensor& x, double, std::optional<int64_t> axis, c10::SymIntArrayRef block) {
-    check_sharing("fake_quantize_ternary", x, axis, block);
-    return at::empty_like(x);
-  });
-  m.impl("codebook_indices", [](const at::Tensor& x, const at::Tensor& codebook, std::optional<int64_t> axis,
-                                c10::SymIntArrayRef block) {
-    check_codebook("codebook_indices", x, codebook, axis, block);
-    return at::empty_like(x, x.options().dtype(at::kByte));
-  });
-  m.impl("fake_quantize_codebook", [](const at::Tensor& x, const at::Tensor& codebook, std::optional<int64_t> axis,
-                                      c10::SymIntArrayRef block) {
-    check_codebook("fake_quantize_codebook", x, codebook, axis, block);
-    return at::empty_like(x);
-  });
+  m.impl("fake_quantize_ternary",
+         [](const at::Tensor& x, double, std::optional<int64_t> axis, c10::SymIntArrayRef block) {
+           check_sharing("fake_quantize_ternary", x, axis, block);
+           return at::empty_like(x);
+         });
+  m.impl("codebook_indices",
+         [](const at::Tensor& x, const at::Tensor& codebook, std::optional<int64_t> axis, c10::SymIntArrayRef block) {
+           check_codebook("codebook_indices", x, codebook, axis, block);
+           return at::empty_like(x, x.options().dtype(at::kByte));
+         });
+  m.impl("fake_quantize_codebook",
+         [](const at::Tensor& x, const at::Tensor& codebook, std::optional<int64_t> axis, c10::SymIntArrayRef block) {
+           check_codebook("fake_quantize_codebook", x, codebook, axis, block);
+           return at::empty_like(x);
+         });
   m.impl("kmeans_codebook", &codebook_meta);
 }
 

@@ -191,8 +191,6 @@ void FakeQuantizerImpl::load(torch::serialize::InputArchive& archive) {
   refresh();
 }
 
-bool FakeQuantizerImpl::calibrated() const {
-  return options.scheme.dynamic || (min_val <= max_val).all().item<bool>();
-}
+bool FakeQuantizerImpl::calibrated() const { return options.scheme.dynamic || (min_val <= max_val).all().item<bool>(); }
 
 }  // namespace rarefy::quantization

@@ -44,8 +44,7 @@ void FakeQuantizerImpl::observe_weight_format(const torch::Tensor& x) {
   }
   if (codebook.defined()) {
     if (!calibrated()) {
-      codebook.copy_(
-          ops::kmeans_codebook(seen, codebook.size(-1), scheme.block_axis(), block_of(scheme)));
+      codebook.copy_(ops::kmeans_codebook(seen, codebook.size(-1), scheme.block_axis(), block_of(scheme)));
     }
   } else {
     const auto [s, z] = scheme_qparams(seen, scheme);
@@ -84,8 +83,8 @@ torch::Tensor FakeQuantizerImpl::forward_format(const torch::Tensor& x) {
         observe_over_processes(x);
       } else {
         const auto [qmin, qmax] = scheme.observed_range();
-        ops::observe(x, min_val, max_val, scale, zero_point, skipped, std::nullopt, averaging_constant(options.observer),
-                     qmin, qmax, scheme.symmetric);
+        ops::observe(x, min_val, max_val, scale, zero_point, skipped, std::nullopt,
+                     averaging_constant(options.observer), qmin, qmax, scheme.symmetric);
       }
       derive_format_scale();
       tell_skipped(x);

@@ -40,8 +40,7 @@ bool is_mx_int8(const Scheme& scheme) {
 
 /// torch's type with the same bits, where there is one.
 std::optional<at::ScalarType> torch_type(const Scheme& scheme) {
-  auto elements = std::get_if<Minifloat>(&scheme.format) == nullptr ? Minifloat{}
-                                                                   : std::get<Minifloat>(scheme.format);
+  auto elements = std::get_if<Minifloat>(&scheme.format) == nullptr ? Minifloat{} : std::get<Minifloat>(scheme.format);
   if (const auto* mx = std::get_if<MX>(&scheme.format)) {
     elements = element_float(mx->element);
   } else if (!std::holds_alternative<Minifloat>(scheme.format)) {
@@ -189,8 +188,7 @@ struct Packer {
       tensors["scale_scale"] = steps;
       tensors["scale_mean"] = at::tensor({mean}, at::kFloat);
     }
-    return codes_of(x, sharing, scale,
-                    [](auto y, int64_t) { return static_cast<int32_t>(ops::normal_float_code(y)); });
+    return codes_of(x, sharing, scale, [](auto y, int64_t) { return static_cast<int32_t>(ops::normal_float_code(y)); });
   }
   /// Signs and zeros of what simulate gives, and its one magnitude for each block.
   at::Tensor of_signs(bool with_zero) {
@@ -284,7 +282,8 @@ QuantizedTensorParts quantize_to(const at::Tensor& x, const Scheme& scheme, cons
                     "[quantize_to] stored values are rounded to nearest, got ", scheme.str());
   QuantizedTensorParts parts{scheme, values.sizes().vec(), values.scalar_type(), {}};
   at::Tensor s, z;
-  const bool has_scales = !std::holds_alternative<Binary>(scheme.format) && !std::holds_alternative<Ternary>(scheme.format);
+  const bool has_scales =
+      !std::holds_alternative<Binary>(scheme.format) && !std::holds_alternative<Ternary>(scheme.format);
   if (scale.has_value()) {
     s = scale->detach().cpu();
     z = zero_point.has_value() ? zero_point->detach().cpu() : at::zeros(s.sizes(), at::kInt);
@@ -313,8 +312,8 @@ at::Tensor dequantize(const QuantizedTensorParts& parts) {
   const int64_t n = like.numel(), bytes = type.has_value() ? n : (n * scheme.bits + 7) / 8;
   TORCH_CHECK_VALUE(static_cast<int64_t>(data.nbytes()) == bytes, "[dequantize] data must have ", bytes,
                     " bytes for shape ", like.sizes(), ", got ", data.nbytes());
-  const auto codes = type.has_value() ? data.view(at::kByte).reshape(-1).to(at::kInt)
-                                      : unpack(data.contiguous(), n, scheme.bits);
+  const auto codes =
+      type.has_value() ? data.view(at::kByte).reshape(-1).to(at::kInt) : unpack(data.contiguous(), n, scheme.bits);
   const auto computing = parts.dtype == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor values;
   if (const auto* codebook = std::get_if<Codebook>(&scheme.format); codebook != nullptr) {

@@ -30,9 +30,10 @@ void LayerConfig::validate() const {
     TORCH_CHECK_VALUE(weight.has_value(), "[QConfig] activation needs a weight scheme beside it, got none");
     TORCH_CHECK_VALUE(!activation->axis().has_value(), "[QConfig] activation must be per tensor, got ",
                       activation->str());
-    TORCH_CHECK_VALUE(activation->block().empty() || activation->dynamic,
-                      "[QConfig] activation must be per tensor, or dynamic where more values than one share its scales, got ",
-                      activation->str());
+    TORCH_CHECK_VALUE(
+        activation->block().empty() || activation->dynamic,
+        "[QConfig] activation must be per tensor, or dynamic where more values than one share its scales, got ",
+        activation->str());
     TORCH_CHECK_VALUE((!is_one_of<Binary, Ternary, NF4, Codebook>(activation->format)), "[QConfig] ",
                       name(activation->format), " is for weights, got the activation ", activation->str());
   }

@@ -57,8 +57,9 @@ void check_granularity(const Scheme& scheme) {
     TORCH_CHECK_VALUE(group->size >= 1, "[Scheme] the size of a group must be at least 1, got ", group->size);
   }
   if (const auto* block = std::get_if<PerBlock>(&scheme.granularity)) {
-    TORCH_CHECK_VALUE(block->rows >= 1 && block->columns >= 1, "[Scheme] a block must have at least 1 row and column, got ",
-                      block->rows, " by ", block->columns);
+    TORCH_CHECK_VALUE(block->rows >= 1 && block->columns >= 1,
+                      "[Scheme] a block must have at least 1 row and column, got ", block->rows, " by ",
+                      block->columns);
   }
   const bool per_token = is_one_of<PerToken>(scheme.granularity);
   TORCH_CHECK_VALUE(!per_token || scheme.dynamic,
@@ -155,10 +156,10 @@ std::optional<std::string> Scheme::why_not_integer() const {
     return "scales " + quantization::str(granularity) + " have no integer kernels";
   }
   if (!is_plain()) {
-    return fmt::format("{} has no integer kernels", dynamic                              ? "a dynamic scale"
+    return fmt::format("{} has no integer kernels", dynamic                            ? "a dynamic scale"
                                                     : rounding == Rounding::stochastic ? "stochastic rounding"
-                                                    : power_of_two                     ? "a power-of-two scale"
-                                                                                       : "a gradient that passes the clip");
+                                                    : power_of_two ? "a power-of-two scale"
+                                                                   : "a gradient that passes the clip");
   }
   return std::nullopt;
 }

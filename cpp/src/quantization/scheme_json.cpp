@@ -35,9 +35,7 @@ struct WriteFormat {
         R"({{"kind":"minifloat","exponent_bits":{},"mantissa_bits":{},"bias":{},"specials":"{}","saturate":{}}})",
         f.exponent_bits, f.mantissa_bits, f.bias, str(f.specials), text(f.saturate));
   }
-  std::string operator()(const MX& f) const {
-    return fmt::format(R"({{"kind":"mx","element":"{}"}})", str(f.element));
-  }
+  std::string operator()(const MX& f) const { return fmt::format(R"({{"kind":"mx","element":"{}"}})", str(f.element)); }
   std::string operator()(const NVFP4&) const { return R"({"kind":"nvfp4"})"; }
   std::string operator()(const NF4& f) const {
     return fmt::format(R"({{"kind":"nf4","double_quantized":{},"scale_block":{}}})", text(f.double_quantized),

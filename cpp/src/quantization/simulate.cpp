@@ -117,8 +117,8 @@ std::tuple<at::Tensor, at::Tensor> scheme_qparams(const at::Tensor& x, const Sch
     return std::tuple(scale, at::zeros_like(scale, scale.options().dtype(at::kInt)));
   };
   if (const auto* f = std::get_if<Minifloat>(&scheme.format)) {
-    return with_zeros(ops::minifloat_scale(x, axis, block, f->exponent_bits, f->mantissa_bits, f->bias, str(f->specials),
-                                           scheme.power_of_two));
+    return with_zeros(ops::minifloat_scale(x, axis, block, f->exponent_bits, f->mantissa_bits, f->bias,
+                                           str(f->specials), scheme.power_of_two));
   }
   const auto* group = std::get_if<PerGroup>(&scheme.granularity);
   if (const auto* f = std::get_if<MX>(&scheme.format)) {

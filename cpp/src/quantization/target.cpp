@@ -96,7 +96,8 @@ LayerConfig TargetProfile::adapt(LayerConfig config, const std::string& kind) co
 
 std::optional<std::string> TargetProfile::why_not_written(const Scheme& activation) const {
   if (!activation.is_plain()) {
-    return fmt::format("{} holds integers with one observed scale per tensor or channel, got {}", name, activation.str());
+    return fmt::format("{} holds integers with one observed scale per tensor or channel, got {}", name,
+                       activation.str());
   }
   if (activation.axis().has_value()) {
     return fmt::format("{} has one scale per activation, got {}", name, activation.str());

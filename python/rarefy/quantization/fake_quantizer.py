@@ -23,8 +23,8 @@ class FakeQuantizer(nn.Module):
     infinity: their range is left out, and they are rounded to the grid so far (that of [0, 0], scale 1, while there is
     none). The same names and shapes as in C++.
 
-    A scheme that is not plain (``Scheme.is_plain``) is simulated: its ``scale``, ``zero_point``, ``min_val`` and ``max_val`` have
-    the shape of ``scheme.scale_shape(shape)`` for a weight; with a dynamic scheme they stay as they are and nothing is
+    A scheme that is not plain (``Scheme.is_plain``) is simulated: its ``scale``, ``zero_point``, ``min_val`` and ``max_val``
+    have the shape of ``scheme.scale_shape(shape)`` for a weight; with a dynamic scheme they stay as they are and nothing is
     observed. A codebook is a buffer ``codebook``, made by k-means at the first forward and kept; stochastic rounding has
     the buffer ``draws`` (int64 [2]: seed, number of forwards).
 
@@ -71,7 +71,7 @@ class FakeQuantizer(nn.Module):
         # Plain Python values, so that forward reads no bound object and torch.compile sees constants.
         self.qmin, self.qmax = scheme.observed_range  # of a format without integers: what its observer computes with
         self.axis, self.dtype = scheme.axis, scheme.dtype if isinstance(scheme.format, Integer) else None
-        self.is_plain, self.scheme_json = scheme.is_plain, scheme.to_json()
+        self.is_plain, self.plan = scheme.is_plain, formats.plan_of(scheme)
         self._symmetric = scheme.symmetric
         self._constant = averaging_constant(self.observer)
         self._is_weight = isinstance(self.observer, Latest)
@@ -88,12 +88,12 @@ class FakeQuantizer(nn.Module):
         self.register_buffer("min_val", torch.full(size, float("inf")))
         self.register_buffer("max_val", torch.full(size, float("-inf")))
         self.register_buffer("skipped", torch.zeros(1, dtype=torch.int64))
-        formats.register_buffers(self, scheme)
+        formats.register_buffers(self, self.plan, scheme.seed)
 
     @property
     def calibrated(self) -> bool:
         """True once something was observed; always, where nothing has to be."""
-        return self.scheme.dynamic or bool((self.min_val <= self.max_val).all())
+        return self.plan.dynamic or bool((self.min_val <= self.max_val).all())
 
     @property
     def _state(self) -> tuple[Tensor, ...]:

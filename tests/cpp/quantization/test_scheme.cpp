@@ -61,11 +61,15 @@ TEST_CASE("impossible schemes are refused by name", "[scheme]") {
   auto nf4 = Scheme::nf4();
   nf4.symmetric = false;
   REQUIRE_THAT(refusal([&] { nf4.validate(); }), ContainsSubstring("[Scheme] nf4 has no zero point"));
-  REQUIRE_THAT(refusal([] { Scheme{.bits = 8, .format = NF4{}}.validate(); }), ContainsSubstring("bits must be 4 for nf4, got 8"));
-  REQUIRE_THAT(refusal([] { Scheme{.granularity = PerToken{}}.validate(); }), ContainsSubstring("dynamic must be true"));
-  REQUIRE_THAT(refusal([] { (void)Scheme::nvfp4().qmin(); }), ContainsSubstring("[Scheme] qmin is of a range of integers, which nvfp4 has not"));
+  REQUIRE_THAT(refusal([] { Scheme{.bits = 8, .format = NF4{}}.validate(); }),
+               ContainsSubstring("bits must be 4 for nf4, got 8"));
+  REQUIRE_THAT(refusal([] { Scheme{.granularity = PerToken{}}.validate(); }),
+               ContainsSubstring("dynamic must be true"));
+  REQUIRE_THAT(refusal([] { (void)Scheme::nvfp4().qmin(); }),
+               ContainsSubstring("[Scheme] qmin is of a range of integers, which nvfp4 has not"));
   REQUIRE_THAT(refusal([] { (void)Scheme::binary().dtype(); }), ContainsSubstring("which binary has not"));
-  REQUIRE_THAT(refusal([] { Scheme::from_json(R"({"colour": 1})"); }), ContainsSubstring("must not have the key 'colour'"));
+  REQUIRE_THAT(refusal([] { Scheme::from_json(R"({"colour": 1})"); }),
+               ContainsSubstring("must not have the key 'colour'"));
   REQUIRE_THAT(QConfig::fp8().why_not_integer().value_or(""), ContainsSubstring("e4m3 has no integer kernels"));
   for (const auto& config : {QConfig::int8_dynamic(), QConfig::int4_weight_only(), QConfig::fp8(), QConfig::mxfp8(),
                              QConfig::nvfp4(), QConfig::nf4()}) {

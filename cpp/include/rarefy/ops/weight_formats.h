@@ -37,6 +37,7 @@ RAREFY_API at::Tensor fake_quantize_codebook(const at::Tensor& x, const at::Tens
 /// Throws c10::ValueError for entries outside of 2..256, an empty or not finite x, weights that are negative or sum to 0.
 RAREFY_API at::Tensor kmeans_codebook(const at::Tensor& x, int64_t entries, std::optional<int64_t> axis = std::nullopt,
                                       c10::SymIntArrayRef block = {},
-                                      const std::optional<at::Tensor>& weights = std::nullopt, int64_t iterations = 100);
+                                      const std::optional<at::Tensor>& weights = std::nullopt,
+                                      int64_t iterations = 100);
 
 }  // namespace rarefy::ops

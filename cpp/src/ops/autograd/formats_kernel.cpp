@@ -39,7 +39,13 @@ class FakeQuantizeGroup : public torch::autograd::Function<FakeQuantizeGroup> {
     const auto block = ctx->saved_data.at("block").toSymIntVector();
     return {fake_quantize_group_backward(grads[0], saved[0], saved[1], saved[2], optional_axis(ctx), block,
                                          ctx->saved_data.at("qmin").toInt(), ctx->saved_data.at("qmax").toInt()),
-            {}, {}, {}, {}, {}, {}, {}};
+            {},
+            {},
+            {},
+            {},
+            {},
+            {},
+            {}};
   }
 };
 
@@ -59,9 +65,17 @@ class CastMinifloat : public torch::autograd::Function<CastMinifloat> {
     const auto saved = ctx->get_saved_variables();
     const auto block = ctx->saved_data.at("block").toSymIntVector();
     const auto shape = ctx->saved_data.at("shape").toIntVector();
-    return {cast_minifloat_backward(grads[0], saved[0], saved[1], optional_axis(ctx), block, shape[0], shape[1], shape[2],
-                                    ctx->saved_data.at("specials").toStringRef()),
-            {}, {}, {}, {}, {}, {}, {}, {}, {}};
+    return {cast_minifloat_backward(grads[0], saved[0], saved[1], optional_axis(ctx), block, shape[0], shape[1],
+                                    shape[2], ctx->saved_data.at("specials").toStringRef()),
+            {},
+            {},
+            {},
+            {},
+            {},
+            {},
+            {},
+            {},
+            {}};
   }
 };
 
@@ -83,7 +97,13 @@ class FakeQuantizeGroupBackward : public torch::autograd::Function<FakeQuantizeG
     const auto block = ctx->saved_data.at("block").toSymIntVector();
     return {fake_quantize_group_backward(grads[0], saved[0], saved[1], saved[2], optional_axis(ctx), block,
                                          ctx->saved_data.at("qmin").toInt(), ctx->saved_data.at("qmax").toInt()),
-            {}, {}, {}, {}, {}, {}, {}};
+            {},
+            {},
+            {},
+            {},
+            {},
+            {},
+            {}};
   }
 };
 
@@ -103,9 +123,16 @@ class CastMinifloatBackward : public torch::autograd::Function<CastMinifloatBack
     const auto saved = ctx->get_saved_variables();
     const auto block = ctx->saved_data.at("block").toSymIntVector();
     const auto shape = ctx->saved_data.at("shape").toIntVector();
-    return {cast_minifloat_backward(grads[0], saved[0], saved[1], optional_axis(ctx), block, shape[0], shape[1], shape[2],
-                                    ctx->saved_data.at("specials").toStringRef()),
-            {}, {}, {}, {}, {}, {}, {}, {}};
+    return {cast_minifloat_backward(grads[0], saved[0], saved[1], optional_axis(ctx), block, shape[0], shape[1],
+                                    shape[2], ctx->saved_data.at("specials").toStringRef()),
+            {},
+            {},
+            {},
+            {},
+            {},
+            {},
+            {},
+            {}};
   }
 };
 

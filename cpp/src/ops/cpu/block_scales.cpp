@@ -14,8 +14,9 @@ void ranges_of_rows(const at::Tensor& rows, int64_t channels, float* low, float*
     return;
   }
   const int64_t length = rows.numel() / channels, across = (length + kPiece - 1) / kPiece;
-  const cpu::Blocks blocks{layout_of(rows, -1).type, length,   std::min(kPiece, length), across, channels, channels, 1,
-                           channels,                 /*columns=*/false};
+  const cpu::Blocks blocks{
+      layout_of(rows, -1).type, length, std::min(kPiece, length), across, channels, channels, 1, channels,
+      /*columns=*/false};
   const auto count = static_cast<size_t>(channels * across);
   std::vector<float> lows(count, kInfinity), highs(count, -kInfinity);
   const void* x = rows.const_data_ptr();

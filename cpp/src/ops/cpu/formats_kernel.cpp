@@ -26,8 +26,7 @@ std::vector<T> scale_values(const char* function, const Arranged& a, const at::T
                         "] scale must be finite and positive, got ", given[i], " at index ", i);
     }
   };
-  ordered.scalar_type() == at::kDouble ? fill(ordered.const_data_ptr<double>())
-                                       : fill(ordered.const_data_ptr<float>());
+  ordered.scalar_type() == at::kDouble ? fill(ordered.const_data_ptr<double>()) : fill(ordered.const_data_ptr<float>());
   return values;
 }
 
@@ -113,8 +112,8 @@ at::Tensor fake_quantize_group_cpu(const at::Tensor& x, const at::Tensor& scale,
   const cpu::IntegerRange range{static_cast<float>(qmin), static_cast<float>(qmax)};
   const bool streaming = bypasses_caches(a.out);
   parallel_words(a.in.numel(), [&](int64_t begin, int64_t end) {
-    RAREFY_ISA_CALL(grid_blocks, a.in.const_data_ptr(), a.out.data_ptr(), a.blocks, s.data(), z.data(), range, streaming,
-                    begin, end);
+    RAREFY_ISA_CALL(grid_blocks, a.in.const_data_ptr(), a.out.data_ptr(), a.blocks, s.data(), z.data(), range,
+                    streaming, begin, end);
   });
   return a.finish();
 }
@@ -238,7 +237,8 @@ ScaleRule integer_rule(const char* function, int64_t qmin, int64_t qmax, bool sy
 
 ScaleRule nvfp4_rule(const char* function, const at::Tensor& x, const at::Tensor& tensor_scale) {
   TORCH_CHECK_VALUE(tensor_scale.numel() == 1 && tensor_scale.scalar_type() == at::kFloat, "[", function,
-                    "] tensor_scale must be one float32, got ", tensor_scale.numel(), " of ", tensor_scale.scalar_type());
+                    "] tensor_scale must be one float32, got ", tensor_scale.numel(), " of ",
+                    tensor_scale.scalar_type());
   TORCH_CHECK_VALUE(tensor_scale.device() == x.device(), "[", function, "] tensor_scale must be on the input's device ",
                     x.device(), ", got ", tensor_scale.device());
   ScaleRule rule{ScaleRule::Kind::nvfp4};
@@ -329,10 +329,11 @@ at::Tensor fake_quantize_dynamic_cpu(const at::Tensor& x, std::optional<int64_t>
   auto a = arrange(x, sharing);
   const cpu::IntegerRange range{static_cast<float>(qmin), static_cast<float>(qmax)};
   const bool streaming = bypasses_caches(a.out);
-  with_scales_of(a, rule, [&](const float* scale, const float* zero, const cpu::Blocks& blocks, int64_t begin, int64_t end) {
-    RAREFY_ISA_CALL(grid_blocks, a.in.const_data_ptr(), a.out.data_ptr(), blocks, scale, zero, range, streaming, begin,
-                    end);
-  });
+  with_scales_of(a, rule,
+                 [&](const float* scale, const float* zero, const cpu::Blocks& blocks, int64_t begin, int64_t end) {
+                   RAREFY_ISA_CALL(grid_blocks, a.in.const_data_ptr(), a.out.data_ptr(), blocks, scale, zero, range,
+                                   streaming, begin, end);
+                 });
   return a.finish();
 }
 

@@ -39,8 +39,7 @@ inline Vec choose_above(Vec a, Vec limit, Vec chosen, Vec rest) {
   return _mm256_blendv_ps(rest.v, chosen.v, _mm256_cmp_ps(a.v, limit.v, _CMP_GT_OQ));
 }
 inline Vec keep_within(Vec a, Vec low, Vec high, Vec value) {
-  const __m256 inside =
-      _mm256_and_ps(_mm256_cmp_ps(a.v, low.v, _CMP_GE_OQ), _mm256_cmp_ps(a.v, high.v, _CMP_LE_OQ));
+  const __m256 inside = _mm256_and_ps(_mm256_cmp_ps(a.v, low.v, _CMP_GE_OQ), _mm256_cmp_ps(a.v, high.v, _CMP_LE_OQ));
   return _mm256_and_ps(value.v, inside);
 }
 #else
@@ -287,17 +286,17 @@ void ranges(const T* x, const Blocks& blocks, float* low, float* high, int64_t b
   for_each_block(blocks, begin, end, [&](int64_t i, int64_t last, int64_t index) {
     Vec least_so_far(low[index]), most_so_far(high[index]);
     const Vec zero(0.0f);
-    // v + 0 * v is NaN for what is not finite; min and max then give their second operand.
+    // NaN for what is not finite: min and max then give their second operand. -0 becomes 0.
     for (; i + Vec::size <= last; i += Vec::size) {
       const Vec v = Vec::load(x + i);
-      const Vec finite = v + zero * v;
+      const Vec finite = zero + v + zero * v;
       least_so_far = min(finite, least_so_far);
       most_so_far = max(finite, most_so_far);
     }
     if (i < last) {
       const float first = to_float(x[i]);
       const Vec v = Vec::load_first(x + i, static_cast<int>(last - i), first);
-      const Vec finite = v + zero * v;
+      const Vec finite = zero + v + zero * v;
       least_so_far = min(finite, least_so_far);
       most_so_far = max(finite, most_so_far);
     }
@@ -317,9 +316,9 @@ void cast_blocks(const void* x, void* y, Blocks blocks, const float* scale, Elem
 
 void grid_blocks(const void* x, void* y, Blocks blocks, const float* scale, const float* zero_point, IntegerRange range,
                  bool streaming, int64_t begin, int64_t end) {
-  RAREFY_FOR_FLOAT_TYPE(blocks.type, T,
-                        grid_range(static_cast<const T*>(x), static_cast<T*>(y), blocks, scale, zero_point, range,
-                                   streaming, begin, end))
+  RAREFY_FOR_FLOAT_TYPE(
+      blocks.type, T,
+      grid_range(static_cast<const T*>(x), static_cast<T*>(y), blocks, scale, zero_point, range, streaming, begin, end))
 }
 
 void table_blocks(const void* x, void* y, Blocks blocks, const float* scale, Table table, int64_t begin, int64_t end) {

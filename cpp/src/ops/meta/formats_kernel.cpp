@@ -100,7 +100,8 @@ at::Tensor nvfp4_scale_meta(const at::Tensor& x, const at::Tensor&, int64_t bloc
   return scale_like(x, check_sharing("nvfp4_scale", x, axis, sizes_of(block)));
 }
 
-at::Tensor fake_quantize_nvfp4_meta(const at::Tensor& x, const std::optional<at::Tensor>&, int64_t block, int64_t axis) {
+at::Tensor fake_quantize_nvfp4_meta(const at::Tensor& x, const std::optional<at::Tensor>&, int64_t block,
+                                    int64_t axis) {
   check_sharing("fake_quantize_nvfp4", x, axis, sizes_of(block));
   return at::empty_like(x);
 }
