@@ -215,12 +215,13 @@ Scheme make_scheme(std::optional<int64_t> bits, bool symmetric, std::optional<bo
                        std::holds_alternative<PerToken>(scheme.granularity));
   scheme.power_of_two = power_of_two;
   if (rounding != "nearest_even" && rounding != "stochastic") {
-    throw py::value_error("[Scheme] rounding must be 'nearest_even' or 'stochastic', got '" + rounding + "'");
+    throw py::value_error(fmt::format("[Scheme] rounding must be 'nearest_even' or 'stochastic', got '{}'", rounding));
   }
   scheme.rounding = rounding == "stochastic" ? Rounding::stochastic : Rounding::nearest_even;
   scheme.seed = seed;
   if (straight_through != "clipped" && straight_through != "pass") {
-    throw py::value_error("[Scheme] straight_through must be 'clipped' or 'pass', got '" + straight_through + "'");
+    throw py::value_error(
+        fmt::format("[Scheme] straight_through must be 'clipped' or 'pass', got '{}'", straight_through));
   }
   scheme.straight_through = straight_through == "pass" ? StraightThrough::pass : StraightThrough::clipped;
   scheme.validate();
@@ -239,7 +240,7 @@ std::string scheme_repr(const Scheme& self) {
                                  truth(self.symmetric), truth(self.signed_range()), truth(self.narrow_range),
                                  std::visit(GranularityRepr{}, self.granularity));
   if (!self.is_integer()) {
-    text += ", format=" + std::visit(FormatRepr{}, self.format);
+    text += fmt::format(", format={}", std::visit(FormatRepr{}, self.format));
   }
   if (self.dynamic) {
     text += ", dynamic=True";
@@ -253,7 +254,7 @@ std::string scheme_repr(const Scheme& self) {
   if (self.straight_through == StraightThrough::pass) {
     text += ", straight_through='pass'";
   }
-  return text + ")";
+  return fmt::format("{})", text);
 }
 
 void init_packed(py::module_& m) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -20,7 +21,20 @@ struct ScaleRule {
   double greatest = 1.0;       // minifloat: the largest number
   int exponent = 0;            // mx: the largest exponent of an element
   float tensor_scale = 1.0f;   // nvfp4
+
+  /// Whether the ends of a range count by the larger of their magnitudes.
+  bool needs_largest_alone() const { return kind != Kind::integer || symmetric; }
 };
+
+/// 2^clamp(floor(log2(value)) - exponent, -127, 127) of a positive float.
+inline float shared_power_of_two(float value, int exponent) {
+  const auto bits = std::bit_cast<uint32_t>(value);
+  const int wanted = static_cast<int>(bits >> 23) - exponent;
+  if (bits >= 0x00800000u && wanted >= 1 && wanted <= 254) {  // both are normal numbers
+    return std::bit_cast<float>(static_cast<uint32_t>(wanted) << 23);
+  }
+  return std::ldexp(1.0f, std::clamp(std::ilogb(value) - exponent, -127, 127));
+}
 
 /// The next power of two that is not below.
 inline float up_to_power_of_two(float scale) {
@@ -58,7 +72,7 @@ inline QParams apply_rule(const ScaleRule& rule, float low, float high) {
       if (largest == 0.0f) {
         return {1.0f, 0};
       }
-      return {std::ldexp(1.0f, std::clamp(std::ilogb(largest) - rule.exponent, -127, 127)), 0};
+      return {shared_power_of_two(largest, rule.exponent), 0};
     }
     case Kind::nvfp4: {
       const auto wanted =

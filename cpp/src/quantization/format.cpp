@@ -65,9 +65,9 @@ std::string Minifloat::str() const {
     text += fmt::format(" bias {}", bias);
   }
   if (specials != usual.specials) {
-    text += specials == Specials::none ? " finite" : " " + quantization::str(specials);
+    text += fmt::format(" {}", specials == Specials::none ? "finite" : quantization::str(specials));
   }
-  return saturate ? text : text + " unsaturated";
+  return fmt::format("{}{}", text, saturate ? "" : " unsaturated");
 }
 
 std::string name(const Format& format) {

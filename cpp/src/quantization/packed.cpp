@@ -98,10 +98,10 @@ at::Tensor unpack(const at::Tensor& data, int64_t n, int64_t bits) {
 
 /// code(y) of every element of x / scale, int32 in x's order.
 template <typename T, typename Code>
-at::Tensor codes_of(const at::Tensor& x, const ops::Sharing& sharing, const at::Tensor& scale, const Code& code) {
+at::Tensor typed_codes(const at::Tensor& x, const ops::Sharing& sharing, const at::Tensor& scale, const Code& code) {
   const auto type = std::is_same_v<T, double> ? at::kDouble : at::kFloat;
-  const auto y = (ops::to_blocks(x.to(type), sharing, 0.0) / scale.reshape({-1, 1}).to(type)).contiguous();
-  auto codes = at::empty(y.sizes(), at::kInt);
+  const at::Tensor y = (ops::to_blocks(x.to(type), sharing, 0.0) / scale.reshape({-1, 1}).to(type)).contiguous();
+  at::Tensor codes = at::empty(y.sizes(), at::kInt);
   const T* in = y.const_data_ptr<T>();
   auto* out = codes.data_ptr<int32_t>();
   const int64_t per_block = y.size(1);
@@ -113,8 +113,8 @@ at::Tensor codes_of(const at::Tensor& x, const ops::Sharing& sharing, const at::
 
 template <typename Code>
 at::Tensor codes_of(const at::Tensor& x, const ops::Sharing& sharing, const at::Tensor& scale, const Code& code) {
-  return x.scalar_type() == at::kDouble ? codes_of<double>(x, sharing, scale, code)
-                                        : codes_of<float>(x, sharing, scale, code);
+  return x.scalar_type() == at::kDouble ? typed_codes<double>(x, sharing, scale, code)
+                                        : typed_codes<float>(x, sharing, scale, code);
 }
 
 /// Scales of blocks, spread over x's elements: [elements].

@@ -17,7 +17,7 @@ std::string elements(const Scheme& scheme) {
     return minifloat->str();
   }
   if (const auto* mx = std::get_if<MX>(&scheme.format)) {
-    return "mx " + str(mx->element);
+    return fmt::format("mx {}", str(mx->element));
   }
   if (const auto* nf4 = std::get_if<NF4>(&scheme.format); nf4 != nullptr && nf4->double_quantized) {
     return fmt::format("nf4 double-quantized({})", nf4->scale_block);
@@ -150,10 +150,10 @@ bool Scheme::is_plain() const {
 
 std::optional<std::string> Scheme::why_not_integer() const {
   if (!is_integer()) {
-    return elements(*this) + " has no integer kernels";
+    return fmt::format("{} has no integer kernels", elements(*this));
   }
   if (!is_one_of<PerTensor, PerChannel>(granularity)) {
-    return "scales " + quantization::str(granularity) + " have no integer kernels";
+    return fmt::format("scales {} have no integer kernels", quantization::str(granularity));
   }
   if (!is_plain()) {
     return fmt::format("{} has no integer kernels", dynamic                            ? "a dynamic scale"
@@ -251,7 +251,7 @@ std::string Scheme::str() const {
   if (is_integer()) {
     text += symmetric ? " symmetric" : " asymmetric";
   }
-  text += " " + quantization::str(granularity);
+  text += fmt::format(" {}", quantization::str(granularity));
   if (is_integer()) {
     text += fmt::format(" [{}, {}]", qmin(), qmax());
   }
@@ -265,7 +265,7 @@ std::string Scheme::str() const {
   if (rounding == Rounding::stochastic) {
     text += fmt::format(" stochastic(seed={})", seed);
   }
-  return straight_through == StraightThrough::pass ? text + " pass-through" : text;
+  return fmt::format("{}{}", text, straight_through == StraightThrough::pass ? " pass-through" : "");
 }
 
 std::string str(const Granularity& granularity) {

@@ -68,12 +68,16 @@ void with_scales_of(const Arranged& a, const ScaleRule& rule, const Cast& cast, 
   const void* x = a.in.const_data_ptr();
   for_tiles(a, [&](int64_t origin, int64_t tiles, int64_t begin, int64_t end) {
     const auto count = static_cast<size_t>(tiles);
-    std::vector<float> low(count, infinity), high(count, -infinity);
+    std::vector<float> low(count, infinity), high(count, rule.needs_largest_alone() ? 0.0f : -infinity);
     auto blocks = a.blocks;
     blocks.origin = origin;
-    RAREFY_ISA_CALL(block_ranges, x, blocks, low.data(), high.data(), begin, end);
+    if (rule.needs_largest_alone()) {
+      RAREFY_ISA_CALL(block_largest, x, blocks, high.data(), begin, end);
+    } else {
+      RAREFY_ISA_CALL(block_ranges, x, blocks, low.data(), high.data(), begin, end);
+    }
     for (size_t k = 0; k < count; ++k) {
-      const auto q = apply_rule(rule, low[k], high[k]);
+      const auto q = apply_rule(rule, rule.needs_largest_alone() ? -high[k] : low[k], high[k]);
       low[k] = q.scale * factor;
       high[k] = static_cast<float>(q.zero_point);
     }

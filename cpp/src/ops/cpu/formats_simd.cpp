@@ -305,6 +305,23 @@ void ranges(const T* x, const Blocks& blocks, float* low, float* high, int64_t b
   });
 }
 
+template <typename T>
+void largest_range(const T* x, const Blocks& blocks, float* largest, int64_t begin, int64_t end) {
+  for_each_block(blocks, begin, end, [&](int64_t i, int64_t last, int64_t index) {
+    Vec most(largest[index]);
+    const Vec zero(0.0f);
+    for (; i + Vec::size <= last; i += Vec::size) {
+      const Vec magnitude = and_bits(Vec::load(x + i), kMagnitude);
+      most = max(magnitude + zero * magnitude, most);
+    }
+    if (i < last) {
+      const Vec magnitude = and_bits(Vec::load_first(x + i, static_cast<int>(last - i), 0.0f), kMagnitude);
+      most = max(magnitude + zero * magnitude, most);
+    }
+    largest[index] = greatest(most);
+  });
+}
+
 }  // namespace
 
 void cast_blocks(const void* x, void* y, Blocks blocks, const float* scale, Element element, bool streaming,
@@ -343,6 +360,10 @@ void clip_grid_blocks(const void* grad, const void* x, void* out, Blocks blocks,
 
 void block_ranges(const void* x, Blocks blocks, float* low, float* high, int64_t begin, int64_t end) {
   RAREFY_FOR_FLOAT_TYPE(blocks.type, T, ranges(static_cast<const T*>(x), blocks, low, high, begin, end))
+}
+
+void block_largest(const void* x, Blocks blocks, float* largest, int64_t begin, int64_t end) {
+  RAREFY_FOR_FLOAT_TYPE(blocks.type, T, largest_range(static_cast<const T*>(x), blocks, largest, begin, end))
 }
 
 }  // namespace rarefy::cpu::RAREFY_ISA

@@ -63,6 +63,9 @@ RAREFY_DECLARE_ISA(
                           const float* zero_point, IntegerRange range, int64_t begin, int64_t end);
 
     /// Lowers low[block] and raises high[block] to cover the finite elements of [begin, end). Not for `columns`.
-    void block_ranges(const void* x, Blocks blocks, float* low, float* high, int64_t begin, int64_t end);)
+    void block_ranges(const void* x, Blocks blocks, float* low, float* high, int64_t begin, int64_t end);
+
+    /// Raises largest[block] to the greatest finite magnitude of [begin, end). Not for `columns`.
+    void block_largest(const void* x, Blocks blocks, float* largest, int64_t begin, int64_t end);)
 
 }  // namespace rarefy::cpu
