@@ -2,10 +2,18 @@
 #pragma once
 
 #include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/where.h>
 
 #include "ops/formats_checks.h"
 
 namespace rarefy::ops {
+
+/// 2^e in float32 for whole numbers e in [-127, 127], from their bits: exact everywhere.
+inline at::Tensor powers_of_two(const at::Tensor& e) {
+  const auto normal = (e.to(at::kInt).clamp_min(-126) + 127).mul(1 << 23).view(at::kFloat);
+  return at::where(e.lt(-126), at::full_like(normal, 0x1p-127), normal);
+}
 
 /// x as [blocks, elements of a block], blocks in the order of the scales; short blocks are filled up with `fill`. Back again by
 /// from_blocks.

@@ -4,7 +4,6 @@
 #include <ATen/ops/frexp.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/full_like.h>
-#include <ATen/ops/ldexp.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/searchsorted.h>
@@ -45,7 +44,7 @@ at::Tensor to_minifloat(const at::Tensor& y, const MinifloatShape& shape) {
   const auto magnitude = y.abs().clamp_max(std::ldexp(1.0, shape.greatest_exponent() + 1));
   // frexp gives exponents of significands in [1/2, 1).
   const auto exponent = std::get<1>(at::frexp(magnitude)).sub(1).clamp_min(shape.smallest_exponent());
-  const auto step = at::ldexp(at::ones_like(magnitude), exponent.sub(shape.mantissa_bits));
+  const auto step = powers_of_two(exponent.sub(shape.mantissa_bits)).to(magnitude.scalar_type());
   auto rounded = (magnitude / step).round() * step;
   rounded = at::where(rounded > shape.greatest(), at::full_like(rounded, shape.overflow()), rounded);
   return at::where(y.isnan(), y, rounded.copysign(y));
@@ -124,7 +123,7 @@ at::Tensor largest_of(const at::Tensor& x, const Sharing& sharing) {
 
 at::Tensor up_to_power_of_two(const at::Tensor& scale) {
   const auto [significand, exponent] = at::frexp(scale);
-  return at::ldexp(at::ones_like(scale), exponent - significand.eq(0.5).to(exponent.scalar_type()));
+  return powers_of_two(exponent - significand.eq(0.5).to(exponent.scalar_type()));
 }
 
 at::Tensor scale_of_largest(const at::Tensor& largest, double greatest) {
@@ -192,7 +191,7 @@ at::Tensor mx_scale_any(const at::Tensor& x, c10::string_view element, int64_t b
   const auto shape = mx_shape("mx_scale", element);
   const auto largest = largest_of(x, along("mx_scale", x, block, axis));
   const auto exponent = std::get<1>(at::frexp(largest)).sub(1 + shape.greatest_exponent()).clamp(-127, 127);
-  const auto scale = at::ldexp(at::ones_like(largest), exponent);
+  const auto scale = powers_of_two(exponent);
   return at::where(largest.eq(0.0), at::ones_like(scale), scale);
 }
 

@@ -1,7 +1,5 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/frexp.h>
-#include <ATen/ops/ldexp.h>
-#include <ATen/ops/ones.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <rarefy/ops/formats.h>
@@ -220,7 +218,7 @@ const at::Tensor& part(const QuantizedTensorParts& parts, const char* name) {
 at::Tensor scales_of_parts(const QuantizedTensorParts& parts) {
   const auto& scale = part(parts, "scale");
   if (std::holds_alternative<MX>(parts.scheme.format)) {
-    return at::ldexp(at::ones({}, at::kFloat), scale.to(at::kInt).sub(127));
+    return ops::powers_of_two(scale.to(at::kInt).sub(127));
   }
   if (std::holds_alternative<NVFP4>(parts.scheme.format)) {
     return scale.to(at::kFloat) * part(parts, "tensor_scale");

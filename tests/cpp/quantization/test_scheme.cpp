@@ -1,5 +1,6 @@
 #include <rarefy/quantization/fake_quantizer.h>
 #include <rarefy/quantization/packed.h>
+#include <rarefy/quantization/prepare.h>
 #include <rarefy/quantization/qconfig.h>
 #include <rarefy/quantization/scheme.h>
 #include <rarefy/quantization/simulate.h>
@@ -118,4 +119,30 @@ TEST_CASE("fake quantizers execute formats with buffers of the right shape", "[s
   token->eval();
   REQUIRE(token->calibrated());
   REQUIRE(token->forward(w).sizes() == w.sizes());
+}
+
+TEST_CASE("layers with formats train, are calibrated and stay simulated", "[scheme]") {
+  torch::manual_seed(5);
+  const auto x = torch::randn({8, 32});
+  for (const auto& config : {QConfig::int8_dynamic(), QConfig::int4_weight_only(16), QConfig::fp8(), QConfig::mxfp8(),
+                             QConfig::nvfp4(), QConfig::nf4()}) {
+    torch::nn::Sequential net(torch::nn::Linear(32, 16), torch::nn::ReLU(), torch::nn::Linear(16, 4));
+    CAPTURE(config.weight->str());
+    const auto exact = net->forward(x).detach();
+    prepare(*net, config);
+    if (config.activation.has_value()) {
+      calibrate(*net, [&] { net->forward(x); });
+    }
+    net->eval();
+    const auto y = net->forward(x);
+    const auto error = ((y - exact).norm() / exact.norm()).item<double>();
+    REQUIRE(error > 0.0);
+    REQUIRE(error < 0.4);
+    y.sum().backward();
+    REQUIRE(net->parameters()[0].grad().abs().sum().item<double>() > 0.0);
+    REQUIRE_THAT(report(*net), ContainsSubstring(config.weight->str()));
+    convert(*net);
+    REQUIRE(torch::equal(net->forward(x), y));
+    REQUIRE_THAT(report(*net), ContainsSubstring("prepared"));
+  }
 }
