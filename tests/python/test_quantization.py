@@ -129,9 +129,10 @@ def test_scheme_is_a_value():
     assert copy.deepcopy(MovingAverage(0.5)) == MovingAverage(0.5) != MovingAverage(0.25)
 
 
-@pytest.mark.parametrize("bits", [1, 0, -3, 9, 15, 17, 32])
+@pytest.mark.parametrize("bits", [1, 0, -3, 17, 32])
 def test_scheme_refuses_bits(bits):
-    with pytest.raises(ValueError, match=re.escape(f"[Scheme] bits must be in 2..8, or 16, got {bits}")):
+    rule = f"[Scheme] bits must be in 2..16 for integers (1 bit is Binary), got {bits}"
+    with pytest.raises(ValueError, match=re.escape(rule)):
         Scheme(bits=bits)
 
 

@@ -35,10 +35,12 @@
 #include <rarefy/masks.h>
 #include <rarefy/onnx/export_onnx.h>
 #include <rarefy/ops/apply_masks.h>
+#include <rarefy/ops/accumulator.h>
 #include <rarefy/ops/compact_logits.h>
 #include <rarefy/ops/distillation_loss.h>
 #include <rarefy/ops/fake_quantize.h>
 #include <rarefy/ops/fake_quantize_learned.h>
+#include <rarefy/ops/formats.h>
 #include <rarefy/ops/inverse_std.h>
 #include <rarefy/ops/linear_distillation_loss.h>
 #include <rarefy/ops/mask.h>
@@ -47,6 +49,7 @@
 #include <rarefy/ops/sparse_linear.h>
 #include <rarefy/ops/top_k_distillation_loss.h>
 #include <rarefy/pruning/calibration.h>
+#include <rarefy/ops/weight_formats.h>
 #include <rarefy/pruning/choice.h>
 #include <rarefy/pruning/enforce.h>
 #include <rarefy/pruning/element_score.h>
@@ -70,11 +73,13 @@
 #include <rarefy/pruning/torch_pruning.h>
 #include <rarefy/quantization/batch_norm.h>
 #include <rarefy/quantization/fake_quantizer.h>
+#include <rarefy/quantization/packed.h>
 #include <rarefy/quantization/prepare.h>
 #include <rarefy/quantization/qconfig.h>
 #include <rarefy/quantization/quantized_checkpoint.h>
 #include <rarefy/quantization/saved.h>
 #include <rarefy/quantization/schedule.h>
 #include <rarefy/quantization/scheme.h>
+#include <rarefy/quantization/simulate.h>
 #include <rarefy/quantization/target.h>
 #include <rarefy/version.h>

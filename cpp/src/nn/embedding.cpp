@@ -76,8 +76,11 @@ torch::Tensor EmbeddingImpl::compute(const torch::Tensor& indices, const torch::
 }
 
 torch::Tensor EmbeddingImpl::run_prepared(const torch::Tensor& indices) {
-  const auto rows = compute(indices, weight, {});
   auto& quantizer = *quant->find("weight");
+  if (!quantizer.options.scheme.is_plain()) {
+    return compute(indices, quantizer.forward(weight), {});
+  }
+  const auto rows = compute(indices, weight, {});
   if (!quantizer.quantize || rows.numel() == 0) {
     return rows;
   }

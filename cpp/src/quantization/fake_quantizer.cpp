@@ -16,13 +16,17 @@ FakeQuantizerImpl::FakeQuantizerImpl(FakeQuantizerOptions options_) : options(st
 }
 
 void FakeQuantizerImpl::reset() {
-  const int64_t size = options.scheme.axis().has_value() ? options.channels : 1;
+  std::vector<int64_t> size = {options.scheme.axis().has_value() ? options.channels : 1};
+  if (!options.scheme.block().empty() && !options.scheme.dynamic && !options.shape.empty()) {
+    size = options.scheme.scale_shape(options.shape);
+  }
   constexpr float infinity = std::numeric_limits<float>::infinity();
-  scale = register_buffer("scale", torch::ones({size}));
-  zero_point = register_buffer("zero_point", torch::zeros({size}, torch::kInt32));
-  min_val = register_buffer("min_val", torch::full({size}, infinity));
-  max_val = register_buffer("max_val", torch::full({size}, -infinity));
+  scale = register_buffer("scale", torch::ones(size));
+  zero_point = register_buffer("zero_point", torch::zeros(size, torch::kInt32));
+  min_val = register_buffer("min_val", torch::full(size, infinity));
+  max_val = register_buffer("max_val", torch::full(size, -infinity));
   skipped = register_buffer("skipped", torch::zeros({1}, torch::kInt64));
+  register_format_buffers();
 }
 
 void FakeQuantizerImpl::pretty_print(std::ostream& stream) const {
@@ -80,6 +84,9 @@ void FakeQuantizerImpl::update(const torch::Tensor& x, const torch::Tensor& fact
 
 torch::Tensor FakeQuantizerImpl::forward(const torch::Tensor& x) {
   const auto& scheme = options.scheme;
+  if (!scheme.is_plain()) {
+    return forward_format(x);
+  }
   const bool is_weight = std::holds_alternative<Latest>(options.observer);
   const bool observe_here = observes_now();
   if (observe_here && is_recomputing()) {
@@ -120,8 +127,9 @@ void FakeQuantizerImpl::observe_over_processes(const torch::Tensor& x) {
   auto low = torch::full_like(min_val, infinity), high = torch::full_like(max_val, -infinity);
   auto local_scale = torch::empty_like(scale), local_zero_point = torch::empty_like(zero_point);
   auto bad = torch::zeros_like(skipped);
-  ops::observe(x, low, high, local_scale, local_zero_point, bad, scheme.axis(), std::nullopt, scheme.qmin(),
-               scheme.qmax(), scheme.symmetric);
+  const auto [qmin, qmax] = scheme.observed_range();
+  ops::observe(x, low, high, local_scale, local_zero_point, bad, scheme.axis(), std::nullopt, qmin, qmax,
+               scheme.symmetric);
   const auto all = merged(low, high, bad);
   take(all, averaging_constant(options.observer));
   skipped.add_(all.slice(0, 2 * min_val.numel()).to(torch::kInt64));
@@ -131,6 +139,9 @@ void FakeQuantizerImpl::merge_over_processes() {
   const torch::NoGradGuard no_grad;
   const auto all = merged(min_val, max_val, skipped);
   take(all, std::nullopt);
+  if (!options.scheme.is_plain()) {
+    derive_format_scale();
+  }
   skipped.copy_(all.slice(0, 2 * min_val.numel()));
 }
 
@@ -149,7 +160,7 @@ void FakeQuantizerImpl::take(const torch::Tensor& merged, std::optional<double> 
   auto counted_already = torch::zeros_like(skipped);
   ops::observe(torch::stack({-merged.slice(0, 0, n), merged.slice(0, n, 2 * n)}), min_val, max_val, scale, zero_point,
                counted_already, scheme.axis().has_value() ? std::optional<int64_t>(1) : std::nullopt, constant,
-               scheme.qmin(), scheme.qmax(), scheme.symmetric);
+               scheme.observed_range().first, scheme.observed_range().second, scheme.symmetric);
 }
 
 void FakeQuantizerImpl::tell_skipped(const torch::Tensor& x) {
@@ -180,6 +191,6 @@ void FakeQuantizerImpl::load(torch::serialize::InputArchive& archive) {
   refresh();
 }
 
-bool FakeQuantizerImpl::calibrated() const { return (min_val <= max_val).all().item<bool>(); }
+bool FakeQuantizerImpl::calibrated() const { return options.scheme.dynamic || (min_val <= max_val).all().item<bool>(); }
 
 }  // namespace rarefy::quantization

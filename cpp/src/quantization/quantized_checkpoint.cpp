@@ -45,6 +45,9 @@ const char* boolean(bool value) { return value ? "true" : "false"; }
 // ---- writing ----
 
 void append_scheme(std::string& json, const Scheme& scheme) {
+  TORCH_CHECK_VALUE(scheme.is_plain(),
+                    "[save_quantized] a folder holds integers with one observed scale per tensor or channel, got ",
+                    scheme.str());
   const auto axis = scheme.axis();
   json += fmt::format(
       R"({{"bits": {}, "symmetric": {}, "signed": {}, "narrow_range": {}, "qmin": {}, "qmax": {}, "axis": {}}})",

@@ -88,13 +88,17 @@ bool TargetProfile::executes(const std::string& kind) const { return contains(fa
 bool TargetProfile::has_per_channel(const std::string& kind) const { return contains(per_channel, layer_family(kind)); }
 
 LayerConfig TargetProfile::adapt(LayerConfig config, const std::string& kind) const {
-  if (config.weight.has_value() && !has_per_channel(kind)) {
+  if (config.weight.has_value() && config.weight->axis().has_value() && !has_per_channel(kind)) {
     config.weight->granularity = PerTensor{};
   }
   return config;
 }
 
 std::optional<std::string> TargetProfile::why_not_written(const Scheme& activation) const {
+  if (!activation.is_plain()) {
+    return fmt::format("{} holds integers with one observed scale per tensor or channel, got {}", name,
+                       activation.str());
+  }
   if (activation.axis().has_value()) {
     return fmt::format("{} has one scale per activation, got {}", name, activation.str());
   }
@@ -118,6 +122,10 @@ std::optional<std::string> TargetProfile::why_not_written(const Scheme& activati
 std::optional<std::string> TargetProfile::why_not(const LayerConfig& config, const std::string& kind) const {
   if (!executes(kind)) {
     return fmt::format("{} runs {} in integers, got {}", name, fmt::join(families, ", "), kind);
+  }
+  if (config.weight.has_value() && !config.weight->is_plain()) {
+    return fmt::format("{} holds integers with one scale per tensor or channel, got the weight {}", name,
+                       config.weight->str());
   }
   if (!config.activation.has_value() || layer_family(kind) == "embedding") {
     return std::nullopt;

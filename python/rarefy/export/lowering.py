@@ -238,7 +238,8 @@ def check_quantizers(function: str, model: nn.Module) -> None:
     """Whether every fake quantizer of the model can be written.
 
     Raises:
-        ValueError: some have seen no data or are switched off (they are named), or have a scale that is not positive.
+        ValueError: some have seen no data or are switched off (they are named), have a scale that is not positive, or a format
+            that no file here holds.
     """
     quantizers = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantizer)}
 
@@ -249,6 +250,11 @@ def check_quantizers(function: str, model: nn.Module) -> None:
                 f"[{function}] every quantizer must {rule}, got {len(names)} of {len(quantizers)}: {shown}"
             )
 
+    for name, q in quantizers.items():
+        if not q.is_plain:
+            raise ValueError(
+                f"[{function}] a file holds integers with one observed scale per tensor or channel, got {q.scheme} in {name}"
+            )
     # A weight is observed when its integers are read; nobody needs to have run it before.
     waiting = [
         name

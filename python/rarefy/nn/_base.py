@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rarefy._core.quantization import LONGEST_INTEGER_SUM, Latest, PerChannel, Scheme, has_exact_integer_products
+from rarefy._core.quantization import LONGEST_INTEGER_SUM, Latest, PerChannel, has_exact_integer_products
 from rarefy.nn.relu import mark_rectified, rectify
 from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.qconfig import QConfig
@@ -217,14 +217,8 @@ class WeightedLayer(QuantizableLayer):
         scheme = config.weight
         assert scheme is not None
         if scheme.axis is not None and scheme.axis != self.channel_axis:
-            scheme = Scheme(
-                bits=scheme.bits,
-                symmetric=scheme.symmetric,
-                signed=scheme.signed,
-                narrow_range=scheme.narrow_range,
-                granularity=PerChannel(self.channel_axis),
-            )
-        return FakeQuantizer(scheme, Latest(), self.weight.shape[self.channel_axis])
+            scheme = scheme.with_granularity(PerChannel(self.channel_axis))
+        return FakeQuantizer(scheme, Latest(), self.weight.shape[self.channel_axis], self.weight.shape)
 
     def _attach(self, config: QConfig, relu: bool, quantize_output: bool) -> None:
         super()._attach(config, relu, quantize_output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.nn._base import WeightedLayer
@@ -19,7 +20,8 @@ class Embedding(WeightedLayer, nn.Embedding):
     """``torch.nn.Embedding`` in quantization-aware training: indices of any shape to [..., embedding_dim].
 
     Only the weight is quantized, per row where the configuration says per channel. Then only the rows that are looked up
-    are rounded and observed, so that a step costs as much as its batch, not as the table.
+    are rounded and observed, so that a step costs as much as its batch, not as the table. With a scheme that is not plain
+    (groups, minifloats, codebooks) the whole table is rounded.
     Made by ``rarefy.quantization.prepare_qat`` and ``prepare`` from an ``nn.Embedding``, whose Parameter it keeps.
     """
 
@@ -53,9 +55,12 @@ class Embedding(WeightedLayer, nn.Embedding):
 
     def forward(self, indices: Tensor) -> Tensor:
         """The rows of the indices, each on its grid."""
-        rows = nn.Embedding.forward(self, indices)
         quantizer = self.quant.weight
         assert quantizer is not None
+        if not quantizer.is_plain:
+            table = quantizer(self.weight)
+            return F.embedding(indices, table, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        rows = nn.Embedding.forward(self, indices)
         if not quantizer.quantize or rows.numel() == 0:
             return rows
         limits = (quantizer.qmin, quantizer.qmax)

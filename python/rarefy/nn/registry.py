@@ -115,6 +115,6 @@ def integer_type(layer: QuantizableLayer) -> type[nn.Module] | None:
         return None  # one of its inputs is floating point
     quant = layer.quant
     grids = (q for q in (quant.input, quant.input0, quant.input1, quant.weight) if q is not None)
-    if any(q.qmax - q.qmin > 255 for q in grids):
-        return None  # 16 bits: there are no such kernels
+    if any(not q.is_plain or q.qmax - q.qmin > 255 for q in grids):
+        return None  # other formats, more than 8 bits: there are no such kernels
     return _INTEGER.get(type(layer))

@@ -1,6 +1,26 @@
 """Quantization: schemes, fake quantizers, quantization-aware training, calibration, integer execution."""
 
-from rarefy._core.quantization import Latest, MinMax, MovingAverage, PerChannel, PerTensor, Scheme
+from rarefy._core.quantization import (
+    MX,
+    NF4,
+    NVFP4,
+    Binary,
+    Codebook,
+    Integer,
+    Latest,
+    Minifloat,
+    MinMax,
+    MovingAverage,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QuantizedTensorParts,
+    Scheme,
+    Ternary,
+    quantize_to,
+)
 from rarefy.quantization.batch_norm import freeze_batch_norm, reestimate_batch_norm
 from rarefy.quantization.checkpoint import checkpoint_context
 from rarefy.quantization.fake_quantizer import FakeQuantizer
@@ -12,17 +32,29 @@ from rarefy.quantization.schedule import QATSchedule
 from rarefy.quantization.state import load_float_state_dict
 
 __all__ = [
+    "MX",
+    "NF4",
+    "NVFP4",
+    "Binary",
+    "Codebook",
     "FakeQuantizer",
+    "Integer",
     "Latest",
     "LayerReport",
     "MinMax",
+    "Minifloat",
     "MovingAverage",
+    "PerBlock",
     "PerChannel",
+    "PerGroup",
     "PerTensor",
+    "PerToken",
     "QATSchedule",
     "QConfig",
     "QuantizationReport",
+    "QuantizedTensorParts",
     "Scheme",
+    "Ternary",
     "calibrate",
     "checkpoint_context",
     "convert",
@@ -31,6 +63,7 @@ __all__ = [
     "load_quantized",
     "prepare",
     "prepare_qat",
+    "quantize_to",
     "reestimate_batch_norm",
     "report",
     "save_quantized",

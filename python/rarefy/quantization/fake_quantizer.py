@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from rarefy._core.quantization import Latest, MinMax, MovingAverage, Scheme, averaging_constant
-from rarefy.quantization import checkpoint
+from rarefy._core.quantization import Integer, Latest, MinMax, MovingAverage, Scheme, averaging_constant
+from rarefy.quantization import checkpoint, formats
 from rarefy.quantization.distributed import RangeSync
 
 Observer = MinMax | MovingAverage | Latest
@@ -22,6 +23,11 @@ class FakeQuantizer(nn.Module):
     infinity: their range is left out, and they are rounded to the grid so far (that of [0, 0], scale 1, while there is
     none). The same names and shapes as in C++.
 
+    A scheme that is not plain (``Scheme.is_plain``) is simulated: its ``scale``, ``zero_point``, ``min_val`` and ``max_val``
+    have the shape of ``scheme.scale_shape(shape)`` for a weight; with a dynamic scheme they stay as they are and nothing is
+    observed. A codebook is a buffer ``codebook``, made by k-means at the first forward and kept; stochastic rounding has
+    the buffer ``draws`` (int64 [2]: seed, number of forwards).
+
     A weight (observer ``Latest``) is observed at every forward; an activation while training, and in calibration
     (``observe`` without ``quantize``) always, but not inside of a backward pass: such a forward recomputes activations
     (gradient checkpointing, see ``checkpoint_context``).
@@ -30,6 +36,8 @@ class FakeQuantizer(nn.Module):
         scheme: the grid.
         observer: how the range follows the data.
         channels: number of channels for ``PerChannel``; ignored for ``PerTensor``.
+        shape: shape of the weight, from which those of scales per group or block and of codebooks follow; None for
+            activations.
 
     Raises:
         ValueError: channels < 1; in forward: nothing was observed yet, the data is empty, or a weight is NaN or infinite
@@ -41,8 +49,16 @@ class FakeQuantizer(nn.Module):
     min_val: Tensor
     max_val: Tensor
     skipped: Tensor
+    codebook: Tensor  # of codebooks alone
+    draws: Tensor  # of stochastic rounding alone
 
-    def __init__(self, scheme: Scheme, observer: Observer | None = None, channels: int = 1) -> None:
+    def __init__(
+        self,
+        scheme: Scheme,
+        observer: Observer | None = None,
+        channels: int = 1,
+        shape: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         if channels < 1:
             raise ValueError(f"[FakeQuantizer] channels must be at least 1, got {channels}")
@@ -53,7 +69,9 @@ class FakeQuantizer(nn.Module):
         self.name = ""  # "fc1.quant.input", say; for messages
         self.sync: RangeSync | None = None  # shares ranges between processes
         # Plain Python values, so that forward reads no bound object and torch.compile sees constants.
-        self.qmin, self.qmax, self.axis, self.dtype = scheme.qmin, scheme.qmax, scheme.axis, scheme.dtype
+        self.qmin, self.qmax = scheme.observed_range  # of a format without integers: what its observer computes with
+        self.axis, self.dtype = scheme.axis, scheme.dtype if isinstance(scheme.format, Integer) else None
+        self.is_plain, self.plan = scheme.is_plain, formats.plan_of(scheme)
         self._symmetric = scheme.symmetric
         self._constant = averaging_constant(self.observer)
         self._is_weight = isinstance(self.observer, Latest)
@@ -62,17 +80,20 @@ class FakeQuantizer(nn.Module):
         self._has_observed = False
         self._known_calibrated = False
         self._told = False
-        size = 1 if scheme.axis is None else channels
+        size = [1 if scheme.axis is None else channels]
+        if scheme.block and not scheme.dynamic and shape is not None:
+            size = scheme.scale_shape(list(shape))
         self.register_buffer("scale", torch.ones(size))
         self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32))
-        self.register_buffer("min_val", torch.full((size,), float("inf")))
-        self.register_buffer("max_val", torch.full((size,), float("-inf")))
+        self.register_buffer("min_val", torch.full(size, float("inf")))
+        self.register_buffer("max_val", torch.full(size, float("-inf")))
         self.register_buffer("skipped", torch.zeros(1, dtype=torch.int64))
+        formats.register_buffers(self, self.plan, scheme.seed)
 
     @property
     def calibrated(self) -> bool:
-        """True once something was observed."""
-        return bool((self.min_val <= self.max_val).all())
+        """True once something was observed; always, where nothing has to be."""
+        return self.plan.dynamic or bool((self.min_val <= self.max_val).all())
 
     @property
     def _state(self) -> tuple[Tensor, ...]:
@@ -80,6 +101,8 @@ class FakeQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid when ``quantize`` is set, ``x`` itself otherwise."""
+        if not self.is_plain:
+            return formats.forward(self, x)
         if self.observe and (self.training or not self.quantize or self._is_weight):
             return self._observe(x)
         if not self.quantize:
@@ -156,6 +179,14 @@ class FakeQuantizer(nn.Module):
             x = y
         self._note_observed()
         return x
+
+    def _observe_range(self, x: Tensor) -> None:
+        """Takes the range of ``x`` in, of all processes."""
+        if self.sync is not None and self.sync.is_active():
+            self.sync.observe(x, self._state, self.axis, self._constant, (self.qmin, self.qmax), self._symmetric)
+        else:
+            arguments = (self.axis, self._constant, self.qmin, self.qmax, self._symmetric)
+            torch.ops.rarefy.observe(x.detach(), *self._state, *arguments)
 
     def _note_observed(self) -> None:
         if not self._has_observed:

@@ -34,7 +34,7 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     if (config.activation.has_value() && quantizes_input()) {
       specs_.push_back({"input", {*config.activation, config.observer.value_or(default_observer), 1}});
     }
-    specs_.push_back({"weight", {*config.weight, quantization::Latest{}, weight.size(0)}});
+    specs_.push_back({"weight", {*config.weight, quantization::Latest{}, weight.size(0), weight.sizes().vec()}});
     quant = this->register_module("quant", QuantState(specs_));
     quant->train(this->is_training());
     quant->to(weight.device());
@@ -58,6 +58,11 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   }
 
   void convert() override {
+    for (const auto& [name, quantizer] : quant->quantizers()) {
+      if (!quantizer->options.scheme.is_plain()) {  // stays as it is, simulated
+        return;
+      }
+    }
     auto integers = integer_weight();
     become_integer(integers.values, integers.bias);
   }

@@ -7,6 +7,7 @@
 
 #include <functional>
 #include <string>
+#include <vector>
 
 namespace rarefy::quantization {
 
@@ -16,6 +17,9 @@ struct FakeQuantizerOptions {
   Observer observer = MovingAverage{};
   /// Number of channels for PerChannel; ignored for PerTensor.
   int64_t channels = 1;
+  /// Shape of the weight that is quantized, from which the shapes of scales per group or block and of codebooks follow; unset
+  /// for activations.
+  std::vector<int64_t> shape = {};
 };
 
 /// Observes ranges and rounds to the grid, in floating point, with the clipped straight-through gradient.
@@ -23,6 +27,11 @@ struct FakeQuantizerOptions {
 /// Buffers of shape [1] or [channels]: scale (float32), zero_point (int32), min_val and max_val (float32, +inf and -inf
 /// until something was observed). skipped (int64 [1]) counts the batches that held a NaN or an infinity: their range is left
 /// out, and they are rounded to the grid so far (that of [0, 0], scale 1, while there is none).
+///
+/// A scheme that is not plain (Scheme::is_plain) is simulated by the operators of rarefy/ops/formats.h. Its scale, zero_point,
+/// min_val and max_val have the shape that Scheme::scale_shape gives for a weight; with a dynamic scheme they stay as they are and
+/// nothing is observed. A codebook is a buffer `codebook` (float32, scale_shape and the entries; [entries] per tensor), made by
+/// k-means at the first forward and kept. Stochastic rounding has the buffer `draws` (int64 [2]: seed, number of forwards).
 ///
 /// A weight (Latest) is observed at every forward; an activation while training, and in calibration (observe without
 /// quantize) always, but not inside of a backward pass: such a forward recomputes activations (gradient checkpointing).
@@ -67,8 +76,13 @@ class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerIm
   /// element-wise maximum over all of them, in place. set_process_group (rarefy/quantization/distributed.h) sets it.
   std::function<void(torch::Tensor&)> all_reduce_max;
   torch::Tensor scale, zero_point, min_val, max_val, skipped;
+  torch::Tensor codebook, draws;  // undefined where the scheme has none
 
  private:
+  void register_format_buffers();
+  torch::Tensor forward_format(const torch::Tensor& x);
+  void observe_weight_format(const torch::Tensor& x);
+  void derive_format_scale();
   bool observes_now() const;
   bool is_recomputing() const;
   void require_calibrated();
