@@ -36,10 +36,12 @@
 #include <rarefy/ops/distillation_loss.h>
 #include <rarefy/ops/fake_quantize.h>
 #include <rarefy/ops/fake_quantize_learned.h>
+#include <rarefy/ops/histogram.h>
 #include <rarefy/ops/inverse_std.h>
 #include <rarefy/ops/linear_distillation_loss.h>
 #include <rarefy/ops/mask.h>
 #include <rarefy/ops/quantized.h>
+#include <rarefy/ops/range_search.h>
 #include <rarefy/ops/relu.h>
 #include <rarefy/ops/top_k_distillation_loss.h>
 #include <rarefy/pruning/choice.h>
@@ -53,11 +55,14 @@
 #include <rarefy/pruning/surgery.h>
 #include <rarefy/quantization/batch_norm.h>
 #include <rarefy/quantization/fake_quantizer.h>
+#include <rarefy/quantization/observer.h>
 #include <rarefy/quantization/prepare.h>
 #include <rarefy/quantization/qconfig.h>
 #include <rarefy/quantization/quantized_checkpoint.h>
+#include <rarefy/quantization/range_statistics.h>
 #include <rarefy/quantization/saved.h>
 #include <rarefy/quantization/schedule.h>
 #include <rarefy/quantization/scheme.h>
+#include <rarefy/quantization/statistics.h>
 #include <rarefy/quantization/target.h>
 #include <rarefy/version.h>
