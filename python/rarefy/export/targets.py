@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rarefy import nn as rnn
-from rarefy._core.quantization import Latest, TargetProfile
+from rarefy._core.quantization import TargetProfile
 from rarefy.export.lowering import QuantizeDequantize, _LoweredConv, _LoweredLinear
 from rarefy.export.report import Overflow
 from rarefy.quantization import FakeQuantizer
@@ -33,7 +33,7 @@ _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
 
 def _activations(model: nn.Module) -> Iterator[tuple[str, FakeQuantizer]]:
     for name, module in model.named_modules():
-        if isinstance(module, FakeQuantizer) and not isinstance(module.observer, Latest):
+        if isinstance(module, FakeQuantizer) and not module.is_weight:
             yield name, module
 
 

@@ -224,7 +224,7 @@ class WeightedLayer(QuantizableLayer):
                 narrow_range=scheme.narrow_range,
                 granularity=PerChannel(self.channel_axis),
             )
-        return FakeQuantizer(scheme, Latest(), self.weight.shape[self.channel_axis])
+        return FakeQuantizer(scheme, config.weight_observer or Latest(), self.weight.shape[self.channel_axis])
 
     def _attach(self, config: QConfig, relu: bool, quantize_output: bool) -> None:
         super()._attach(config, relu, quantize_output)
