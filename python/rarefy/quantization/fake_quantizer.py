@@ -340,9 +340,11 @@ class FakeQuantizer(nn.Module):
         self._has_observed = self._known_calibrated = False  # found out when it matters
         self._searched = None
         if not self.scale.is_meta:
-            # A checkpoint of a calibration that had not come to its end has statistics and no range.
-            self._pending = self.statistics is not None and not bool((self.min_val <= self.max_val).all())
-            self._has_observed = self._known_calibrated = self.calibrated
+            # A checkpoint of a calibration that had not come to its end has statistics and no range. They are loaded next.
+            has_range = bool((self.min_val <= self.max_val).all())
+            self._pending = self.statistics is not None and not has_range
+            self._known_calibrated = has_range
+            self._has_observed = has_range or self._pending
             self._told = bool(self.skipped.item())
 
     def extra_repr(self) -> str:

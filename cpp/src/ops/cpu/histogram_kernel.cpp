@@ -51,7 +51,7 @@ void histogram_observe_cpu(const at::Tensor& x, at::Tensor& hist, at::Tensor& hi
   constexpr const char* function = "histogram_observe";
   const int64_t resolved = check_histogram_observe(function, x, hist, hist_min, hist_max, skipped, axis);
   check_state_values(function, hist_min, hist_max);
-  auto rows = row_histograms(value_rows(x, resolved), hist.size(1));
+  auto rows = row_histograms(x, resolved, hist.size(1));
   if (!rows.has_value()) {
     ++*skipped.data_ptr<int64_t>();
     return;

@@ -83,15 +83,14 @@ std::tuple<at::Tensor, at::Tensor> mse_range_cpu(const at::Tensor& x, std::optio
       check_mse_range(function, x, axis, qmin, qmax, symmetric, norm, steps, bins, importance);
   constexpr int64_t kValuesPerBin = 16;
   const TargetGrid grid{qmin, qmax, symmetric, power_of_two};
-  auto rows = value_rows(x, resolved);
-  const int64_t count = rows.size(0), n = rows.size(1);
+  const int64_t count = resolved < 0 ? 1 : x.size(resolved), n = x.numel() / count;
   auto low = at::empty({count}, x.options().dtype(at::kFloat)), high = at::empty_like(low);
   const auto store = [&](int64_t row, ValueRange range) {
     low.data_ptr<float>()[row] = range.low;
     high.data_ptr<float>()[row] = range.high;
   };
   if (bins > 0 && !importance.has_value() && n >= kValuesPerBin * bins) {
-    auto histograms = row_histograms(rows, bins);
+    auto histograms = row_histograms(x, resolved, bins);
     TORCH_CHECK_VALUE(histograms.has_value(), "[", function, "] input must be finite, got NaN or infinite values");
     at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
@@ -101,10 +100,10 @@ std::tuple<at::Tensor, at::Tensor> mse_range_cpu(const at::Tensor& x, std::optio
     });
     return {low, high};
   }
+  // Beside an importance the values of a row must lie in the order of the axes.
+  auto rows = value_rows(importance.has_value() ? x.contiguous() : x, resolved);
   at::Tensor weights;
   if (importance.has_value()) {
-    // Rows as those of x, which must then lie in the order of its axes.
-    rows = value_rows(x.contiguous(), resolved);
     weights = value_rows(importance->to(at::kFloat).expand_as(x).contiguous(), resolved);
     TORCH_CHECK_VALUE(weights.ge(0).logical_and(at::isfinite(weights)).all().item<bool>(), "[", function,
                       "] importance must be finite and not negative, but is not");

@@ -29,6 +29,11 @@ void RowHistogram::flush() {
   recent_count_ = 0;
 }
 
+void RowHistogram::release() {
+  flush();
+  std::vector<uint32_t>().swap(recent_);
+}
+
 void RowHistogram::widen(float low, float high) {
   low_ = std::min(low_, low);
   high_ = std::max(high_, high);
@@ -87,8 +92,20 @@ at::Tensor value_rows(const at::Tensor& x, int64_t axis) {
   return values.movedim(axis, 0).reshape({values.size(axis), -1}).contiguous();
 }
 
-std::optional<std::vector<RowHistogram>> row_histograms(const at::Tensor& rows, int64_t bins) {
-  const int64_t count = rows.size(0), n = rows.size(1);
+/// The rows of x where each of them lies in long runs, as the channels of contiguous images do: [runs, rows, values].
+std::optional<at::Tensor> runs_of_rows(const at::Tensor& x, int64_t axis) {
+  constexpr int64_t kLongRun = 512;
+  const auto values = x.scalar_type() == at::kDouble ? x.to(at::kFloat) : x;
+  if (axis < 0 || values.size(axis) == 1 || !values.is_contiguous() || values.stride(axis) < kLongRun) {
+    return std::nullopt;
+  }
+  return values.view({-1, values.size(axis), values.stride(axis)});
+}
+
+std::optional<std::vector<RowHistogram>> row_histograms(const at::Tensor& x, int64_t axis, int64_t bins) {
+  const auto runs = runs_of_rows(x, axis);
+  const auto rows = runs.has_value() ? *runs : value_rows(x, axis).unsqueeze(0);
+  const int64_t repeats = rows.size(0), count = rows.size(1), n = rows.size(2);
   const auto type = layout_of(rows, -1).type;
   const auto* values = static_cast<const char*>(rows.const_data_ptr());
   std::atomic<bool> finite{true};
@@ -112,11 +129,13 @@ std::optional<std::vector<RowHistogram>> row_histograms(const at::Tensor& rows, 
     }
     return result;
   }
-  at::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(n, 1)), [&](int64_t first, int64_t last) {
+  at::parallel_for(0, count, std::max<int64_t>(1, kGrain / (repeats * n)), [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       auto& histogram = result[static_cast<size_t>(row)];
-      fill(histogram, row * n, (row + 1) * n);
-      histogram.counts();
+      for (int64_t i = row; i < repeats * count; i += count) {
+        fill(histogram, i * n, (i + 1) * n);
+      }
+      histogram.release();
     }
   });
   return finite.load() ? std::optional(std::move(result)) : std::nullopt;

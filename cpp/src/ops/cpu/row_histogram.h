@@ -24,6 +24,9 @@ class RowHistogram {
   void add(const int64_t* counts, float low, float high);
   void add(RowHistogram& other);
 
+  /// Gives the memory back that counting needs. It is taken again when more is counted.
+  void release();
+
   bool empty() const { return low_ > high_; }
   float low() const { return low_; }
   float high() const { return high_; }
@@ -50,7 +53,7 @@ class RowHistogram {
 /// float64 becomes float32.
 at::Tensor value_rows(const at::Tensor& x, int64_t axis);
 
-/// The histograms of the rows of value_rows(), on all threads; unset when a value is not finite.
-std::optional<std::vector<RowHistogram>> row_histograms(const at::Tensor& rows, int64_t bins);
+/// The histograms of x per tensor (axis -1) or per index of the axis, on all threads; unset when a value is not finite.
+std::optional<std::vector<RowHistogram>> row_histograms(const at::Tensor& x, int64_t axis, int64_t bins);
 
 }  // namespace rarefy::ops
