@@ -14,36 +14,6 @@ void init_quantization(py::module_& parent) {
 
   init_scheme(m);
 
-  py::class_<MinMax>(m, "MinMax", "Running minimum and maximum of everything seen.")
-      .def(py::init<>())
-      .def(py::self == py::self)
-      .def("__hash__", [](const MinMax&) { return py::hash(py::str("MinMax")); })
-      .def("__repr__", [](const MinMax&) { return "MinMax()"; })
-      .def(py::pickle([](const MinMax&) { return py::tuple(); }, [](const py::tuple&) { return MinMax{}; }));
-
-  py::class_<MovingAverage>(m, "MovingAverage",
-                            "Exponential moving average of the batches' ranges: min += constant * (batch_min - min).")
-      .def(py::init([](double constant) {
-             MovingAverage average{constant};
-             validate(Observer(average));
-             return average;
-           }),
-           py::arg("constant") = 0.01)
-      .def_readonly("constant", &MovingAverage::constant)
-      .def(py::self == py::self)
-      .def("__hash__",
-           [](const MovingAverage& self) { return py::hash(py::make_tuple("MovingAverage", self.constant)); })
-      .def("__repr__", [](const MovingAverage& self) { return str(Observer(self)); })
-      .def(py::pickle([](const MovingAverage& self) { return py::make_tuple(self.constant); },
-                      [](const py::tuple& state) { return MovingAverage{state[0].cast<double>()}; }));
-
-  py::class_<Latest>(m, "Latest", "The range of the latest tensor alone: what a weight wants.")
-      .def(py::init<>())
-      .def(py::self == py::self)
-      .def("__hash__", [](const Latest&) { return py::hash(py::str("Latest")); })
-      .def("__repr__", [](const Latest&) { return "Latest()"; })
-      .def(py::pickle([](const Latest&) { return py::tuple(); }, [](const py::tuple&) { return Latest{}; }));
-
   m.attr("LONGEST_INTEGER_SUM") = ops::kLongestSum;
   m.def("has_exact_integer_products", &ops::has_exact_integer_products,
         "Whether the processor sums products of bytes in 32 bits, without saturating (AVX512-VNNI, AVX-VNNI).");
@@ -51,18 +21,21 @@ void init_quantization(py::module_& parent) {
         "How many weights of converted layers are kept packed for the CPU's int8 kernels.");
   m.def("clear_packed_weights", &ops::clear_packed_weights,
         "Drop the packed forms of all weights; they are made again when they are needed.");
-  m.def(
-      "averaging_constant", [](const Observer& observer) { return averaging_constant(observer); }, py::arg("observer"),
-      "The averaging constant that torch.ops.rarefy.observe takes for an observer.");
 
   m.def(
       "validate_layer_config",
       [](const std::optional<Scheme>& weight, const std::optional<Scheme>& activation,
-         const std::optional<Observer>& observer, c10::ScalarType gradient_dtype) {
-        LayerConfig{.weight = weight, .activation = activation, .observer = observer, .gradient_dtype = gradient_dtype}
+         const std::optional<Observer>& observer, const std::optional<Observer>& weight_observer,
+         c10::ScalarType gradient_dtype) {
+        LayerConfig{.weight = weight,
+                    .activation = activation,
+                    .observer = observer,
+                    .weight_observer = weight_observer,
+                    .gradient_dtype = gradient_dtype}
             .validate();
       },
-      py::arg("weight"), py::arg("activation"), py::arg("observer"), py::arg("gradient_dtype"),
+      py::arg("weight"), py::arg("activation"), py::arg("observer"), py::arg("weight_observer"),
+      py::arg("gradient_dtype"),
       "Raises ValueError for a scheme that no layer can execute.");
   m.def(
       "why_not_integer",

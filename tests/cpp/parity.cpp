@@ -18,6 +18,9 @@
 // rarefy_parity --losses HINT CONTRASTIVE DATA OUT: loads the states of a Hint (4 to 6 features) and of a ContrastiveRepresentation,
 //   computes every loss of distillation on the tensors of DATA, and writes them to OUT by name. Takes one step of SGD on
 //   both, and writes their states to OUT.hint and OUT.contrastive, of test_parity.py.
+// rarefy_parity --observe OBSERVER STATE DATA OUT: goes on with the calibration of one uint8 quantizer. OBSERVER: as it prints
+//   itself. STATE: the quantizer's. DATA: batches x0, x1, ... Writes its state, range chosen, to OUT, of
+//   test_observer_quantizers.py.
 // rarefy_parity --read FILE...: one line per file, its tensors' sum of bytes or why it is refused.
 #include "parity.h"
 
@@ -238,6 +241,42 @@ int read_all(int argc, char** argv) {
   return 0;
 }
 
+/// The observer of those that test_observer_quantizers.py tries that prints itself so.
+rarefy::quantization::Observer observer_called(const std::string& text) {
+  using namespace rarefy::quantization;
+  const std::vector<Observer> known{
+      Histogram{.bins = 256},
+      Histogram{.bins = 256, .search = RangeSearch::kl},
+      Histogram{.bins = 256, .search = RangeSearch::none},
+      Histogram{.bins = 256, .norm = 2.4},
+      Percentile{.percentile = 99.0, .bins = 256},
+      SQNR{.clip_weight = 3.0, .bins = 256},
+      MeanNoOutliers{.batches = 8},
+      MeanNoOutliers{.quantile = 0.1},
+  };
+  for (const auto& observer : known) {
+    if (str(observer) == text) {
+      return observer;
+    }
+  }
+  TORCH_CHECK(false, "no observer is called ", text);
+}
+
+int observe(char** argv) {
+  rarefy::quantization::FakeQuantizer quantizer(rarefy::quantization::FakeQuantizerOptions{
+      .scheme = {.bits = 8, .symmetric = false}, .observer = observer_called(argv[2])});
+  quantizer->eval();
+  quantizer->quantize = false;
+  rarefy::load_safetensors(*quantizer, argv[3]);
+  const auto data = rarefy::load_safetensors(argv[4]).tensors;
+  for (int i = 0; data.contains("x" + std::to_string(i)); ++i) {
+    quantizer(data["x" + std::to_string(i)]);
+  }
+  TORCH_CHECK(quantizer->calibrated(), "nothing was observed");
+  rarefy::save_safetensors(*quantizer, argv[5]);
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -260,12 +299,15 @@ int main(int argc, char** argv) {
   if (mode == "--losses" && argc == 6) {
     return losses(argv);
   }
+  if (mode == "--observe" && argc == 6) {
+    return observe(argv);
+  }
   if (mode == "--read") {
     return read_all(argc, argv);
   }
   std::cerr
       << "usage: rarefy_parity --train EXECUTION MODEL DATA FIRST LAST OUT | --serve FOLDER DATA OUT | --continue MODEL BATCH OUT | "
          "--pruned FILE BATCH OUT | --distill STUDENT TEACHER DATA OUT | --losses HINT CONTRASTIVE DATA OUT | "
-         "--read FILE...\n";
+         "--observe OBSERVER STATE DATA OUT | --read FILE...\n";
   return 2;
 }

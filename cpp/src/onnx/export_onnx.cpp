@@ -79,7 +79,7 @@ struct NamedQuantizer {
   std::string name;
   std::shared_ptr<torch::nn::Module> module;  // keeps it alive
   FakeQuantizerImpl* quantizer;
-  bool is_weight() const { return std::holds_alternative<quantization::Latest>(quantizer->options.observer); }
+  bool is_weight() const { return quantizer->is_weight(); }
 };
 
 std::vector<NamedQuantizer> quantizers_of(const torch::nn::Module& model) {

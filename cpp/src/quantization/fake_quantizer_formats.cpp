@@ -73,9 +73,8 @@ void FakeQuantizerImpl::derive_format_scale() {
 
 torch::Tensor FakeQuantizerImpl::forward_format(const torch::Tensor& x) {
   const auto& scheme = options.scheme;
-  const bool is_weight = std::holds_alternative<Latest>(options.observer);
   if (observes_now() && !is_recomputing() && x.numel() > 0) {
-    if (is_weight) {
+    if (is_weight()) {
       observe_weight_format(x);
     } else if (!scheme.dynamic) {
       const torch::NoGradGuard no_grad;

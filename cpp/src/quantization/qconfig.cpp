@@ -39,6 +39,13 @@ void LayerConfig::validate() const {
   }
   if (observer.has_value()) {
     quantization::validate(*observer);
+    TORCH_CHECK_VALUE(std::holds_alternative<Latest>(*observer) || !follows_latest(*observer),
+                      "[QConfig] observer must gather over batches (for least error: Histogram), got ", str(*observer));
+  }
+  if (weight_observer.has_value()) {
+    quantization::validate(*weight_observer);
+    TORCH_CHECK_VALUE(follows_latest(*weight_observer),
+                      "[QConfig] weight_observer must be Latest, MSE or HalfQuadratic, got ", str(*weight_observer));
   }
   TORCH_CHECK_VALUE(gradient_dtype == c10::ScalarType::Float || gradient_dtype == c10::ScalarType::BFloat16,
                     "[QConfig] gradient_dtype must be float32 or bfloat16, got ", gradient_dtype);

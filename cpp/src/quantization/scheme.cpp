@@ -281,23 +281,4 @@ std::string str(const Granularity& granularity) {
   return is_one_of<PerToken>(granularity) ? "per-token" : "per-tensor";
 }
 
-std::optional<double> averaging_constant(const Observer& observer) {
-  if (const auto* average = std::get_if<MovingAverage>(&observer)) {
-    return average->constant;
-  }
-  return std::holds_alternative<Latest>(observer) ? std::optional<double>(1.0) : std::nullopt;
-}
-
-void validate(const Observer& observer) {
-  const double constant = averaging_constant(observer).value_or(1.0);
-  TORCH_CHECK_VALUE(constant > 0.0 && constant <= 1.0, "[MovingAverage] constant must be in (0, 1], got ", constant);
-}
-
-std::string str(const Observer& observer) {
-  if (const auto* average = std::get_if<MovingAverage>(&observer)) {
-    return fmt::format("MovingAverage(constant={})", average->constant);
-  }
-  return std::holds_alternative<Latest>(observer) ? "Latest()" : "MinMax()";
-}
-
 }  // namespace rarefy::quantization

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy import nn as rnn
-from rarefy.quantization import FakeQuantizer, Latest
+from rarefy.quantization import FakeQuantizer
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def check_quantizers(function: str, model: nn.Module) -> None:
     waiting = [
         name
         for name, q in quantizers.items()
-        if not q.calibrated and not (q.observe and isinstance(q.observer, Latest))
+        if not q.calibrated and not (q.observe and q.is_weight)
     ]
     refuse("have observed data (train a step, or calibrate), but these have not", waiting)
     refuse(

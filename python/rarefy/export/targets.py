@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rarefy import nn as rnn
-from rarefy._core.quantization import Latest, TargetProfile
+from rarefy._core.quantization import TargetProfile, has_exact_integer_products
 from rarefy.export.lowering import QuantizeDequantize, _LoweredConv, _LoweredLinear
 from rarefy.export.report import Overflow
 from rarefy.quantization import FakeQuantizer
@@ -33,7 +34,7 @@ _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
 
 def _activations(model: nn.Module) -> Iterator[tuple[str, FakeQuantizer]]:
     for name, module in model.named_modules():
-        if isinstance(module, FakeQuantizer) and not isinstance(module.observer, Latest):
+        if isinstance(module, FakeQuantizer) and not module.is_weight:
             yield name, module
 
 
@@ -76,6 +77,18 @@ def needs_wide_types(model: nn.Module) -> str | None:
     """What in the model needs the integer types of operator set 21, or None."""
     wide = [name for name, quantizer in _activations(model) if quantizer.scheme.bits == 16]
     return f"16-bit activations ({wide[0]})" if wide else None
+
+
+def warn_of_overflow(function: str, overflow: tuple[Overflow, ...]) -> None:
+    """Warns where this very processor adds products of bytes in 16 bits and some activations would saturate."""
+    if overflow and not has_exact_integer_products():
+        pairs = sum(layer.pairs for layer in overflow)
+        warnings.warn(
+            f"[{function}] this processor has no VNNI: sums of uint8 activations and int8 weights may saturate in "
+            f"{len(overflow)} layers ({pairs} pairs of weights), {overflow[0].layer} among them; weights of 7 bits do not: "
+            f"QConfig.int8(reduce_range=True)",
+            stacklevel=3,
+        )
 
 
 def pairwise_overflow(lowered: nn.Module) -> tuple[Overflow, ...]:

@@ -218,7 +218,8 @@ class WeightedLayer(QuantizableLayer):
         assert scheme is not None
         if scheme.axis is not None and scheme.axis != self.channel_axis:
             scheme = scheme.with_granularity(PerChannel(self.channel_axis))
-        return FakeQuantizer(scheme, Latest(), self.weight.shape[self.channel_axis], self.weight.shape)
+        observer = config.weight_observer or Latest()
+        return FakeQuantizer(scheme, observer, self.weight.shape[self.channel_axis], self.weight.shape)
 
     def _attach(self, config: QConfig, relu: bool, quantize_output: bool) -> None:
         super()._attach(config, relu, quantize_output)

@@ -20,6 +20,12 @@ from rarefy._core.quantization import (
     Scheme,
     Ternary,
     quantize_to,
+    MSE,
+    SQNR,
+    HalfQuadratic,
+    Histogram,
+    MeanNoOutliers,
+    Percentile,
 )
 from rarefy.quantization.batch_norm import freeze_batch_norm, reestimate_batch_norm
 from rarefy.quantization.checkpoint import checkpoint_context
@@ -30,6 +36,7 @@ from rarefy.quantization.report import LayerReport, QuantizationReport, report
 from rarefy.quantization.saved import load_quantized, save_quantized
 from rarefy.quantization.schedule import QATSchedule
 from rarefy.quantization.state import load_float_state_dict
+from rarefy.quantization.statistics import load_statistics, save_statistics
 
 __all__ = [
     "MX",
@@ -39,14 +46,20 @@ __all__ = [
     "Codebook",
     "FakeQuantizer",
     "Integer",
+    "MSE",
+    "SQNR",
+    "HalfQuadratic",
+    "Histogram",
     "Latest",
     "LayerReport",
+    "MeanNoOutliers",
     "MinMax",
     "Minifloat",
     "MovingAverage",
     "PerBlock",
     "PerChannel",
     "PerGroup",
+    "Percentile",
     "PerTensor",
     "PerToken",
     "QATSchedule",
@@ -61,11 +74,13 @@ __all__ = [
     "freeze_batch_norm",
     "load_float_state_dict",
     "load_quantized",
+    "load_statistics",
     "prepare",
     "prepare_qat",
     "quantize_to",
     "reestimate_batch_norm",
     "report",
     "save_quantized",
+    "save_statistics",
     "set_state",
 ]

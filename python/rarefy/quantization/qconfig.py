@@ -37,6 +37,8 @@ class QConfig:
         activation: format of the inputs of quantized layers, per tensor or dynamic; None quantizes weights only.
         observer: how activation ranges follow the data. None: ``MovingAverage(0.01)`` in ``prepare_qat``, ``MinMax()``
             in ``prepare``.
+        weight_observer: how a weight's range is found: ``Latest()`` (the default: its own range), ``MSE()`` or
+            ``HalfQuadratic()``.
         overrides: from a name pattern (``*`` and ``?``, matched against the whole dotted name) or a module type to a
             ``QConfig``, or to None, which keeps the layer in FP32. A name counts before a type, and of several the last.
             Or a function ``(name, module)`` that gives the same, and ``NotImplemented`` where the default holds.
@@ -58,6 +60,7 @@ class QConfig:
     weight: Scheme | None = None
     activation: Scheme | None = None
     observer: Observer | None = None
+    weight_observer: Observer | None = None
     overrides: Mapping[str | type[nn.Module], QConfig | None] | Callable[[str, nn.Module], object] = field(
         default_factory=dict
     )
@@ -67,7 +70,7 @@ class QConfig:
     target: str | None = None
 
     def __post_init__(self) -> None:
-        validate_layer_config(self.weight, self.activation, self.observer, self.gradient_dtype)
+        validate_layer_config(self.weight, self.activation, self.observer, self.weight_observer, self.gradient_dtype)
         if self.execution not in (None, "integer", "simulated"):
             raise ValueError(f"[QConfig] execution must be 'integer', 'simulated' or None, got {self.execution!r}")
         if not isinstance(self.overrides, Mapping) and not callable(self.overrides):

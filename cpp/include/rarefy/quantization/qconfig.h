@@ -20,6 +20,8 @@ struct LayerConfig {
   std::optional<Scheme> activation = std::nullopt;
   /// How activation ranges follow the data. Unset: MovingAverage(0.01) in prepare_qat, MinMax in prepare.
   std::optional<Observer> observer = std::nullopt;
+  /// How a weight's range is found: Latest (the default), MSE or HalfQuadratic.
+  std::optional<Observer> weight_observer = std::nullopt;
 
   /// Unset: integer where the schemes allow it (see why_not_integer).
   std::optional<Execution> execution = std::nullopt;
@@ -27,7 +29,8 @@ struct LayerConfig {
   c10::ScalarType gradient_dtype = c10::ScalarType::Float;
 
   /// Throws c10::ValueError for a scheme that no layer can execute (a weight that is not symmetric and signed or whose
-  /// channel axis is not 0, an activation per channel) and for a gradient_dtype that is neither float32 nor bfloat16.
+  /// channel axis is not 0, an activation per channel), for an observer that is not for activations (MSE, HalfQuadratic) or a
+  /// weight_observer that is not for weights, and for a gradient_dtype that is neither float32 nor bfloat16.
   RAREFY_API void validate() const;
   /// Why a layer with these schemes cannot compute in integers; unset when it can.
   RAREFY_API std::optional<std::string> why_not_integer() const;

@@ -4,6 +4,7 @@
 #include <c10/util/ArrayRef.h>
 #include <rarefy/export.h>
 #include <rarefy/quantization/format.h>
+#include <rarefy/quantization/observer.h>
 
 #include <cstdint>
 #include <optional>
@@ -122,31 +123,5 @@ struct Scheme {
 
 /// "per-tensor", "per-channel(axis=0)", "per-group(128, axis=-1)", "per-block(128, 128)", "per-token".
 RAREFY_API std::string str(const Granularity& granularity);
-
-/// Running minimum and maximum of everything seen.
-struct MinMax {
-  bool operator==(const MinMax&) const = default;
-};
-
-/// Exponential moving average of the batches' minima and maxima: min += constant * (batch_min - min).
-struct MovingAverage {
-  /// Weight of the newest batch, in (0, 1].
-  double constant = 0.01;
-  bool operator==(const MovingAverage&) const = default;
-};
-
-/// The range of the latest tensor alone: what a weight wants, which is there in full at every step.
-struct Latest {
-  bool operator==(const Latest&) const = default;
-};
-
-/// How a range follows the data.
-using Observer = std::variant<MinMax, MovingAverage, Latest>;
-
-/// The averaging constant that the operator `observe` takes for it: unset, c, or 1.
-RAREFY_API std::optional<double> averaging_constant(const Observer& observer);
-/// Throws c10::ValueError for a constant outside (0, 1].
-RAREFY_API void validate(const Observer& observer);
-RAREFY_API std::string str(const Observer& observer);
 
 }  // namespace rarefy::quantization
