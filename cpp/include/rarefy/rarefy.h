@@ -28,11 +28,14 @@
 #include <rarefy/nn/cat.h>
 #include <rarefy/nn/conv.h>
 #include <rarefy/nn/conv_bn.h>
+#include <rarefy/nn/conv_transpose.h>
 #include <rarefy/nn/embedding.h>
 #include <rarefy/nn/linear.h>
 #include <rarefy/nn/mul.h>
+#include <rarefy/nn/recurrent.h>
 #include <rarefy/onnx/export_onnx.h>
 #include <rarefy/ops/compact_logits.h>
+#include <rarefy/ops/conv_transpose.h>
 #include <rarefy/ops/distillation_loss.h>
 #include <rarefy/ops/fake_quantize.h>
 #include <rarefy/ops/fake_quantize_learned.h>
@@ -40,6 +43,7 @@
 #include <rarefy/ops/linear_distillation_loss.h>
 #include <rarefy/ops/mask.h>
 #include <rarefy/ops/quantized.h>
+#include <rarefy/ops/recurrence.h>
 #include <rarefy/ops/relu.h>
 #include <rarefy/ops/top_k_distillation_loss.h>
 #include <rarefy/pruning/choice.h>

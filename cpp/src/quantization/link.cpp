@@ -52,7 +52,8 @@ struct Operand {
 
 /// The operands of the operators of converted layers; empty for other operators.
 std::vector<Operand> operands_of(const Node& node) {
-  if (node.op.name == "rarefy::quantized_linear" || node.op.name == "rarefy::quantized_conv") {
+  if (node.op.name == "rarefy::quantized_linear" || node.op.name == "rarefy::quantized_conv" ||
+      node.op.name == "rarefy::quantized_conv_transpose") {
     return {{0, 4}};
   }
   if (node.op.name == "rarefy::quantized_add") {

@@ -9,7 +9,7 @@ fake quantizer becomes a quantize and a dequantize operator of the `quantized_de
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy import nn as rnn
+from rarefy.nn.conv_transpose import weight_by_channel, weight_by_group
 from rarefy.quantization import FakeQuantizer, Latest
 
 
@@ -108,7 +109,13 @@ class _Lowered(nn.Module):
 class _LoweredWeighted(_Lowered):
     """A layer whose weight is an int8 buffer behind a dequantize operator, or a float one behind both operators."""
 
-    def __init__(self, module: nn.Module, form: Form, transposed: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        form: Form,
+        transposed: bool,
+        layout: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__(module, form)
         quantizer = module.quant.weight
         if isinstance(module, rnn.WeightedLayer):
@@ -121,6 +128,8 @@ class _LoweredWeighted(_Lowered):
         if transposed:
             values = values.t()
             self.axis = None if self.axis is None else 1 - self.axis
+        if layout is not None and self.axis is not None:
+            values = layout(values)
         self._buffers["weight"] = values.contiguous().clone()  # register_buffer refuses a name that is a property
         self.limits = (int(quantizer.qmin), int(quantizer.qmax), values.dtype)
         self.quantizes = False
@@ -177,6 +186,23 @@ class _LoweredConv(_LoweredWeighted):
         return self.finish(self.geometry.convolve(self.quant.input(x), self.float_weight(), self.bias))
 
 
+class _LoweredConvTranspose(_LoweredWeighted):
+    """Stores a weight of several groups with scales per channel as [in / groups, out, kernel...], where one axis has them."""
+
+    def __init__(self, module: nn.Module, form: Form) -> None:
+        super().__init__(module, form, transposed=False, layout=lambda values: weight_by_channel(values, module.groups))
+        self.movement = module.movement() if isinstance(module, rnn.ConvTransposeLayer) else module.movement
+        self.kernel_size = module.kernel_size
+
+    @property
+    def weight(self) -> Tensor:
+        return self.float_weight() if self.axis is None else weight_by_group(self.float_weight(), self.movement.groups)
+
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        movement = self.movement.for_size(x, self.kernel_size, output_size)
+        return self.finish(movement.convolve(self.quant.input(x), self.weight, self.bias))
+
+
 class _LoweredEmbedding(_LoweredWeighted):
     def __init__(self, module: nn.Module, form: Form) -> None:
         super().__init__(module, form, transposed=False)
@@ -219,6 +245,8 @@ class _LoweredReLU(nn.ReLU):
 _LOWERED: dict[type[nn.Module], Callable[[nn.Module, Form], nn.Module]] = {
     rnn.ConvLayer: _LoweredConv,
     rnn.QuantizedConv: _LoweredConv,
+    rnn.ConvTransposeLayer: _LoweredConvTranspose,
+    rnn.QuantizedConvTranspose: _LoweredConvTranspose,
     rnn.Linear: _LoweredLinear,
     rnn.TransposedLinear: _LoweredLinear,
     rnn.QuantizedLinear: _LoweredLinear,
@@ -304,14 +332,17 @@ def lower(
     """
     from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers torch.ops.quantized_decomposed)
 
+    from rarefy.export.lowering_recurrent import LOWERED_RECURRENT
+
     form = Form(unsigned, weights, linear)
+    table = {**_LOWERED, **LOWERED_RECURRENT}
     done: dict[nn.Module, nn.Module] = {}  # a module that occurs twice stays one module
 
     def replace(name: str, module: nn.Module) -> nn.Module:
         if module in done:
             return done[module]
         result = module
-        for kind, lowered in _LOWERED.items():
+        for kind, lowered in table.items():
             if isinstance(module, kind) and not _is_float(module):
                 if type(module).forward not in (kind.forward, rnn.ConvBnLayer.forward):
                     raise TypeError(

@@ -16,6 +16,7 @@ from rarefy.nn.conv_bn import (
     FoldedBatchNorm3d,
     SpentBatchNorm,
 )
+from rarefy.nn.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, ConvTransposeLayer
 from rarefy.nn.embedding import Embedding
 from rarefy.nn.linear import Linear
 from rarefy.nn.max_pool import MaxPool2d
@@ -30,7 +31,21 @@ from rarefy.nn.quantized import (
     QuantizedLayer,
     QuantizedLinear,
 )
+from rarefy.nn.quantized_conv_transpose import (
+    QuantizedConvTranspose,
+    QuantizedConvTranspose1d,
+    QuantizedConvTranspose2d,
+    QuantizedConvTranspose3d,
+)
 from rarefy.nn.quantized_operations import QuantizedAdd, QuantizedCat
+from rarefy.nn.quantized_recurrent import (
+    QuantizedGRU,
+    QuantizedGRUCell,
+    QuantizedLSTM,
+    QuantizedLSTMCell,
+    QuantizedRecurrent,
+)
+from rarefy.nn.recurrent import GRU, LSTM, GRUCell, LSTMCell, RecurrentLayer
 from rarefy.nn.relu import ReLU
 from rarefy.nn.transposed_linear import TransposedLinear
 
@@ -46,13 +61,21 @@ __all__ = [
     "ConvBn3d",
     "ConvBnLayer",
     "ConvLayer",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "ConvTransposeLayer",
     "Embedding",
     "FoldedBatchNorm",
     "FoldedBatchNorm1d",
     "FoldedBatchNorm2d",
     "FoldedBatchNorm3d",
+    "GRU",
+    "GRUCell",
     "IntegerLayer",
     "IntegerWeight",
+    "LSTM",
+    "LSTMCell",
     "Linear",
     "MaxPool2d",
     "Mul",
@@ -65,10 +88,20 @@ __all__ = [
     "QuantizedConv1d",
     "QuantizedConv2d",
     "QuantizedConv3d",
+    "QuantizedConvTranspose",
+    "QuantizedConvTranspose1d",
+    "QuantizedConvTranspose2d",
+    "QuantizedConvTranspose3d",
     "QuantizedEmbedding",
+    "QuantizedGRU",
+    "QuantizedGRUCell",
+    "QuantizedLSTM",
+    "QuantizedLSTMCell",
     "QuantizedLayer",
     "QuantizedLinear",
+    "QuantizedRecurrent",
     "ReLU",
+    "RecurrentLayer",
     "SpentBatchNorm",
     "TransposedLinear",
     "WeightedLayer",

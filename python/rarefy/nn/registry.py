@@ -20,12 +20,21 @@ from rarefy.nn.conv_bn import (
     FoldedBatchNorm2d,
     FoldedBatchNorm3d,
 )
+from rarefy.nn.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from rarefy.nn.embedding import Embedding
 from rarefy.nn.linear import Linear
 from rarefy.nn.mul import Mul
 from rarefy.nn.quantized import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d, QuantizedEmbedding, QuantizedLinear
+from rarefy.nn.quantized_conv_transpose import (
+    QuantizedConvTranspose1d,
+    QuantizedConvTranspose2d,
+    QuantizedConvTranspose3d,
+)
 from rarefy.nn.quantized_operations import QuantizedAdd, QuantizedCat
+from rarefy.nn.quantized_recurrent import QuantizedGRU, QuantizedGRUCell, QuantizedLSTM, QuantizedLSTMCell
+from rarefy.nn.recurrent import GRU, LSTM, GRUCell, LSTMCell
 from rarefy.nn.transposed_linear import TransposedLinear
+from rarefy.quantization.fake_quantizer import FakeQuantizer
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,13 @@ _ROWS = (
     Row(nn.Conv1d, Conv1d, QuantizedConv1d, Fold(nn.BatchNorm1d, FoldedBatchNorm1d, ConvBn1d)),
     Row(nn.Conv2d, Conv2d, QuantizedConv2d, Fold(nn.BatchNorm2d, FoldedBatchNorm2d, ConvBn2d)),
     Row(nn.Conv3d, Conv3d, QuantizedConv3d, Fold(nn.BatchNorm3d, FoldedBatchNorm3d, ConvBn3d)),
+    Row(nn.ConvTranspose1d, ConvTranspose1d, QuantizedConvTranspose1d),
+    Row(nn.ConvTranspose2d, ConvTranspose2d, QuantizedConvTranspose2d),
+    Row(nn.ConvTranspose3d, ConvTranspose3d, QuantizedConvTranspose3d),
+    Row(nn.LSTM, LSTM, QuantizedLSTM),
+    Row(nn.GRU, GRU, QuantizedGRU),
+    Row(nn.LSTMCell, LSTMCell, QuantizedLSTMCell),
+    Row(nn.GRUCell, GRUCell, QuantizedGRUCell),
     Row(ConvBn1d, ConvBn1d, QuantizedConv1d),
     Row(ConvBn2d, ConvBn2d, QuantizedConv2d),
     Row(ConvBn3d, ConvBn3d, QuantizedConv3d),
@@ -114,7 +130,7 @@ def integer_type(layer: QuantizableLayer) -> type[nn.Module] | None:
     if isinstance(layer, Add) and (layer.quant.input0 is None or layer.quant.input1 is None):
         return None  # one of its inputs is floating point
     quant = layer.quant
-    grids = (q for q in (quant.input, quant.input0, quant.input1, quant.weight) if q is not None)
+    grids = (q for name, q in quant.named_children() if isinstance(q, FakeQuantizer) and name != "output")
     if any(q.qmax - q.qmin > 255 for q in grids):
         return None  # 16 bits: there are no such kernels
     return _INTEGER.get(type(layer))
