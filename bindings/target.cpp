@@ -31,6 +31,8 @@ void init_target(py::module_& parent) {
           "Inputs of a residual addition that are quantized: 'both' or 'identity'.")
       .def_readonly("quantizes_outputs", &TargetProfile::quantizes_outputs,
                     "Whether a result that only floating-point operations read gets a quantizer.")
+      .def_readonly("boundary_inputs", &TargetProfile::boundary_inputs,
+                    "Whether inputs of normalizations and activation functions get quantizers too.")
       .def_readonly("quantizes_before_moves", &TargetProfile::quantizes_before_moves,
                     "Whether a quantizer behind pooling or reshaping is repeated before it.")
       .def_property_readonly(
@@ -74,7 +76,7 @@ void init_target(py::module_& parent) {
         "The profile of a target. Raises ValueError, naming the known ones, for another name.");
   m.def("target_names", &target_names, "The names that target_profile knows.");
   m.def("layer_family", &layer_family, py::arg("kind"),
-        "'linear', 'conv', 'conv_transpose', 'embedding', 'recurrent', 'add', 'mul' or 'cat': the family of a kind of layer.");
+        "'linear', 'conv', 'conv_transpose', 'embedding', 'recurrent', 'boundary', 'attention', 'add', 'mul' or 'cat': the family of a kind of layer.");
 }
 
 }  // namespace rarefy::python

@@ -25,14 +25,17 @@
 #include <rarefy/graph/svg.h>
 #include <rarefy/graph/timing.h>
 #include <rarefy/nn/add.h>
+#include <rarefy/nn/boundaries.h>
 #include <rarefy/nn/cat.h>
 #include <rarefy/nn/conv.h>
 #include <rarefy/nn/conv_bn.h>
 #include <rarefy/nn/conv_transpose.h>
 #include <rarefy/nn/embedding.h>
 #include <rarefy/nn/linear.h>
+#include <rarefy/nn/lora.h>
 #include <rarefy/nn/mul.h>
 #include <rarefy/nn/recurrent.h>
+#include <rarefy/nn/sdpa.h>
 #include <rarefy/onnx/export_onnx.h>
 #include <rarefy/ops/compact_logits.h>
 #include <rarefy/ops/conv_transpose.h>
@@ -42,6 +45,7 @@
 #include <rarefy/ops/inverse_std.h>
 #include <rarefy/ops/linear_distillation_loss.h>
 #include <rarefy/ops/mask.h>
+#include <rarefy/ops/nf4_pack.h>
 #include <rarefy/ops/quantized.h>
 #include <rarefy/ops/recurrence.h>
 #include <rarefy/ops/relu.h>

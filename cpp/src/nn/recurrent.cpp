@@ -172,11 +172,13 @@ void RecurrentModule<Derived>::convert() {
 }
 
 template <typename Derived>
-std::vector<std::string> RecurrentModule<Derived>::weight_names() const {
+std::vector<std::string> RecurrentModule<Derived>::tensor_names() const {
   std::vector<std::string> names;
   for (const auto& d : directions_) {
-    names.push_back("weight_ih" + d.suffix);
-    names.push_back("weight_hh" + d.suffix);
+    names.insert(names.end(), {"weight_ih" + d.suffix, "weight_hh" + d.suffix});
+    if (shape_.bias) {
+      names.insert(names.end(), {"bias_ih" + d.suffix, "bias_hh" + d.suffix});
+    }
   }
   return names;
 }

@@ -33,7 +33,8 @@ constexpr uint64_t kFormat = 1;
 constexpr const char* kDescription = "quantization.json";
 constexpr const char* kTensors = "model.safetensors";
 constexpr const char* kMode = "converted";
-constexpr std::array kQuantizers = {"input", "input0", "input1", "weight", "output"};
+constexpr std::array kQuantizers = {"input", "input0", "input1",        "weight", "output",
+                                    "query", "key",    "probabilities", "value"};
 
 bool is_weight(const std::string& quantizer, bool several) {
   return several ? quantizer.starts_with("weight_") : quantizer == "weight";

@@ -186,7 +186,8 @@ class Finder {
       FloatLayer layer;
       layer.name = item.key();
       if (describe<torch::nn::LinearImpl>(item.value(), "Linear", layer) ||
-          describe<torch::nn::EmbeddingImpl>(item.value(), "Embedding", layer) || conv<1>(item.value(), layer) ||
+          describe<torch::nn::EmbeddingImpl>(item.value(), "Embedding", layer) ||
+          describe<torch::nn::EmbeddingBagImpl>(item.value(), "EmbeddingBag", layer) || conv<1>(item.value(), layer) ||
           conv<2>(item.value(), layer) || conv<3>(item.value(), layer) || transposed<1>(item.value(), layer) ||
           transposed<2>(item.value(), layer) || transposed<3>(item.value(), layer)) {
         found.push_back(std::move(layer));
@@ -239,6 +240,13 @@ class Finder {
       layer.reason = nn::EmbeddingImpl::unsupported(typed->options).value_or("");
       layer.make = [plan, typed] {
         set(*plan, std::make_shared<nn::EmbeddingImpl>(typed->options, typed->weight), *typed);
+        return plan->layer;
+      };
+      layer.make_alone = layer.make;
+    } else if constexpr (std::is_same_v<Float, torch::nn::EmbeddingBagImpl>) {
+      layer.reason = nn::EmbeddingBagImpl::unsupported(typed->options).value_or("");
+      layer.make = [plan, typed] {
+        set(*plan, std::make_shared<nn::EmbeddingBagImpl>(typed->options, typed->weight), *typed);
         return plan->layer;
       };
       layer.make_alone = layer.make;

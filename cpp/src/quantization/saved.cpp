@@ -141,7 +141,7 @@ class Loader {
   }
 
   /// Of a layer with several weights: the model's own tensors, all of them and no other.
-  void check_several(const Step& step, const Module& module, const std::vector<std::string>& weights) const {
+  void check_several(const Step& step, const Module& module) const {
     for (const auto& item : module.named_parameters(/*recurse=*/false)) {
       const auto given = saved_tensor(step.name + "." + item.key());
       require(given.defined() && given.sizes() == item.value().sizes(), item.key(), " of layer ", step.name,
@@ -154,15 +154,15 @@ class Loader {
                 item.key(), " in the model");
       }
     }
-    for (const auto& name : weights) {
-      require(step.saved->quantizers.count(name) == 1, "layer ", step.name, " must have a grid for ", name);
+    for (const auto& item : module.named_parameters(/*recurse=*/false)) {
+      require(!item.key().starts_with("weight_") || step.saved->quantizers.count(item.key()) == 1, "layer ", step.name,
+              " must have a grid for ", item.key());
     }
   }
 
   void check_tensors(const Step& step, const Module& module) const {
-    if (const auto weights = step.layer == nullptr ? std::vector<std::string>() : step.layer->weight_names();
-        !weights.empty()) {
-      check_several(step, module, weights);
+    if (step.layer != nullptr && !step.layer->tensor_names().empty()) {
+      check_several(step, module);
       return;
     }
     const auto weight = own_tensor(module, "weight"), integers = saved_tensor(step.name + ".weight");
@@ -260,19 +260,15 @@ class Loader {
     nn::ConvertedState state;
     // The class may have the ReLU, where the model that was saved computed it beside the layer.
     state.relu = step.saved->relu || step.layer->relu();
-    if (auto weight = saved_tensor(step.name + ".weight"); weight.defined()) {
+    for (const auto& own : step.layer->tensor_names()) {
+      state.tensors.emplace_back(own, saved_tensor(step.name + "." + own).to(step.device));
+    }
+    if (auto weight = saved_tensor(step.name + ".weight"); weight.defined() && state.tensors.empty()) {
       state.weight = weight.to(step.device)
                          .contiguous(step.saved->channels_last && weight.dim() == 4 ? c10::MemoryFormat::ChannelsLast
                                                                                     : c10::MemoryFormat::Contiguous);
       const auto bias = saved_tensor(step.name + ".bias");
       state.bias = bias.defined() ? bias.to(step.device) : bias;
-    }
-    for (const auto& name : step.layer->weight_names()) {
-      for (const auto& own : {name, "bias" + name.substr(std::string_view("weight").size())}) {
-        if (const auto tensor = saved_tensor(step.name + "." + own); tensor.defined()) {
-          state.tensors.emplace_back(own, tensor.to(step.device));
-        }
-      }
     }
     for (const auto& [name, scheme] : step.saved->quantizers) {
       const int64_t channels = saved_tensor(fmt::format("{}.quant.{}.scale", step.name, name)).size(0);

@@ -7,7 +7,8 @@
 namespace rarefy::quantization {
 namespace {
 
-const std::vector<std::string> kEveryFamily = {"linear", "conv", "embedding", "add", "mul", "cat", "recurrent"};
+const std::vector<std::string> kEveryFamily = {"linear", "conv", "embedding", "add", "mul", "cat", "recurrent",
+                                               "boundary", "attention"};
 
 std::vector<std::string> with(std::vector<std::string> families, const std::string& family) {
   families.push_back(family);
@@ -57,6 +58,7 @@ const std::vector<TargetProfile>& profiles() {
        .families = with(kEveryFamily, "conv_transpose"),
        .per_channel = {"conv", "conv_transpose"},
        .activation_bits = {8, 16},
+       .boundary_inputs = true,
        .clipping = Clipping::saturate,
        .pools_means = true,
        .dynamic_shapes = false},
@@ -78,6 +80,11 @@ std::string layer_family(const std::string& kind) {
   if (kind.starts_with("ConvTranspose") && kind.ends_with("d")) {
     return "conv_transpose";
   }
+  for (const auto* boundary : {"LayerNorm", "GroupNorm", "RMSNorm", "GELU", "SiLU", "Hardswish", "Softmax"}) {
+    if (kind == boundary) {
+      return "boundary";
+    }
+  }
   if (kind == "LSTM" || kind == "GRU" || kind == "LSTMCell" || kind == "GRUCell") {
     return "recurrent";
   }
@@ -85,7 +92,7 @@ std::string layer_family(const std::string& kind) {
     return "conv";
   }
   for (const auto& [name, family] :
-       {std::pair("Embedding", "embedding"), {"Add", "add"}, {"Mul", "mul"}, {"Cat", "cat"}}) {
+       {std::pair("Embedding", "embedding"), {"EmbeddingBag", "embedding"}, {"Add", "add"}, {"Mul", "mul"}, {"Cat", "cat"}, {"SDPA", "attention"}}) {
     if (kind == name) {
       return family;
     }

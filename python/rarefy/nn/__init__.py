@@ -3,6 +3,17 @@
 from rarefy.nn._base import ByteGrid, IntegerWeight, QuantizableLayer, QuantState, WeightedLayer
 from rarefy.nn.add import Add
 from rarefy.nn.attention import MultiheadAttention
+from rarefy.nn.boundaries import (
+    GELU,
+    BoundaryLayer,
+    GroupNorm,
+    Hardswish,
+    LayerNorm,
+    RMSNorm,
+    SiLU,
+    Softmax,
+    with_boundaries,
+)
 from rarefy.nn.cat import Cat
 from rarefy.nn.conv import Conv1d, Conv2d, Conv3d, ConvLayer
 from rarefy.nn.conv_bn import (
@@ -17,8 +28,9 @@ from rarefy.nn.conv_bn import (
     SpentBatchNorm,
 )
 from rarefy.nn.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, ConvTransposeLayer
-from rarefy.nn.embedding import Embedding
+from rarefy.nn.embedding import Embedding, EmbeddingBag, TableLayer
 from rarefy.nn.linear import Linear
+from rarefy.nn.lora import LoRALinear, add_lora, merge_lora
 from rarefy.nn.max_pool import MaxPool2d
 from rarefy.nn.mul import Mul
 from rarefy.nn.quantized import (
@@ -28,8 +40,10 @@ from rarefy.nn.quantized import (
     QuantizedConv2d,
     QuantizedConv3d,
     QuantizedEmbedding,
+    QuantizedEmbeddingBag,
     QuantizedLayer,
     QuantizedLinear,
+    QuantizedTable,
 )
 from rarefy.nn.quantized_conv_transpose import (
     QuantizedConvTranspose,
@@ -47,10 +61,12 @@ from rarefy.nn.quantized_recurrent import (
 )
 from rarefy.nn.recurrent import GRU, LSTM, GRUCell, LSTMCell, RecurrentLayer
 from rarefy.nn.relu import ReLU
+from rarefy.nn.sdpa import SDPA
 from rarefy.nn.transposed_linear import TransposedLinear
 
 __all__ = [
     "Add",
+    "BoundaryLayer",
     "ByteGrid",
     "Cat",
     "Conv1d",
@@ -66,17 +82,23 @@ __all__ = [
     "ConvTranspose3d",
     "ConvTransposeLayer",
     "Embedding",
+    "EmbeddingBag",
     "FoldedBatchNorm",
     "FoldedBatchNorm1d",
     "FoldedBatchNorm2d",
     "FoldedBatchNorm3d",
+    "GELU",
     "GRU",
     "GRUCell",
+    "GroupNorm",
+    "Hardswish",
     "IntegerLayer",
     "IntegerWeight",
     "LSTM",
     "LSTMCell",
+    "LayerNorm",
     "Linear",
+    "LoRALinear",
     "MaxPool2d",
     "Mul",
     "MultiheadAttention",
@@ -93,6 +115,7 @@ __all__ = [
     "QuantizedConvTranspose2d",
     "QuantizedConvTranspose3d",
     "QuantizedEmbedding",
+    "QuantizedEmbeddingBag",
     "QuantizedGRU",
     "QuantizedGRUCell",
     "QuantizedLSTM",
@@ -100,9 +123,18 @@ __all__ = [
     "QuantizedLayer",
     "QuantizedLinear",
     "QuantizedRecurrent",
+    "QuantizedTable",
+    "RMSNorm",
     "ReLU",
     "RecurrentLayer",
+    "SDPA",
+    "SiLU",
+    "Softmax",
     "SpentBatchNorm",
+    "TableLayer",
     "TransposedLinear",
     "WeightedLayer",
+    "add_lora",
+    "merge_lora",
+    "with_boundaries",
 ]

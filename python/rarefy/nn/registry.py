@@ -8,6 +8,7 @@ from torch import nn
 
 from rarefy.nn._base import QuantizableLayer
 from rarefy.nn.add import Add
+from rarefy.nn.boundaries import GELU, GroupNorm, Hardswish, LayerNorm, RMSNorm, SiLU, Softmax
 from rarefy.nn.cat import Cat
 from rarefy.nn.conv import Conv1d, Conv2d, Conv3d
 from rarefy.nn.conv_bn import (
@@ -21,10 +22,17 @@ from rarefy.nn.conv_bn import (
     FoldedBatchNorm3d,
 )
 from rarefy.nn.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
-from rarefy.nn.embedding import Embedding
+from rarefy.nn.embedding import Embedding, EmbeddingBag
 from rarefy.nn.linear import Linear
 from rarefy.nn.mul import Mul
-from rarefy.nn.quantized import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d, QuantizedEmbedding, QuantizedLinear
+from rarefy.nn.quantized import (
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConv3d,
+    QuantizedEmbedding,
+    QuantizedEmbeddingBag,
+    QuantizedLinear,
+)
 from rarefy.nn.quantized_conv_transpose import (
     QuantizedConvTranspose1d,
     QuantizedConvTranspose2d,
@@ -33,6 +41,7 @@ from rarefy.nn.quantized_conv_transpose import (
 from rarefy.nn.quantized_operations import QuantizedAdd, QuantizedCat
 from rarefy.nn.quantized_recurrent import QuantizedGRU, QuantizedGRUCell, QuantizedLSTM, QuantizedLSTMCell
 from rarefy.nn.recurrent import GRU, LSTM, GRUCell, LSTMCell
+from rarefy.nn.sdpa import SDPA
 from rarefy.nn.transposed_linear import TransposedLinear
 from rarefy.quantization.fake_quantizer import FakeQuantizer
 
@@ -60,6 +69,7 @@ _ROWS = (
     Row(nn.Linear, Linear, QuantizedLinear),
     Row("transformers.pytorch_utils.Conv1D", TransposedLinear, QuantizedLinear),
     Row(nn.Embedding, Embedding, QuantizedEmbedding),
+    Row(nn.EmbeddingBag, EmbeddingBag, QuantizedEmbeddingBag),
     Row(nn.Conv1d, Conv1d, QuantizedConv1d, Fold(nn.BatchNorm1d, FoldedBatchNorm1d, ConvBn1d)),
     Row(nn.Conv2d, Conv2d, QuantizedConv2d, Fold(nn.BatchNorm2d, FoldedBatchNorm2d, ConvBn2d)),
     Row(nn.Conv3d, Conv3d, QuantizedConv3d, Fold(nn.BatchNorm3d, FoldedBatchNorm3d, ConvBn3d)),
@@ -76,6 +86,8 @@ _ROWS = (
     Row(Add, Add, QuantizedAdd),
     Row(Mul, Mul),
     Row(Cat, Cat, QuantizedCat),
+    Row(SDPA, SDPA),
+    *(Row(kind, kind) for kind in (LayerNorm, GroupNorm, RMSNorm, GELU, SiLU, Hardswish, Softmax)),
 )
 _BY_TYPE = {row.floating: row for row in _ROWS}
 _INTEGER = {row.layer: row.integer for row in _ROWS}
@@ -86,7 +98,6 @@ _WITHOUT_ROW = (
     nn.RNNBase,
     nn.RNNCellBase,
     nn.MultiheadAttention,
-    nn.EmbeddingBag,
     nn.Bilinear,
 )
 

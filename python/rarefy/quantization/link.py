@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rarefy.nn._base import ByteGrid
 from rarefy.nn.max_pool import MaxPool2d
-from rarefy.nn.quantized import IntegerLayer, QuantizedConv, QuantizedEmbedding, QuantizedLinear
+from rarefy.nn.quantized import IntegerLayer, QuantizedConv, QuantizedLinear, QuantizedTable
 from rarefy.nn.quantized_conv_transpose import QuantizedConvTranspose
 from rarefy.nn.quantized_operations import QuantizedAdd, QuantizedCat
 from rarefy.nn.quantized_recurrent import QuantizedRecurrent
@@ -127,7 +127,7 @@ def _grid_of_readers(
     layer: IntegerLayer, event: Event | None, flow: Flow, layers: dict[str, IntegerLayer], pools: set[str]
 ) -> ByteGrid:
     """The one grid on which all readers of a layer's result take it."""
-    if isinstance(layer, QuantizedEmbedding):
+    if isinstance(layer, QuantizedTable):
         raise NotLinked("a table's rows lie on grids of their own")
     if isinstance(layer, QuantizedRecurrent):
         raise NotLinked("a recurrent layer gives its states in floating point")

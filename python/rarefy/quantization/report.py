@@ -75,7 +75,7 @@ def _prepared(
     quant: rnn.QuantState = module.quant  # type: ignore[assignment]
     quantizers = {child: q for child, q in quant.named_children() if isinstance(q, FakeQuantizer)}
     weight = next((q for child, q in quantizers.items() if child.startswith("weight")), None)
-    first = next((q for child, q in quantizers.items() if child.startswith("input")), None)
+    first = next((q for child, q in quantizers.items() if child.startswith(("input", "query"))), quant.output)
     notes = []
     if isinstance(module, rnn.ConvBnLayer):
         notes.append("batch norm folded")
@@ -83,9 +83,11 @@ def _prepared(
         notes.append("ReLU fused")
     if quant.output is not None:
         notes.append("output quantized")
-    if isinstance(module, rnn.Mul):
+    if isinstance(module, rnn.BoundaryLayer):
+        notes.append("computed in floating point")
+    if isinstance(module, (rnn.Mul, rnn.SDPA)):
         notes.append("simulated: there is no integer product of two activations")
-    if isinstance(module, rnn.WeightedLayer) and not isinstance(module, rnn.Embedding):
+    if isinstance(module, rnn.WeightedLayer) and not isinstance(module, rnn.TableLayer):
         reason = "as configured" if module.execution == "simulated" else module.float_reason
         notes.append("executes in integers" if reason is None else f"simulated: {reason}")
     if isinstance(module, rnn.RecurrentLayer):

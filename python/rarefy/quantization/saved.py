@@ -196,7 +196,7 @@ class _Loader:
             if given is None or given.shape != value.shape:
                 got = "nothing" if given is None else list(given.shape)
                 raise self.fail(f"{key} of layer {name} must have the model's shape {list(value.shape)}, got {got}")
-            if key.startswith("weight") and key not in saved.quantizers:
+            if key.startswith("weight_") and key not in saved.quantizers:
                 raise self.fail(f"layer {name} must have a grid for {key}")
         for key in self.tensors:
             rest = key.removeprefix(f"{name}.")
@@ -204,7 +204,7 @@ class _Loader:
                 raise self.fail(f"layer {name} has no {key} in the model")
 
     def _check_tensors(self, name: str, module: nn.Module, saved: SavedLayer, kind: type[rnn.QuantizableLayer]) -> None:
-        if issubclass(kind, rnn.RecurrentLayer):
+        if issubclass(kind, (rnn.RecurrentLayer, rnn.BoundaryLayer)):
             self._check_several(name, module, saved)
             return
         if kind.has_weight != ("weight" in saved.quantizers):
@@ -270,6 +270,10 @@ class _Loader:
             layer.saved_weight = rnn.IntegerWeight(
                 values, q.scale, q.zero_point, q.axis, None if bias is None else bias.to(device)
             )
+        if isinstance(layer, rnn.BoundaryLayer):
+            for key, value in module.named_parameters(recurse=False):
+                given = self.tensors[f"{name}.{key}"].to(device, value.dtype)
+                setattr(layer, key, nn.Parameter(given, value.requires_grad))
         if isinstance(layer, rnn.RecurrentLayer):
             own = (key for key, _ in module.named_parameters(recurse=False))
             layer.saved_tensors = {key: self.tensors[f"{name}.{key}"].to(device) for key in own}

@@ -57,7 +57,7 @@ class RAREFY_API RecurrentModule : public torch::nn::Cloneable<Derived>, public 
   void convert() override;
   void restore(const ConvertedState& state) override;
 
-  std::vector<std::string> weight_names() const override;
+  std::vector<std::string> tensor_names() const override;
 
   const RecurrentShape& shape() const { return shape_; }
 
