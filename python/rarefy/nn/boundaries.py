@@ -74,7 +74,7 @@ class Softmax(BoundaryLayer, nn.Softmax):
 
 
 _OF: dict[type[nn.Module], type[BoundaryLayer]] = {
-    kind.__mro__[2]: kind for kind in (LayerNorm, GroupNorm, RMSNorm, GELU, SiLU, Hardswish, Softmax)
+    kind.__bases__[1]: kind for kind in (LayerNorm, GroupNorm, RMSNorm, GELU, SiLU, Hardswish, Softmax)
 }
 
 

@@ -28,7 +28,7 @@ class LoRALinear(nn.Module):
     names in C++.
 
     Args:
-        linear: its Parameter objects become the base of "float"; other bases are made of them.
+        linear: a base of "float" shares the memory of its weight; other bases are made of it.
         rank: of the adapters, in [1, min(in, out)].
         alpha: what the adapters' product is multiplied with is ``alpha / rank``; None: ``rank``.
         dropout: of the adapters' input while training, in [0, 1).

@@ -271,6 +271,7 @@ class _Loader:
                 values, q.scale, q.zero_point, q.axis, None if bias is None else bias.to(device)
             )
         if isinstance(layer, rnn.BoundaryLayer):
+            layer._parameters = layer._parameters.copy()
             for key, value in module.named_parameters(recurse=False):
                 given = self.tensors[f"{name}.{key}"].to(device, value.dtype)
                 setattr(layer, key, nn.Parameter(given, value.requires_grad))

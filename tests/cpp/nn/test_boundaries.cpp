@@ -81,9 +81,8 @@ TEST_CASE("a target that computes boundaries on integers quantizes their inputs"
 
 TEST_CASE("bags of embeddings equal torch's on the grid", "[nn][embedding_bag]") {
   torch::manual_seed(0);
-  torch::nn::ModuleDict model;
   rnn::EmbeddingBag bag(torch::nn::EmbeddingBagOptions(9, 4).mode(torch::kMean).padding_idx(2));
-  model->insert("bag", bag.ptr());
+  torch::nn::ModuleList model(bag);
   prepare_qat(*model, QConfig::int8());
   const auto ids = torch::tensor({1, 2, 3, 3, 2, 2, 8}), offsets = torch::tensor({0, 4, 6});
   const auto y = bag(ids, offsets);

@@ -42,7 +42,7 @@ TEST_CASE("a transposed convolution equals torch's on the grids of every group",
   const auto execution = GENERATE(Execution::simulated, Execution::integer);
   const auto groups = GENERATE(1, 2);
   const auto options = rnn::ConvTranspose2dOptions(4, 6, 3).stride(2).padding(1).output_padding(1).groups(groups);
-  torch::nn::Sequential model(rnn::ConvTranspose2d(options));
+  torch::nn::Sequential model{rnn::ConvTranspose2d(options)};
   auto config = QConfig::int8();
   config.execution = execution;
   prepare_qat(*model, config);
