@@ -50,7 +50,8 @@ void init_target(py::module_& parent) {
                     "ONNX operator set that is written when none is asked for.")
       .def("executes", &TargetProfile::executes, py::arg("kind"),
            "Whether layers of the kind ('Linear', 'Conv2d', 'Add', ...) run in integers.")
-      .def("stores", &TargetProfile::stores, py::arg("kind"), "Whether files may hold layers of the kind on their grids.")
+      .def("stores", &TargetProfile::stores, py::arg("kind"),
+           "Whether files may hold layers of the kind on their grids.")
       .def("has_per_channel", &TargetProfile::has_per_channel, py::arg("kind"),
            "Whether weights of the kind may have a scale per channel.")
       .def(
@@ -75,8 +76,9 @@ void init_target(py::module_& parent) {
   m.def("target_profile", &target_profile, py::arg("name"), py::return_value_policy::reference,
         "The profile of a target. Raises ValueError, naming the known ones, for another name.");
   m.def("target_names", &target_names, "The names that target_profile knows.");
-  m.def("layer_family", &layer_family, py::arg("kind"),
-        "'linear', 'conv', 'conv_transpose', 'embedding', 'recurrent', 'boundary', 'attention', 'add', 'mul' or 'cat': the family of a kind of layer.");
+  m.def(
+      "layer_family", &layer_family, py::arg("kind"),
+      "'linear', 'conv', 'conv_transpose', 'embedding', 'recurrent', 'boundary', 'attention', 'add', 'mul' or 'cat': the family of a kind of layer.");
 }
 
 }  // namespace rarefy::python

@@ -90,13 +90,13 @@ struct MoreLayersImpl : torch::nn::Module {
         gru(register_module("gru", rarefy::nn::GRU(rarefy::nn::GRUOptions(6, 4).num_layers(2).batch_first(true)))),
         lstm_cell(register_module("lstm_cell", rarefy::nn::LSTMCell(4, 4))),
         gru_cell(register_module("gru_cell", rarefy::nn::GRUCell(4, 4))),
-        bag(register_module("bag", rarefy::nn::EmbeddingBag(
-                                       rarefy::nn::EmbeddingBagOptions(7, 4).mode(torch::kSum).padding_idx(1)))),
+        bag(register_module(
+            "bag", rarefy::nn::EmbeddingBag(rarefy::nn::EmbeddingBagOptions(7, 4).mode(torch::kSum).padding_idx(1)))),
         up3(register_module("up3", rarefy::nn::ConvTranspose3d(2, 2, torch::ExpandingArray<3>({1, 2, 2})))),
         up2(register_module("up2", rarefy::nn::ConvTranspose2d(
                                        rarefy::nn::ConvTranspose2dOptions(8, 4, 3).stride(2).padding(1).groups(2)))),
-        up1(register_module("up1", rarefy::nn::ConvTranspose1d(
-                                       rarefy::nn::ConvTranspose1dOptions(4, 4, 4).stride(2).padding(1)))),
+        up1(register_module(
+            "up1", rarefy::nn::ConvTranspose1d(rarefy::nn::ConvTranspose1dOptions(4, 4, 4).stride(2).padding(1)))),
         attention(register_module("attention", rarefy::nn::SDPA())),
         norm(register_module("norm", rarefy::nn::LayerNorm(torch::nn::LayerNormOptions({4})))),
         out(register_module("out", rarefy::nn::Linear(12, 3))) {

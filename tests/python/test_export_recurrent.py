@@ -1,4 +1,4 @@
-"""Export of recurrent layers, transposed convolutions, bags, attention and boundaries: the file computes what the model does."""
+"""Export of recurrent layers, transposed convolutions, bags, attention, boundaries: the file computes what the model does."""
 
 from __future__ import annotations
 
@@ -116,17 +116,33 @@ def trained(make: Callable[[], nn.Module], example: Callable[[], Tensor], config
     return model.eval()
 
 
-@pytest.mark.parametrize("converted", [False, True], ids=["prepared", "converted"])
-@pytest.mark.parametrize("case", CASES)
+# What runs at every commit; the rest is slow.
+QUICK = {
+    ("transposed 2d, 2 groups", False),
+    ("transposed 1d, 1 groups", True),
+    ("lstm", True),
+    ("gru without bias", False),
+    ("bag of mean, padding 2", False),
+    ("attention", False),
+    ("boundaries", False),
+}
+
+
+def marked(case: str, converted: bool):
+    marks = () if (case, converted) in QUICK else pytest.mark.slow
+    return pytest.param(case, converted, marks=marks, id=f"{case}, {'converted' if converted else 'prepared'}")
+
+
+@pytest.mark.parametrize(
+    ("case", "converted"), [marked(case, converted) for case in CASES for converted in (False, True)]
+)
 def test_a_file_computes_what_the_model_computes(case, converted, tmp_path):
     make, example = CASES[case]
     model = trained(make, example)
     if converted:
         model = convert(model)
     x = example()
-    options = {"dynamic_batch": False, "dynamic_shapes": [{1: "batch"}]} if case in BATCH_SECOND else {}
-    if case in BATCH_SECOND:
-        options = {"dynamic_shapes": [{1: "sequences"}], "dynamic_batch": False}
+    options = {"dynamic_shapes": [{1: "sequences"}], "dynamic_batch": False} if case in BATCH_SECOND else {}
     report = rf.export.to_onnx(model, x, tmp_path / "m.onnx", **options)
     assert report.differences  # it was verified
     session = ort.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
@@ -143,6 +159,7 @@ def initializers(path, dtype=None):
     return {n: v for n, v in found.items() if dtype is None or v.dtype == dtype}
 
 
+@pytest.mark.slow
 def test_recurrent_products_run_in_integers(tmp_path):
     """Every product of the file, of all steps, is one of integers in ONNX Runtime."""
     make, example = CASES["deep lstm"]
@@ -155,9 +172,10 @@ def test_recurrent_products_run_in_integers(tmp_path):
     assert not [name for name, op in kinds.items() if "MatMul" in name and not op.integer], report
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_transposed_convolution_keeps_a_scale_for_every_channel_of_every_group(groups, tmp_path):
     model = trained(lambda: transposed(2, groups), lambda: torch.randn(3, 4, 5, 4))
+    model(torch.randn(3, 4, 5, 4))  # the scales follow the last step
     rf.export.to_onnx(model, torch.randn(3, 4, 5, 4), tmp_path / "m.onnx")
     weights = initializers(tmp_path / "m.onnx", np.int8)
     scales = [v for v in initializers(tmp_path / "m.onnx", np.float32).values() if v.shape == (6,)]
@@ -165,6 +183,7 @@ def test_a_transposed_convolution_keeps_a_scale_for_every_channel_of_every_group
     assert any(np.allclose(v, model[0].quant.weight.scale.numpy()) for v in scales)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["openvino", "tensorrt", "qnn"])
 @pytest.mark.parametrize("case", ["decoder", "deep lstm", "bag of mean, padding 2", "attention"])
 def test_other_targets(case, target, tmp_path):
@@ -199,9 +218,9 @@ def test_what_no_file_holds_says_so(tmp_path):
             return self.bag(ids, offsets)
 
     model = prepare_qat(Offsets(), QConfig.int8()).eval()
+    inputs = (torch.randint(9, (6,)), torch.tensor([0, 2]))
     with pytest.raises(RuntimeError, match="must be given its bags as rows of a matrix to be exported"):
-        ids, offsets = torch.randint(9, (6,)), torch.tensor([0, 2])
-        rf.export.to_onnx(model, (ids, offsets), tmp_path / "bag.onnx", dynamic_batch=False)
+        rf.export.to_onnx(model, inputs, tmp_path / "bag.onnx", dynamic_batch=False)
 
 
 def test_onnxruntime_stores_transposed_convolutions_and_computes_them_in_floating_point():
@@ -214,6 +233,7 @@ def test_onnxruntime_stores_transposed_convolutions_and_computes_them_in_floatin
     assert type(calibrate(prepare(Decoder(), override, x), [x]).up1) is rf.nn.ConvTranspose2d
 
 
+@pytest.mark.slow
 def test_four_bit_weights(tmp_path):
     config = QConfig(Scheme(bits=4, narrow_range=True, granularity=PerChannel(0)), Scheme(symmetric=False))
     for case in ("decoder", "deep gru"):

@@ -7,7 +7,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import rarefy as rf
-from rarefy.quantization import QConfig, calibrate, convert, load_quantized, prepare, prepare_qat, report, save_quantized
+from rarefy.quantization import (
+    QConfig,
+    calibrate,
+    convert,
+    load_quantized,
+    prepare,
+    prepare_qat,
+    report,
+    save_quantized,
+)
 
 KINDS = {
     "LayerNorm": (nn.LayerNorm, (6,)),
@@ -71,7 +80,9 @@ def test_with_boundaries_says_what_it_does_not_know():
         rf.nn.with_boundaries(model, (nn.Tanh,))
     with pytest.raises(ValueError, match=r"\[with_boundaries\] model must contain its layers, got a single GELU"):
         rf.nn.with_boundaries(nn.GELU())
-    weights = prepare_qat(rf.nn.with_boundaries(nn.Sequential(nn.Linear(2, 2), nn.GELU())), QConfig(QConfig.int8().weight))
+    weights = prepare_qat(
+        rf.nn.with_boundaries(nn.Sequential(nn.Linear(2, 2), nn.GELU())), QConfig(QConfig.int8().weight)
+    )
     assert not weights[1].prepared
 
 

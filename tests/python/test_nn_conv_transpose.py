@@ -57,7 +57,13 @@ MOVES = [
     {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1, "groups": 2},
     {"kernel_size": 3, "stride": 3, "padding": 2, "output_padding": 2, "groups": 4, "bias": False},
     {"kernel_size": 2, "stride": 3, "groups": 2},  # positions that no tap reaches
-    {"kernel_size": 3, "stride": 2, "dilation": 2, "padding": 2, "output_padding": 1},  # dilation and stride share a factor
+    {
+        "kernel_size": 3,
+        "stride": 2,
+        "dilation": 2,
+        "padding": 2,
+        "output_padding": 1,
+    },  # dilation and stride share a factor
     {"kernel_size": 3, "stride": 4, "dilation": 6, "padding": 5},
     {"kernel_size": 1, "stride": 1, "padding": 0},
 ]
@@ -194,7 +200,9 @@ def test_output_size_is_that_of_torch():
     layer.eval()
     converted = convert(nn.Sequential(layer))[0]
     torch.testing.assert_close(converted(x, output_size=(8, 10)), layer(x, output_size=(8, 10)), rtol=1e-6, atol=1e-6)
-    with pytest.raises(ValueError, match=r"\[ConvTranspose2d\] output_size must be within 7 to 8, 9 to 10, got \(9, 9\)"):
+    with pytest.raises(
+        ValueError, match=r"\[ConvTranspose2d\] output_size must be within 7 to 8, 9 to 10, got \(9, 9\)"
+    ):
         layer(x, output_size=(9, 9))
     with pytest.raises(ValueError, match=r"\[ConvTranspose2d\] output_size must have 2 or 4 values, got 1"):
         layer(x, output_size=(9,))
@@ -350,8 +358,7 @@ def test_integer_conv_transpose_opcheck():
     weights = (torch.full((6,), 0.02), torch.zeros(6, dtype=torch.int32), -127, 127)
     x, w, b = torch.randn(1, 4, 3, 3), torch.randn(4, 3, 3, 3), torch.randn(6)
     movement = ([2, 2], [1, 1], [1, 0], [1, 1], 2)
-    torch.library.opcheck(
-        torch.ops.rarefy.integer_conv_transpose,
-        tuple(t.requires_grad_() if t.is_floating_point() and t.dim() > 1 else t for t in (x, w, b))
-        + (*grids, *weights, *movement, True, False, None),
-    )
+    for t in (x, w, b):
+        t.requires_grad_()
+    given = (x, w, b, *grids, *weights, *movement, True, False, None)
+    torch.library.opcheck(torch.ops.rarefy.integer_conv_transpose, given)

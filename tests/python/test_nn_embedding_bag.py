@@ -40,7 +40,11 @@ def loops(layer, bags, weights):
     return torch.from_numpy(np.stack(out).astype(np.float32))
 
 
-CONFIGS = [QConfig.int8(), QConfig(Scheme(bits=3, granularity=PerChannel(0))), QConfig(Scheme(), Scheme(symmetric=False))]
+CONFIGS = [
+    QConfig.int8(),
+    QConfig(Scheme(bits=3, granularity=PerChannel(0))),
+    QConfig(Scheme(), Scheme(symmetric=False)),
+]
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])

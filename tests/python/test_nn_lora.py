@@ -61,7 +61,9 @@ def test_nf4_takes_little_more_than_four_bits():
 
 
 def test_nf4_errors():
-    with pytest.raises(ValueError, match=r"\[pack_nf4\] weight must have 2 dimensions and no empty one, got shape \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"\[pack_nf4\] weight must have 2 dimensions and no empty one, got shape \[3\]"
+    ):
         torch.ops.rarefy.pack_nf4(torch.randn(3))
     with pytest.raises(ValueError, match=r"\[pack_nf4\] weight must be finite"):
         torch.ops.rarefy.pack_nf4(torch.full((2, 2), float("nan")))
@@ -83,7 +85,9 @@ def test_equals_the_formula_and_only_the_adapters_train(base, bias):
     x = torch.randn(5, 3, 70)
     weight = {
         "float": lambda: linear.weight.detach(),
-        "int8": lambda: torch.round(linear.weight.detach() / (s := linear.weight.detach().abs().amax(1, True) / 127)) * s,
+        "int8": lambda: (
+            torch.round(linear.weight.detach() / (s := linear.weight.detach().abs().amax(1, True) / 127)) * s
+        ),
         "nf4": lambda: nf4_by_loops(linear.weight.detach()),
     }[base]()
     torch.testing.assert_close(layer.base_weight().detach(), weight, rtol=1e-6, atol=1e-7)

@@ -159,7 +159,9 @@ def test_a_hidden_state_is_on_the_grid_of_one_until_it_is_observed():
     before = quantizer.state_dict()
     layer.eval()(x)
     assert all(torch.equal(before[k], v) for k, v in quantizer.state_dict().items())
-    ptq = calibrate(prepare(nn.ModuleDict({"rnn": nn.LSTM(4, 3)}), QConfig.int8()), [x], forward=lambda m, b: m["rnn"](b))
+    ptq = calibrate(
+        prepare(nn.ModuleDict({"rnn": nn.LSTM(4, 3)}), QConfig.int8()), [x], forward=lambda m, b: m["rnn"](b)
+    )
     quantizer = ptq["rnn"].quant.find("hidden_l0")
     assert float(quantizer.max_val) < 0.99
 
@@ -226,7 +228,8 @@ def test_cells(kind, bias):
     ours = model["cell"]
     assert set(ours.quant._modules) == {"input", "hidden", "weight_ih", "weight_hh"}
     x = torch.randn(3, 5)
-    state = (torch.randn(3, 4), torch.randn(3, 4)) if kind is nn.LSTMCell else torch.randn(3, 4)
+    state = torch.randn(3, 4).tanh()
+    state = (state, torch.randn(3, 4)) if kind is nn.LSTMCell else state
     for h in (None, state):
         close(ours(x, h), cell(x, h), rtol=0.1, atol=0.1)
     set_state(model, observe=False, quantize=False)
@@ -243,7 +246,7 @@ def test_cells(kind, bias):
 class Tagger(nn.Module):
     """Words to tags: an embedding, a bidirectional LSTM, a linear layer."""
 
-    def __init__(self, words: int = 12, tags: int = 3) -> None:
+    def __init__(self, words: int = 12, tags: int = 4) -> None:
         super().__init__()
         self.words = nn.Embedding(words, 8)
         self.rnn = nn.LSTM(8, 12, bidirectional=True, batch_first=True)
@@ -258,15 +261,16 @@ def sentences(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.randint(0, 12, (count, 7), generator=torch.Generator().manual_seed(seed))
     left = torch.cat([torch.zeros_like(ids[:, :1]), ids[:, :-1]], 1)
     right = torch.cat([ids[:, 1:], torch.zeros_like(ids[:, :1])], 1)
-    return ids, (left // 4 + right // 4) % 3
+    return ids, 2 * (left // 6) + right // 6
 
 
-def trained_tagger(steps: int = 250) -> nn.Module:
+def trained_tagger(steps: int = 120) -> nn.Module:
     torch.manual_seed(0)
-    ids, tags = sentences(128)
+    ids, _ = sentences(64)
     model = prepare_qat(Tagger(), QConfig.int8(), ids)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
-    for _ in range(steps):
+    for step in range(steps):
+        ids, tags = sentences(64, seed=step)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(ids).flatten(0, 1), tags.flatten()).backward()
         optimizer.step()
@@ -275,17 +279,17 @@ def trained_tagger(steps: int = 250) -> nn.Module:
 
 def test_a_trained_tagger_equals_its_simulated_self():
     model = trained_tagger()
-    ids, tags = sentences(128, seed=1)
+    ids, tags = sentences(128, seed=1000)
     with torch.no_grad():
         expected = model(ids)
         plain, linked = convert(model), convert(model, ids)
         scores = plain(ids)
         assert torch.equal(scores, linked(ids))
     accuracy = float((expected.argmax(-1) == tags).float().mean())
-    assert accuracy > 0.9  # of sentences that it has not seen; guessing: 0.4
+    assert accuracy > 0.9  # of sentences that it has not seen; guessing: 0.25
     assert float((scores.argmax(-1) == expected.argmax(-1)).float().mean()) > 0.995
     # One step of the grid that the last layer reads, times the largest sum of a row of its weight.
-    step = float(model.tags.quant.input.scale * model.tags.weight.abs().sum(1).max())
+    step = float(model.tags.quant.input.scale * model.tags.weight.detach().abs().sum(1).max())
     assert float((scores - expected).abs().max()) < step
     assert float((scores - expected).abs().mean()) < 0.02 * step
     rows = {layer.name: layer for layer in report(model).layers}

@@ -76,8 +76,7 @@ ops::TransposedMovement ConvTransposeImpl<D>::movement() const {
 }
 
 template <size_t D>
-torch::Tensor ConvTransposeImpl<D>::forward(const torch::Tensor& x,
-                                            const std::optional<at::IntArrayRef>& output_size) {
+torch::Tensor ConvTransposeImpl<D>::forward(const torch::Tensor& x, const std::optional<at::IntArrayRef>& output_size) {
   output_padding_ = numbers<D>(options.output_padding());
   if (output_size.has_value()) {
     TORCH_CHECK_VALUE(output_size->size() == D, "[", kind(), "] output_size must have ", D, " values, got ",

@@ -287,8 +287,7 @@ std::pair<torch::Tensor, RecurrentState> RecurrentModule<Derived>::run_rows(
       const auto name = "weight_ih" + d.suffix;
       torch::Tensor gates;
       if (bytes) {
-        gates =
-            ops::quantized_linear(x, d.weight_ih, quant->find(name)->scale, optional(d.bias_ih), grid_of(*input));
+        gates = ops::quantized_linear(x, d.weight_ih, quant->find(name)->scale, optional(d.bias_ih), grid_of(*input));
       } else if (integers) {
         auto* weights = quant->find(name);
         weights->update(d.weight_ih);
@@ -367,14 +366,8 @@ namespace {
 
 template <typename Options>
 RecurrentShape layer_shape(const char* kind, const Options& o) {
-  return {kind,
-          o.input_size(),
-          o.hidden_size(),
-          o.num_layers(),
-          o.bias(),
-          o.batch_first(),
-          o.bidirectional(),
-          o.dropout()};
+  return {kind,     o.input_size(),  o.hidden_size(),   o.num_layers(),
+          o.bias(), o.batch_first(), o.bidirectional(), o.dropout()};
 }
 
 template <typename Options>

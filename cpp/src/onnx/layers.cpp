@@ -367,8 +367,8 @@ Value* by_group(Translator& t, Value* weight, const std::vector<int64_t>& sizes,
   if (groups == 1) {
     return weight;
   }
-  std::vector<int64_t> split{sizes[0], groups, sizes[1] / groups}, order{1, 0}, merged{sizes[0] * groups,
-                                                                                      sizes[1] / groups};
+  std::vector<int64_t> split{sizes[0], groups, sizes[1] / groups}, order{1, 0},
+      merged{sizes[0] * groups, sizes[1] / groups};
   for (size_t i = 2; i <= sizes.size(); ++i) {
     order.push_back(static_cast<int64_t>(i));
   }

@@ -1,5 +1,3 @@
-#include <rarefy/ops/conv_transpose.h>
-
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
@@ -7,6 +5,7 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
+#include <rarefy/ops/conv_transpose.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -32,8 +31,16 @@ TORCH_LIBRARY_FRAGMENT(rarefy, m) {
 
 namespace rarefy::ops {
 
-std::vector<Phase> phases_of(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding,
-                             int64_t dilation, int64_t length) {
+namespace {
+
+/// A size as a number. Phases are counted, so that a compiled graph is one of these sizes.
+int64_t number(const c10::SymInt& size) { return size.guard_int(__FILE__, __LINE__); }
+int64_t size_of(const at::Tensor& x, int64_t axis) { return number(x.sym_size(axis)); }
+
+}  // namespace
+
+std::vector<Phase> phases_of(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
+                             int64_t length) {
   const auto common = std::gcd(stride, dilation);
   std::vector<Phase> phases;
   for (int64_t begin = 0; begin < std::min(stride, out); ++begin) {
@@ -61,22 +68,24 @@ std::vector<Phase> phases_of(int64_t in, int64_t out, int64_t kernel, int64_t st
 }
 
 at::Tensor phase_weight(const at::Tensor& weight, int64_t groups, const std::vector<Phase>& phase) {
-  auto w = weight.unflatten(0, {groups, weight.size(0) / groups}).transpose(1, 2).flatten(0, 1);
+  auto w = weight.unflatten(0, {groups, size_of(weight, 0) / groups}).transpose(1, 2).flatten(0, 1);
   std::vector<int64_t> flipped;
   for (size_t i = 0; i < phase.size(); ++i) {
     const auto axis = static_cast<int64_t>(i) + 2;
-    w = w.slice(axis, phase[i].first, w.size(axis), phase[i].step);
+    w = w.slice(axis, phase[i].first, size_of(w, axis), phase[i].step);
     flipped.push_back(axis);
   }
   return w.flip(flipped);
 }
 
 at::Tensor weight_by_channel(const at::Tensor& weight, int64_t groups) {
-  return groups == 1 ? weight : weight.unflatten(0, {groups, weight.size(0) / groups}).transpose(0, 1).flatten(1, 2);
+  return groups == 1 ? weight
+                     : weight.unflatten(0, {groups, size_of(weight, 0) / groups}).transpose(0, 1).flatten(1, 2);
 }
 
 at::Tensor weight_by_group(const at::Tensor& weight, int64_t groups) {
-  return groups == 1 ? weight : weight.unflatten(1, {groups, weight.size(1) / groups}).transpose(0, 1).flatten(0, 1);
+  return groups == 1 ? weight
+                     : weight.unflatten(1, {groups, size_of(weight, 1) / groups}).transpose(0, 1).flatten(0, 1);
 }
 
 namespace {
@@ -89,9 +98,8 @@ c10::SymDimVector check_movement(const char* function, const at::Tensor& x, cons
                     "] weight must have 3 to 5 dimensions and no empty one, got shape ", weight.sym_sizes());
   TORCH_CHECK_VALUE(groups > 0 && weight.sym_size(0) % groups == 0, "[", function, "] groups must divide ",
                     weight.sym_size(0), " input channels, got ", groups);
-  TORCH_CHECK_VALUE(x.dim() == weight.dim() && x.sym_size(1) == weight.sym_size(0), "[", function,
-                    "] input must have ", weight.dim(), " dimensions and ", weight.sym_size(0),
-                    " channels, got shape ", x.sym_sizes());
+  TORCH_CHECK_VALUE(x.dim() == weight.dim() && x.sym_size(1) == weight.sym_size(0), "[", function, "] input must have ",
+                    weight.dim(), " dimensions and ", weight.sym_size(0), " channels, got shape ", x.sym_sizes());
   const auto dims = static_cast<size_t>(weight.dim() - 2);
   TORCH_CHECK_VALUE(
       stride.size() == dims && padding.size() == dims && output_padding.size() == dims && dilation.size() == dims, "[",
@@ -147,17 +155,17 @@ std::vector<int64_t> dilations(const std::vector<Phase>& phase) {
 }
 
 /// What a phase without taps gives: the bias, [N, out, lengths...].
-at::Tensor bias_alone(const at::Tensor& x, int64_t channels, const std::optional<at::Tensor>& bias, bool relu,
-                      const std::vector<Phase>& phase, at::ScalarType dtype) {
-  std::vector<int64_t> sizes{x.size(0), channels}, one{1, channels};
+at::Tensor bias_alone(const at::Tensor& x, const c10::SymInt& channels, const std::optional<at::Tensor>& bias,
+                      bool relu, const std::vector<Phase>& phase, at::ScalarType dtype) {
+  c10::SymDimVector sizes{x.sym_size(0), channels}, one{1, channels};
   for (const auto& p : phase) {
-    sizes.push_back(p.length);
-    one.push_back(1);
+    sizes.emplace_back(p.length);
+    one.emplace_back(1);
   }
   if (!bias.has_value()) {
-    return at::zeros(sizes, x.options().dtype(dtype));
+    return at::zeros_symint(sizes, x.options().dtype(dtype));
   }
-  const auto values = bias->to(dtype).view(one).expand(sizes);
+  const auto values = bias->to(dtype).view_symint(one).expand_symint(sizes);
   return relu ? at::relu(values) : values;
 }
 
@@ -169,17 +177,18 @@ at::Tensor interleaved(const std::vector<at::Tensor>& parts, const std::vector<s
   }
   const auto dims = by_dimension.size();
   // [N, out, lengths..., phases] to [N, out, length, phases, length, phases, ...]
-  std::vector<int64_t> counts, order{0, 1}, merged{parts[0].size(0), parts[0].size(1)};
+  std::vector<int64_t> counts, order{0, 1};
+  c10::SymDimVector merged{sizes[0], sizes[1]};
   for (size_t i = 0; i < dims; ++i) {
     const auto count = static_cast<int64_t>(by_dimension[i].size());
     counts.push_back(count);
     order.push_back(static_cast<int64_t>(2 + i));
     order.push_back(static_cast<int64_t>(2 + dims + i));
-    merged.push_back(by_dimension[i][0].length * count);
+    merged.emplace_back(by_dimension[i][0].length * count);
   }
-  auto y = at::stack(parts, -1).unflatten(-1, counts).permute(order).reshape(merged);
+  auto y = at::stack(parts, -1).unflatten(-1, counts).permute(order).reshape_symint(merged);
   for (size_t i = 0; i < dims; ++i) {
-    y = y.narrow(static_cast<int64_t>(i) + 2, 0, sizes[i + 2].expect_int());
+    y = y.narrow(static_cast<int64_t>(i) + 2, 0, number(sizes[i + 2]));
   }
   return y.contiguous();
 }
@@ -199,8 +208,8 @@ at::Tensor integer_conv_transpose_composite(const at::Tensor& x, const at::Tenso
   std::vector<std::vector<Phase>> by_dimension;
   for (size_t i = 0; i < dims; ++i) {
     const auto axis = static_cast<int64_t>(i) + 2;
-    const auto out = sizes[i + 2].expect_int();
-    by_dimension.push_back(phases_of(x.size(axis), out, weight.size(axis), stride[i], padding[i], dilation[i],
+    const auto out = number(sizes[i + 2]);
+    by_dimension.push_back(phases_of(size_of(x, axis), out, size_of(weight, axis), stride[i], padding[i], dilation[i],
                                      (out + stride[i] - 1) / stride[i]));
   }
   const IntegerGrids grids{x_scale, x_zero_point, x_qmin, x_qmax, w_scale, w_zero_point, w_qmin, w_qmax};
@@ -229,7 +238,7 @@ at::Tensor integer_conv_transpose_composite(const at::Tensor& x, const at::Tenso
     type = part.defined() ? part.scalar_type() : type;
   }
   for (const auto i : empty) {
-    parts[i] = bias_alone(x, sizes[1].expect_int(), bias, relu, phases[i], type);
+    parts[i] = bias_alone(x, sizes[1], bias, relu, phases[i], type);
   }
   return interleaved(parts, by_dimension, sizes);
 }
@@ -294,8 +303,8 @@ at::Tensor quantized_conv_transpose_any(const at::Tensor& x, const at::Tensor& w
   std::vector<std::vector<Phase>> by_dimension;
   for (size_t i = 0; i < dims; ++i) {
     const auto axis = static_cast<int64_t>(i) + 2;
-    by_dimension.push_back(phases_of(x.size(axis), sizes[i + 2].expect_int(), weight.size(axis), stride[i], padding[i],
-                                     dilation[i]));
+    by_dimension.push_back(
+        phases_of(x.size(axis), sizes[i + 2].expect_int(), weight.size(axis), stride[i], padding[i], dilation[i]));
   }
   const ByteGrid input{input_scale, input_zero_point, qmin, qmax};
   const auto output =
@@ -325,7 +334,7 @@ at::Tensor quantized_conv_transpose_any(const at::Tensor& x, const at::Tensor& w
       slice.copy_(quantized_conv(part, kept_phase_weight(weight, groups, phase), weight_scale, bias, input, ones,
                                  padded, dilations(phase), groups, relu, output));
     } else {
-      const auto values = bias_alone(x, sizes[1].expect_int(), bias, relu, phase, at::kFloat);
+      const auto values = bias_alone(x, sizes[1], bias, relu, phase, at::kFloat);
       slice.copy_(bytes ? requantize(values, *output, output) : values);
     }
   }

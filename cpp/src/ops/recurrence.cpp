@@ -1,5 +1,3 @@
-#include <rarefy/ops/recurrence.h>
-
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -7,6 +5,7 @@
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/tanh.h>
 #include <rarefy/ops/fake_quantize.h>
+#include <rarefy/ops/recurrence.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -55,19 +54,19 @@ void check(const at::Tensor& gates, const at::Tensor& weight, const OptionalTens
   }
 }
 
+int64_t rows_of(const at::Tensor& x) { return x.sym_size(0).guard_int(__FILE__, __LINE__); }
+
 struct State {
   at::Tensor h, c;  // c undefined for a GRU
 
   State rows(int64_t begin, int64_t count) const {
-    if (begin == 0 && count == h.size(0)) {
+    if (begin == 0 && count == rows_of(h)) {
       return *this;
     }
     return {h.narrow(0, begin, count), c.defined() ? c.narrow(0, begin, count) : c};
   }
   /// Above other rows.
-  State over(const State& below) const {
-    return {at::cat({h, below.h}), c.defined() ? at::cat({c, below.c}) : c};
-  }
+  State over(const State& below) const { return {at::cat({h, below.h}), c.defined() ? at::cat({c, below.c}) : c}; }
 };
 
 State step(const at::Tensor& gates, const at::Tensor& product, const State& state) {
@@ -96,7 +95,7 @@ Result recurrence_composite(const at::Tensor& gates, const at::Tensor& weight, c
   };
   const auto steps = static_cast<int64_t>(batch_sizes.size());
   const bool padded = batch_sizes.front() == batch_sizes.back();
-  const auto inputs = padded ? gates.reshape({steps, batch_sizes[0], gates.size(1)}).unbind(0)
+  const auto inputs = padded ? gates.reshape_symint({steps, batch_sizes[0], gates.sym_size(1)}).unbind(0)
                              : gates.split_with_sizes(batch_sizes);
   std::vector<at::Tensor> outputs(batch_sizes.size());
   const State start{h0, c0.value_or(at::Tensor())};
@@ -104,7 +103,7 @@ Result recurrence_composite(const at::Tensor& gates, const at::Tensor& weight, c
   auto state = reverse ? start.rows(0, batch_sizes.back()) : start;
   for (int64_t i = 0; i < steps; ++i) {
     const auto t = static_cast<size_t>(reverse ? steps - 1 - i : i);
-    const auto present = state.h.size(0), rows = batch_sizes[t];
+    const auto present = rows_of(state.h), rows = batch_sizes[t];
     if (rows < present) {
       finished.push_back(state.rows(rows, present - rows));
       state = state.rows(0, rows);
@@ -125,9 +124,8 @@ Result recurrence_composite(const at::Tensor& gates, const at::Tensor& weight, c
 
 Result recurrence(const at::Tensor& gates, const HiddenProduct& hidden, const at::Tensor& h0, const OptionalTensor& c0,
                   at::IntArrayRef batch_sizes, bool reverse) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("rarefy::recurrence", "")
-                             .typed<decltype(recurrence_composite)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("rarefy::recurrence", "").typed<decltype(recurrence_composite)>();
   const auto& grid = hidden.grid;
   const auto scale = grid.has_value() ? OptionalTensor(grid->scale) : std::nullopt;
   const auto zero_point = grid.has_value() ? OptionalTensor(grid->zero_point) : std::nullopt;

@@ -284,8 +284,8 @@ class LayerCheck {
       require(is_known(quantizer, several), "quantizers must be of ", fmt::format("{}", fmt::join(kQuantizers, ", ")),
               ", got '", quantizer, "'");
       const auto weight = channels.find(quantizer);
-      require(weight != channels.end() || !scheme.axis().has_value(), "quant.", quantizer,
-              " must have one scale, got ", scheme.str());
+      require(weight != channels.end() || !scheme.axis().has_value(), "quant.", quantizer, " must have one scale, got ",
+              scheme.str());
       const int64_t size = weight != channels.end() && scheme.axis().has_value() ? weight->second : 1;
       const std::string prefix = "quant." + quantizer + ".";
       check_grid(prefix, {scheme.qmin(), scheme.qmax()}, size);
@@ -323,8 +323,8 @@ class LayerCheck {
     require(weight.dim() >= 2 && weight.numel() > 0, "weight must have two or more dimensions and values, got shape ",
             weight.sizes());
     const int64_t axis = scheme.axis().value_or(0);
-    require(axis >= 0 && axis < weight.dim(), "the axis of ", quantizer, " must be a dimension of the weight, got ", axis,
-            " for shape ", weight.sizes());
+    require(axis >= 0 && axis < weight.dim(), "the axis of ", quantizer, " must be a dimension of the weight, got ",
+            axis, " for shape ", weight.sizes());
     const auto low = weight.min().item<int64_t>(), high = weight.max().item<int64_t>();
     require(low >= scheme.qmin() && high <= scheme.qmax(), "integers must be in [", scheme.qmin(), ", ", scheme.qmax(),
             "], got ", low, " to ", high);

@@ -7,8 +7,8 @@
 namespace rarefy::quantization {
 namespace {
 
-const std::vector<std::string> kEveryFamily = {"linear", "conv", "embedding", "add", "mul", "cat", "recurrent",
-                                               "boundary", "attention"};
+const std::vector<std::string> kEveryFamily = {"linear", "conv",      "embedding", "add",      "mul",
+                                               "cat",    "recurrent", "boundary",  "attention"};
 
 std::vector<std::string> with(std::vector<std::string> families, const std::string& family) {
   families.push_back(family);
@@ -91,8 +91,12 @@ std::string layer_family(const std::string& kind) {
   if (kind.starts_with("Conv") && kind.ends_with("d")) {  // Conv1d, ConvBn1d, ...
     return "conv";
   }
-  for (const auto& [name, family] :
-       {std::pair("Embedding", "embedding"), {"EmbeddingBag", "embedding"}, {"Add", "add"}, {"Mul", "mul"}, {"Cat", "cat"}, {"SDPA", "attention"}}) {
+  for (const auto& [name, family] : {std::pair("Embedding", "embedding"),
+                                     {"EmbeddingBag", "embedding"},
+                                     {"Add", "add"},
+                                     {"Mul", "mul"},
+                                     {"Cat", "cat"},
+                                     {"SDPA", "attention"}}) {
     if (kind == name) {
       return family;
     }

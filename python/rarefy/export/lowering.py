@@ -224,9 +224,7 @@ class _LoweredEmbeddingBag(_LoweredEmbedding):
         super().__init__(module, form)
         self.mode, self.padding_idx = module.mode, module.padding_idx
 
-    def forward(
-        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         if input.dim() != 2 or offsets is not None:
             raise ValueError(
                 f"[lower] EmbeddingBag must be given its bags as rows of a matrix to be exported, got an input of shape "

@@ -65,6 +65,10 @@ from rarefy.nn.sdpa import SDPA
 from rarefy.nn.transposed_linear import TransposedLinear
 
 __all__ = [
+    "GELU",
+    "GRU",
+    "LSTM",
+    "SDPA",
     "Add",
     "BoundaryLayer",
     "ByteGrid",
@@ -87,14 +91,11 @@ __all__ = [
     "FoldedBatchNorm1d",
     "FoldedBatchNorm2d",
     "FoldedBatchNorm3d",
-    "GELU",
-    "GRU",
     "GRUCell",
     "GroupNorm",
     "Hardswish",
     "IntegerLayer",
     "IntegerWeight",
-    "LSTM",
     "LSTMCell",
     "LayerNorm",
     "Linear",
@@ -127,7 +128,6 @@ __all__ = [
     "RMSNorm",
     "ReLU",
     "RecurrentLayer",
-    "SDPA",
     "SiLU",
     "Softmax",
     "SpentBatchNorm",

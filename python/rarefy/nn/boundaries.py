@@ -78,7 +78,9 @@ _OF: dict[type[nn.Module], type[BoundaryLayer]] = {
 }
 
 
-def with_boundaries(model: nn.Module, kinds: tuple[type[nn.Module], ...] | None = None, *, inplace: bool = False) -> nn.Module:
+def with_boundaries(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...] | None = None, *, inplace: bool = False
+) -> nn.Module:
     """A model whose normalizations and activation functions can be quantized: each of torch's own types becomes its twin here.
 
     What ``prepare_qat`` and ``prepare`` then quantize. They leave torch's own types alone, as rounding a normalization's result

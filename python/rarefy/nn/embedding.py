@@ -97,9 +97,7 @@ class EmbeddingBag(TableLayer, nn.EmbeddingBag):
     Made by ``rarefy.quantization.prepare_qat`` and ``prepare`` from an ``nn.EmbeddingBag``, whose Parameter it keeps.
     """
 
-    def forward(
-        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """As ``nn.EmbeddingBag.forward``: [bags, embedding_dim]."""
         rows = F.embedding(input.reshape(-1), self.weight, None, scale_grad_by_freq=self.scale_grad_by_freq)
         return reduce_bags(

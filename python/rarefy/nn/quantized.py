@@ -215,9 +215,7 @@ class QuantizedEmbeddingBag(QuantizedTable):
         super().__init__(layer)
         self.mode, self.include_last_offset = layer.mode, layer.include_last_offset
 
-    def forward(
-        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """As ``nn.EmbeddingBag.forward``."""
         options = (self.mode, self.include_last_offset, self.padding_idx)
         return reduce_bags(self._rows(input.reshape(-1)), input, offsets, per_sample_weights, *options)

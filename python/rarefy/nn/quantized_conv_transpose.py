@@ -33,7 +33,9 @@ class QuantizedConvTranspose(QuantizedLayer):
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """The layer in integers; with float input where the activation was not quantized."""
         if x.dim() == self.integer_weight.dim() - 1:  # one sample without a batch dimension
-            return self.forward(x.unsqueeze(0), None if output_size is None else output_size[-(x.dim() - 1) :]).squeeze(0)
+            return self.forward(x.unsqueeze(0), None if output_size is None else output_size[-(x.dim() - 1) :]).squeeze(
+                0
+            )
         movement = self.movement.for_size(x, self.kernel_size, output_size)
         quantizer = self.quant.input
         if quantizer is None:

@@ -18,9 +18,10 @@ class SDPA(QuantizableLayer):
 
         softmax(query key^T * scale + mask) value
 
-    Floating point, and torch's own function, until ``prepare_qat`` or ``prepare``. Then query, key, probabilities and value are
-    quantized, each with its own parameters (``quant.query``, ``quant.key``, ``quant.probabilities``, ``quant.value``), as integer
-    runtimes multiply them; scores, mask and softmax are floating point. A product of two activations stays simulated after ``convert``; in files it is one of integers.
+    Floating point, and torch's own function, until ``prepare_qat`` or ``prepare``. Then query, key, probabilities and value
+    are quantized, each with its own parameters (``quant.query``, ``quant.key``, ``quant.probabilities``, ``quant.value``), as
+    integer runtimes multiply them; scores, mask and softmax are floating point. A product of two activations stays simulated
+    after ``convert``; in files it is one of integers.
     """
 
     fuses_relu = False

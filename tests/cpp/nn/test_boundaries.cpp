@@ -51,10 +51,10 @@ TEST_CASE("boundaries hand on values on a grid", "[nn][boundaries]") {
   const torch::NoGradGuard no_grad;
   REQUIRE(torch::allclose(net(x), before, 0.2, 0.1));
   const auto h = net->first(x);
-  REQUIRE(torch::allclose(net->layer_norm(h), on_grid(torch::layer_norm(h, {8}), *net->layer_norm->quant->find("output")),
-                          1e-5, 1e-6));
+  REQUIRE(torch::allclose(net->layer_norm(h),
+                          on_grid(torch::layer_norm(h, {8}), *net->layer_norm->quant->find("output")), 1e-5, 1e-6));
   const auto q = torch::randn({1, 2, 3, 4});
-  const auto &quant = *net->attention->quant;
+  const auto& quant = *net->attention->quant;
   const auto scores = on_grid(q, *quant.find("query")).matmul(on_grid(q, *quant.find("key")).transpose(-2, -1)) * 0.5;
   const auto expected =
       on_grid(torch::softmax(scores, -1), *quant.find("probabilities")).matmul(on_grid(q, *quant.find("value")));

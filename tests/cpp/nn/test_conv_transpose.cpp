@@ -66,8 +66,9 @@ TEST_CASE("a transposed convolution equals torch's on the grids of every group",
 
 TEST_CASE("transposed convolutions of torch::nn are replaced in containers", "[nn][conv_transpose]") {
   torch::manual_seed(0);
-  torch::nn::Sequential model(torch::nn::ConvTranspose1d(torch::nn::ConvTranspose1dOptions(4, 4, 4).stride(2).groups(2)),
-                              torch::nn::ReLU(), torch::nn::ConvTranspose1d(4, 2, 3));
+  torch::nn::Sequential model(
+      torch::nn::ConvTranspose1d(torch::nn::ConvTranspose1dOptions(4, 4, 4).stride(2).groups(2)), torch::nn::ReLU(),
+      torch::nn::ConvTranspose1d(4, 2, 3));
   const auto x = torch::randn({2, 4, 6});
   const auto before = model->forward(x);
   prepare_qat(*model, QConfig::int8());

@@ -248,8 +248,8 @@ struct DecoderImpl : torch::nn::Module {
   DecoderImpl()
       : up1(register_module("up1",
                             rnn::ConvTranspose2d(rnn::ConvTranspose2dOptions(8, 8, 4).stride(2).padding(1).groups(2)))),
-        up2(register_module("up2", rnn::ConvTranspose2d(
-                                       rnn::ConvTranspose2dOptions(8, 6, 3).stride(2).padding(1).output_padding(1)))),
+        up2(register_module(
+            "up2", rnn::ConvTranspose2d(rnn::ConvTranspose2dOptions(8, 6, 3).stride(2).padding(1).output_padding(1)))),
         out(register_module("out", rnn::Conv2d(rnn::Conv2dOptions(6, 3, 3).padding(1)))) {
     up1->set_relu(true);
     up2->set_relu(true);
@@ -270,9 +270,7 @@ struct TaggerImpl : torch::nn::Module {
         lstm(register_module("lstm", rnn::LSTM(rnn::LSTMOptions(6, 5).bidirectional(true).batch_first(true)))),
         gru(register_module("gru", rnn::GRU(rnn::GRUOptions(10, 8).batch_first(true)))),
         tags(register_module("tags", rnn::Linear(8, 3))) {}
-  Tensor forward(const Tensor& x) {
-    return tags(std::get<0>(gru->forward(std::get<0>(lstm->forward(words(x))))));
-  }
+  Tensor forward(const Tensor& x) { return tags(std::get<0>(gru->forward(std::get<0>(lstm->forward(words(x)))))); }
 };
 TORCH_MODULE(Tagger);
 

@@ -79,7 +79,8 @@ struct ConvertedState {
   bool relu = false;
   std::shared_ptr<ByteGridImpl> next;  // null where the result is floating point
   std::string target;                  // see Quantizable::target
-  std::vector<std::pair<std::string, torch::Tensor>> tensors;  // of a layer with several weights: all of its own, by name
+  std::vector<std::pair<std::string, torch::Tensor>>
+      tensors;  // of a layer with several weights: all of its own, by name
 };
 
 /// A layer that is floating point until `prepare` switches it on, and integer after `convert`. In C++ a typed member of a
