@@ -1,5 +1,7 @@
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/searchsorted.h>
@@ -108,6 +110,31 @@ at::Tensor unpack_nf4_any(const at::Tensor& codes, const at::Tensor& scale_codes
   return rows.view({size_of(codes, 0), -1}).narrow(1, 0, columns).to(dtype).contiguous();
 }
 
+c10::SymInt ceil_div(const c10::SymInt& a, int64_t b) { return (a + b - 1) / b; }
+
+Packed pack_nf4_meta(const at::Tensor& weight, int64_t block, int64_t scale_block) {
+  check_blocks("pack_nf4", block, scale_block);
+  const auto options = weight.options();
+  const auto scales = weight.sym_size(0) * ceil_div(weight.sym_size(1), block);
+  return {at::empty_symint({weight.sym_size(0), ceil_div(weight.sym_size(1), 2)}, options.dtype(at::kByte)),
+          at::empty_symint({scales}, options.dtype(at::kChar)),
+          at::empty_symint({ceil_div(scales, scale_block)}, options.dtype(at::kFloat)),
+          at::empty({1}, options.dtype(at::kFloat))};
+}
+
+at::Tensor unpack_nf4_meta(const at::Tensor& codes, const at::Tensor& /*scale_codes*/,
+                           const at::Tensor& /*scale_steps*/, const at::Tensor& /*scale_mean*/, int64_t columns,
+                           int64_t block, int64_t scale_block, at::ScalarType dtype) {
+  check_blocks("unpack_nf4", block, scale_block);
+  return at::empty_symint({codes.sym_size(0), columns}, codes.options().dtype(dtype));
+}
+
+/// Codes have no derivative: results do not require a gradient.
+void not_differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  at::AutoDispatchBelowAutograd guard;
+  op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+}
+
 }  // namespace
 
 PackedNf4 pack_nf4(const at::Tensor& weight, int64_t block, int64_t scale_block) {
@@ -125,9 +152,20 @@ at::Tensor unpack_nf4(const PackedNf4& packed, int64_t columns, int64_t block, i
                  dtype);
 }
 
-TORCH_LIBRARY_IMPL(rarefy, CompositeImplicitAutograd, m) {
+TORCH_LIBRARY_IMPL(rarefy, CompositeExplicitAutograd, m) {
   m.impl("pack_nf4", &pack_nf4_any);
   m.impl("unpack_nf4", &unpack_nf4_any);
+}
+
+TORCH_LIBRARY_IMPL(rarefy, Meta, m) {
+  m.impl("pack_nf4", &pack_nf4_meta);
+  m.impl("unpack_nf4", &unpack_nf4_meta);
+}
+
+TORCH_LIBRARY_IMPL(rarefy, Autograd, m) {
+  for (const auto* name : {"pack_nf4", "unpack_nf4"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&not_differentiable>());
+  }
 }
 
 }  // namespace rarefy::ops
