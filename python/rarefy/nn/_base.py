@@ -207,6 +207,8 @@ class WeightedLayer(QuantizableLayer):
 
     #: Where LibTorch has integer kernels for the layer.
     _integer_devices: ClassVar[tuple[str, ...]] = ()
+    #: Whether the layer trains in integers where the configuration leaves it open: where they are not slower.
+    trains_in_integers: ClassVar[bool] = True
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -297,7 +299,9 @@ class WeightedLayer(QuantizableLayer):
 
     def _runs_in_integers(self, x: Tensor) -> bool:
         weight, input_ = self.quant.weight, self.quant.input
-        if self.execution == "simulated" or weight is None or not weight.quantize:
+        if self.execution == "simulated" or (self.execution is None and not self.trains_in_integers):
+            return False
+        if weight is None or not weight.quantize:
             return False
         if input_ is None or not input_.quantize:
             return False

@@ -73,9 +73,13 @@ class ConvTransposeLayer(WeightedLayer):
 
     The weight is [in, out / groups, kernel...]. Scales per channel are on axis 1, one for each of the ``out`` channels: every
     group has scales of its own, that of channel o of group g being number ``g * (out / groups) + o``.
+
+    Training is simulated unless ``execution="integer"`` asks otherwise: one integer convolution for each residue of the
+    stride, and its backward pass, take longer than the float layer. Converted layers are faster than it.
     """
 
     channel_axis = 1
+    trains_in_integers = False
     _integer_devices = ("cpu",)
 
     out_channels: int

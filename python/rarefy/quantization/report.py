@@ -89,6 +89,8 @@ def _prepared(
         notes.append("simulated: there is no integer product of two activations")
     if isinstance(module, rnn.WeightedLayer) and not isinstance(module, rnn.TableLayer):
         reason = "as configured" if module.execution == "simulated" else module.float_reason
+        if reason is None and module.execution is None and not module.trains_in_integers:
+            reason = "integers would train slower (execution='integer' asks for them)"
         notes.append("executes in integers" if reason is None else f"simulated: {reason}")
     if isinstance(module, rnn.RecurrentLayer):
         reason = "as configured" if module.execution == "simulated" else module.float_reason

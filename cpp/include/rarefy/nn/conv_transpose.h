@@ -50,6 +50,7 @@ class RAREFY_API ConvTransposeImpl : public WeightedModule<ConvTransposeImpl<D>>
   torch::Tensor compute_integer(const torch::Tensor& x, const torch::Tensor& w, const torch::Tensor& factor,
                                 const torch::Tensor& b, const ops::IntegerGrids& grids,
                                 const ops::IntegerOptions& options) override;
+  bool trains_in_integers_by_default() const override { return false; }
   std::optional<std::string> why_never_integer(const quantization::LayerConfig& config) const override;
   torch::Tensor execute(const torch::Tensor& x) override;
   FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(std::optional<at::IntArrayRef>())})

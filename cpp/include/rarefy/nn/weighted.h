@@ -114,6 +114,8 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
                ? std::nullopt
                : std::optional<std::string>("the processor sums products of bytes in 16 bits");
   }
+  /// Whether the layer trains in integers where the configuration leaves it open: where they are not slower.
+  virtual bool trains_in_integers_by_default() const { return true; }
   virtual bool has_integer_kernel_on(c10::DeviceType device) const { return device == c10::DeviceType::CPU; }
   /// The converted layer in integers, ReLU included.
   virtual torch::Tensor execute(const torch::Tensor& x) = 0;
@@ -157,7 +159,8 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   /// Whether a prepared layer computes with this input in integers. Throws c10::ValueError when it must and cannot.
   bool trains_in_integers(const torch::Tensor& x) const {
     const auto *input = quant->find("input"), *w = quant->find("weight");
-    if (execution == quantization::Execution::simulated || input == nullptr || !input->quantize || !w->quantize) {
+    if (execution == quantization::Execution::simulated || input == nullptr || !input->quantize || !w->quantize ||
+        (!execution.has_value() && !trains_in_integers_by_default())) {
       return false;
     }
     std::string reason = float_reason_.value_or("");
