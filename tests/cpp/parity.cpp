@@ -8,6 +8,7 @@
 //   OUT.results: `losses`, and `evaluated` and `converted`, the scores of batch 0 before and after conversion.
 // rarefy_parity --serve FOLDER DATA OUT: loads the converted network of FOLDER into a fresh one, writes its `scores` of `ids` and
 //   `volumes` of DATA to OUT.results, and the network again to OUT, of test_saved.py.
+// rarefy_parity --train-more, --serve-more: the same for the network with the layers that the first has not.
 // rarefy_parity --continue MODEL BATCH OUT: loads the prepared network's MODEL, writes it again to OUT, and its output on
 //   the tensor `x` of BATCH to OUT.evaluated, of test_checkpoint.py.
 // rarefy_parity --pruned FILE BATCH OUT: loads the pruned small network's FILE into a fresh one, removes channel 0 of what is
@@ -30,6 +31,7 @@
 
 namespace {
 
+template <typename Model>
 int train(char** argv) {
   const std::string execution = argv[2], model_file = argv[3], out = argv[7];
   TORCH_CHECK(execution == "integer" || execution == "simulated", "EXECUTION must be integer or simulated");
@@ -39,7 +41,7 @@ int train(char** argv) {
   config.execution =
       execution == "integer" ? rarefy::quantization::Execution::integer : rarefy::quantization::Execution::simulated;
 
-  EveryLayer model;
+  Model model;
   if (rarefy::load_safetensors(model_file).tensors.contains("out.quant.weight.scale")) {
     rarefy::quantization::prepare_qat(*model, config);
     rarefy::load_safetensors(*model, model_file);
@@ -73,8 +75,9 @@ int train(char** argv) {
   return 0;
 }
 
+template <typename Model>
 int serve(char** argv) {
-  EveryLayer model;
+  Model model;
   rarefy::quantization::load_quantized(*model, argv[2]);
   const auto data = rarefy::load_safetensors(argv[3]).tensors;
   const torch::NoGradGuard no_grad;
@@ -282,10 +285,16 @@ int observe(char** argv) {
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
   if (mode == "--train" && argc == 8) {
-    return train(argv);
+    return train<EveryLayer>(argv);
+  }
+  if (mode == "--train-more" && argc == 8) {
+    return train<MoreLayers>(argv);
   }
   if (mode == "--serve" && argc == 5) {
-    return serve(argv);
+    return serve<EveryLayer>(argv);
+  }
+  if (mode == "--serve-more" && argc == 5) {
+    return serve<MoreLayers>(argv);
   }
   if (mode == "--continue" && argc == 5) {
     return continue_checkpoint(argv);

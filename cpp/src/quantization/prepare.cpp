@@ -1,6 +1,7 @@
 #include <fmt/ranges.h>
 #include <rarefy/masks.h>
 #include <rarefy/nn/add.h>
+#include <rarefy/nn/boundaries.h>
 #include <rarefy/nn/quantizable.h>
 #include <rarefy/quantization/prepare.h>
 #include <rarefy/quantization/target.h>
@@ -216,6 +217,9 @@ void prepare_layers(const char* function, torch::nn::Module& model, const QConfi
       if (auto* add = dynamic_cast<nn::AddImpl*>(candidate->layer.get())) {
         add->quantized_inputs = {"input1"};
       }
+    }
+    if (auto* boundary = dynamic_cast<nn::Boundary*>(candidate->layer.get())) {
+      boundary->set_quantizes_input(profile != nullptr && profile->boundary_inputs);
     }
     if (candidate->floating != nullptr) {
       candidate->floating->insert();

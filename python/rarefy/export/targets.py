@@ -19,11 +19,17 @@ from rarefy.quantization import FakeQuantizer
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (rnn.ConvLayer, "Conv2d"),
     (rnn.QuantizedConv, "Conv2d"),
+    (rnn.ConvTransposeLayer, "ConvTranspose2d"),
+    (rnn.QuantizedConvTranspose, "ConvTranspose2d"),
+    (rnn.RecurrentLayer, "LSTM"),
+    (rnn.QuantizedRecurrent, "LSTM"),
+    (rnn.BoundaryLayer, "LayerNorm"),
+    (rnn.SDPA, "SDPA"),
     (rnn.Linear, "Linear"),
     (rnn.TransposedLinear, "Linear"),
     (rnn.QuantizedLinear, "Linear"),
-    (rnn.Embedding, "Embedding"),
-    (rnn.QuantizedEmbedding, "Embedding"),
+    (rnn.TableLayer, "Embedding"),
+    (rnn.QuantizedTable, "Embedding"),
     (rnn.Add, "Add"),
     (rnn.QuantizedAdd, "Add"),
     (rnn.Mul, "Mul"),
@@ -60,16 +66,18 @@ def check_target(function: str, model: nn.Module, profile: TargetProfile) -> Non
         state = getattr(module, "quant", None)
         if kind is None or not isinstance(state, rnn.QuantState) or not state._modules:
             continue
-        if not profile.executes(kind):
+        if not profile.stores(kind):
             families = ", ".join(profile.families)
             raise ValueError(
                 f"[{function}] layer {name} must be one that the target runs in integers ({profile.name}: {families}), got "
                 f"{type(module).__name__}; {hint}"
             )
-        if state.weight is not None and state.weight.axis is not None and not profile.has_per_channel(kind):
+        weights = (q for key, q in state.named_children() if key.startswith("weight") and isinstance(q, FakeQuantizer))
+        per_channel = next((q for q in weights if q.axis is not None), None)
+        if per_channel is not None and not profile.has_per_channel(kind):
             raise ValueError(
                 f"[{function}] layer {name} must have one scale for its weight ({profile.name} has scales per channel for "
-                f"{', '.join(profile.per_channel)}), got {state.weight.scheme}; {hint}"
+                f"{', '.join(profile.per_channel)}), got {per_channel.scheme}; {hint}"
             )
 
 

@@ -109,7 +109,7 @@ def _plan(
     if not steps:
         raise ValueError(
             f"[{function}] the model must have a layer that the configuration quantizes "
-            f"(Linear, Conv1d, Conv2d, Conv3d, rarefy.nn.Add, ...)"
+            f"(Linear, Conv1d, Conv2d, Conv3d, LSTM, rarefy.nn.Add, ...)"
             f"{' and that the example inputs reach' if flow is not None else ''}, but has none"
         )
     return steps, skipped, unmatched
@@ -119,7 +119,9 @@ def _never_called(steps: dict[str, _Step], config: QConfig, flow: Flow) -> list[
     """The layers that the example run did not call and that nothing else asks to quantize: no override does, and it is no
     second name for the table of a layer that was called (T5's ``shared``), whose float weight would then stay beside it."""
     called = {
-        id(step.module.weight) for step in steps.values() if step.row.layer.has_weight and step.name in flow.called
+        id(getattr(step.module, "weight", step.module))
+        for step in steps.values()
+        if step.row.layer.has_weight and step.name in flow.called
     }
     return [
         step.name
