@@ -122,7 +122,9 @@ def test_stages_see_what_the_model_gives_them(method, propagate):
 
     def solve(weight, hessian):
         if method == "wanda":
-            return core.wanda_weight(weight, hessian.diagonal().sqrt(), core.WandaOptions(0.5, core.parse_pattern("unstructured")))[0]
+            return core.wanda_weight(
+                weight, hessian.diagonal().sqrt(), core.WandaOptions(0.5, core.parse_pattern("unstructured"))
+            )[0]
         options = core.SparseGptOptions(0.5, core.parse_pattern("unstructured"), 128, 0.01, 1.0)
         pruned, mask, *_ = core.sparse_gpt_weight(weight, hessian, options)
         return core.refit_weight(weight, mask, hessian, core.RefitOptions())[0] if method == "refit" else pruned

@@ -24,6 +24,7 @@
 #include <rarefy/graph/record.h>
 #include <rarefy/graph/svg.h>
 #include <rarefy/graph/timing.h>
+#include <rarefy/masks.h>
 #include <rarefy/nn/add.h>
 #include <rarefy/nn/boundaries.h>
 #include <rarefy/nn/cat.h>
@@ -34,13 +35,12 @@
 #include <rarefy/nn/linear.h>
 #include <rarefy/nn/lora.h>
 #include <rarefy/nn/mul.h>
-#include <rarefy/nn/sparse_linear.h>
-#include <rarefy/masks.h>
 #include <rarefy/nn/recurrent.h>
 #include <rarefy/nn/sdpa.h>
+#include <rarefy/nn/sparse_linear.h>
 #include <rarefy/onnx/export_onnx.h>
-#include <rarefy/ops/apply_masks.h>
 #include <rarefy/ops/accumulator.h>
+#include <rarefy/ops/apply_masks.h>
 #include <rarefy/ops/compact_logits.h>
 #include <rarefy/ops/conv_transpose.h>
 #include <rarefy/ops/distillation_loss.h>
@@ -58,11 +58,11 @@
 #include <rarefy/ops/relu.h>
 #include <rarefy/ops/sparse_linear.h>
 #include <rarefy/ops/top_k_distillation_loss.h>
-#include <rarefy/pruning/calibration.h>
 #include <rarefy/ops/weight_formats.h>
+#include <rarefy/pruning/calibration.h>
 #include <rarefy/pruning/choice.h>
-#include <rarefy/pruning/enforce.h>
 #include <rarefy/pruning/element_score.h>
+#include <rarefy/pruning/enforce.h>
 #include <rarefy/pruning/importance.h>
 #include <rarefy/pruning/latency.h>
 #include <rarefy/pruning/manifest.h>
@@ -83,8 +83,8 @@
 #include <rarefy/pruning/torch_pruning.h>
 #include <rarefy/quantization/batch_norm.h>
 #include <rarefy/quantization/fake_quantizer.h>
-#include <rarefy/quantization/packed.h>
 #include <rarefy/quantization/observer.h>
+#include <rarefy/quantization/packed.h>
 #include <rarefy/quantization/prepare.h>
 #include <rarefy/quantization/qconfig.h>
 #include <rarefy/quantization/quantized_checkpoint.h>

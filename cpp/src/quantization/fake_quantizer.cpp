@@ -11,9 +11,9 @@ namespace rarefy::quantization {
 FakeQuantizerImpl::FakeQuantizerImpl(FakeQuantizerOptions options_) : options(std::move(options_)) {
   options.scheme.validate();
   validate(options.observer);
-  TORCH_CHECK_VALUE(options.scheme.is_plain() || follows_a_range(options.observer),
-                    "[FakeQuantizer] ", str(options.observer),
-                    " must have a plain grid of integers, per tensor or channel, got ", options.scheme.str());
+  TORCH_CHECK_VALUE(options.scheme.is_plain() || follows_a_range(options.observer), "[FakeQuantizer] ",
+                    str(options.observer), " must have a plain grid of integers, per tensor or channel, got ",
+                    options.scheme.str());
   TORCH_CHECK_VALUE(options.channels >= 1, "[FakeQuantizer] channels must be at least 1, got ", options.channels);
   FakeQuantizerImpl::reset();
 }
@@ -41,9 +41,7 @@ void FakeQuantizerImpl::pretty_print(std::ostream& stream) const {
          << (calibrated() ? ")" : ", not calibrated)");
 }
 
-bool FakeQuantizerImpl::observes_now() const {
-  return observe && (is_training() || !quantize || is_weight());
-}
+bool FakeQuantizerImpl::observes_now() const { return observe && (is_training() || !quantize || is_weight()); }
 
 /// A forward inside of a backward pass recomputes what was computed before: with the parameters of that time.
 bool FakeQuantizerImpl::is_recomputing() const {
@@ -131,8 +129,7 @@ torch::Tensor FakeQuantizerImpl::forward(const torch::Tensor& x) {
 }
 
 void FakeQuantizerImpl::tell_skipped(const torch::Tensor& x) {
-  if (!skipped.is_cpu() || (told_ && !is_weight()) ||
-      skipped.item<int64_t>() == 0) {
+  if (!skipped.is_cpu() || (told_ && !is_weight()) || skipped.item<int64_t>() == 0) {
     return;
   }
   const std::string who = name.empty() ? "a quantizer" : name;

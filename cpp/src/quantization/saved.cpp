@@ -1,7 +1,7 @@
 #include <fmt/format.h>
+#include <rarefy/masks.h>
 #include <rarefy/nn/conv_bn.h>
 #include <rarefy/nn/quantizable.h>
-#include <rarefy/masks.h>
 #include <rarefy/quantization/saved.h>
 
 #include <algorithm>

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rarefy import nn as rnn
 from rarefy.nn.conv_transpose import weight_by_channel, weight_by_group
 from rarefy.nn.sdpa import attention
-from rarefy.quantization import FakeQuantizer, Latest
+from rarefy.quantization import FakeQuantizer
 
 
 @dataclass(frozen=True)
@@ -383,11 +383,7 @@ def check_quantizers(function: str, model: nn.Module) -> None:
                 f"[{function}] a file holds integers with one observed scale per tensor or channel, got {q.scheme} in {name}"
             )
     # A weight is observed when its integers are read; nobody needs to have run it before.
-    waiting = [
-        name
-        for name, q in quantizers.items()
-        if not q.calibrated and not (q.observe and q.is_weight)
-    ]
+    waiting = [name for name, q in quantizers.items() if not q.calibrated and not (q.observe and q.is_weight)]
     refuse("have observed data (train a step, or calibrate), but these have not", waiting)
     refuse(
         "quantize (rarefy.quantization.set_state(model, quantize=True)), but these are switched off",

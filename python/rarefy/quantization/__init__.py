@@ -1,17 +1,23 @@
 """Quantization: schemes, fake quantizers, quantization-aware training, calibration, integer execution."""
 
 from rarefy._core.quantization import (
+    MSE,
     MX,
     NF4,
     NVFP4,
+    SQNR,
     Binary,
     Codebook,
+    HalfQuadratic,
+    Histogram,
     Integer,
     Latest,
+    MeanNoOutliers,
     Minifloat,
     MinMax,
     MovingAverage,
     PerBlock,
+    Percentile,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -20,12 +26,6 @@ from rarefy._core.quantization import (
     Scheme,
     Ternary,
     quantize_to,
-    MSE,
-    SQNR,
-    HalfQuadratic,
-    Histogram,
-    MeanNoOutliers,
-    Percentile,
 )
 from rarefy.quantization.batch_norm import freeze_batch_norm, reestimate_batch_norm
 from rarefy.quantization.checkpoint import checkpoint_context
@@ -39,17 +39,17 @@ from rarefy.quantization.state import load_float_state_dict
 from rarefy.quantization.statistics import load_statistics, save_statistics
 
 __all__ = [
+    "MSE",
     "MX",
     "NF4",
     "NVFP4",
+    "SQNR",
     "Binary",
     "Codebook",
     "FakeQuantizer",
-    "Integer",
-    "MSE",
-    "SQNR",
     "HalfQuadratic",
     "Histogram",
+    "Integer",
     "Latest",
     "LayerReport",
     "MeanNoOutliers",
@@ -59,9 +59,9 @@ __all__ = [
     "PerBlock",
     "PerChannel",
     "PerGroup",
-    "Percentile",
     "PerTensor",
     "PerToken",
+    "Percentile",
     "QATSchedule",
     "QConfig",
     "QuantizationReport",

@@ -25,7 +25,8 @@ at::Tensor reference(const at::Tensor& weight, const std::vector<at::Tensor>& gr
   return out;
 }
 
-at::Tensor after(const ElementCriterion& criterion, const at::Tensor& weight, const std::vector<at::Tensor>& gradients) {
+at::Tensor after(const ElementCriterion& criterion, const at::Tensor& weight,
+                 const std::vector<at::Tensor>& gradients) {
   auto accumulated = new_accumulator(weight);
   for (const auto& gradient : gradients) {
     accumulate(criterion, weight, gradient, accumulated);
