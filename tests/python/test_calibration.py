@@ -259,6 +259,9 @@ def test_blocks_can_be_named():
         rf.pruning.sparse_gpt(model, loader(), 0.5, blocks=["nowhere"])
 
 
+MASK = torch.ones(1)
+
+
 class Counting(Net):
     """Counts how often it runs from its beginning; hands its blocks what `extra` gives beside x."""
 
@@ -283,7 +286,7 @@ class Counting(Net):
     [
         (lambda tokens: {}, True),
         (lambda tokens: {"mask": None, "scale": 2.0}, True),
-        (lambda tokens, mask=torch.ones(1): {"mask": mask}, True),
+        (lambda tokens: {"mask": MASK}, True),
         (lambda tokens: {"cache": object()}, False),  # may have a state
     ],
 )

@@ -102,7 +102,8 @@ def test_random_is_a_function_of_seed_name_and_index():
     assert torch.equal(scores.element_scores(scores.Random(3), "a", torch.ones(17)), one.flatten()[:17])
     assert not torch.equal(scores.element_scores(scores.Random(4), "a", big), one)
     assert not torch.equal(scores.element_scores(scores.Random(3), "b", big), one)
-    assert one.min() >= 0 and one.max() < 1
+    assert one.min() >= 0
+    assert one.max() < 1
     assert abs(one.mean().item() - 0.5) < 3 * math.sqrt(1 / 12 / one.numel())
     assert abs(one.var().item() - 1 / 12) < 1e-3
     first = scores.element_scores(scores.Random(3), "a", torch.zeros(4, dtype=torch.float64))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
@@ -233,10 +233,8 @@ class Data:
         try:
             with self.watching(layers, sink):
                 for batch in self._batches:
-                    try:
+                    with suppress(_Stop):
                         feed(self._function, self._model, batch, self._forward)
-                    except _Stop:
-                        pass
         finally:
             if handle is not None:
                 handle.remove()
