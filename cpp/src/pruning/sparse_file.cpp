@@ -133,8 +133,8 @@ class Planner {
       const auto indices = std::make_shared<std::vector<uint8_t>>(indices_of(host.sizes(), record.axis, packed));
       add(".indices", at::kByte, static_cast<int64_t>(indices->size()),
           [indices](PendingFile& file) { file.write(indices->data(), indices->size()); });
-      add(".values", host.scalar_type(), kept, [tensor, indices, axis = record.axis](PendingFile& file) {
-        gather_groups(on_host(tensor), axis, indices->data(),
+      add(".values", host.scalar_type(), kept, [tensor, indices, record](PendingFile& file) {
+        gather_groups(on_host(tensor), record.axis, indices->data(), record.is_mask,
                       [&](const void* data, size_t size) { file.write(data, size); });
       });
     }

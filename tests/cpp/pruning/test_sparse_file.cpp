@@ -32,7 +32,10 @@ bool same_bits(const at::Tensor& a, const at::Tensor& b) {
   return std::memcmp(x.const_data_ptr(), y.const_data_ptr(), x.nbytes()) == 0;
 }
 
-at::Tensor sparse(at::IntArrayRef shape, double density) { return at::randn(shape) * (at::rand(shape) < density); }
+/// Without -0, which a product would leave.
+at::Tensor sparse(at::IntArrayRef shape, double density) {
+  return at::where(at::rand(shape) < density, at::randn(shape), at::zeros({}));
+}
 
 struct NetImpl : torch::nn::Module {
   torch::nn::Linear first{nullptr};
