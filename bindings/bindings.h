@@ -21,7 +21,6 @@ void init_choice(py::module_& pruning);
 void init_structured(py::module_& pruning);
 void init_pruning_latency(py::module_& m);
 void init_quantization(py::module_& m);
-void init_scheme(py::module_& quantization);
 void init_quantized_checkpoint(py::module_& m);
 void init_target(py::module_& m);
 void init_distillation(py::module_& m);
