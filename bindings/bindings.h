@@ -29,7 +29,6 @@ void init_sparse(py::module_& pruning);
 void init_pruning_latency(py::module_& m);
 void init_observer(py::module_& m);
 void init_quantization(py::module_& m);
-void init_scheme(py::module_& quantization);
 void init_quantized_checkpoint(py::module_& m);
 void init_target(py::module_& m);
 void init_distillation(py::module_& m);

@@ -8,6 +8,8 @@
 
 namespace rarefy::python {
 
+void init_scheme(py::module_& quantization);  // scheme.cpp
+
 void init_quantization(py::module_& parent) {
   using namespace quantization;
   auto m = parent.def_submodule("quantization", "Schemes and observers. rarefy.quantization is the public side.");

@@ -1,4 +1,3 @@
-#include <fmt/ranges.h>
 #include <rarefy/quantization/packed.h>
 
 #include "bindings.h"
@@ -8,32 +7,36 @@ namespace {
 
 using namespace quantization;
 
+/// Python's str.format.
+template <typename... Values>
+std::string filled(const char* text, Values&&... values) {
+  return py::str(text).format(std::forward<Values>(values)...).template cast<std::string>();
+}
+
 const char* truth(bool value) { return value ? "True" : "False"; }
 
 struct GranularityRepr {
   std::string operator()(const PerTensor&) const { return "PerTensor()"; }
-  std::string operator()(const PerChannel& g) const { return fmt::format("PerChannel(axis={})", g.axis); }
-  std::string operator()(const PerGroup& g) const { return fmt::format("PerGroup(size={}, axis={})", g.size, g.axis); }
-  std::string operator()(const PerBlock& g) const {
-    return fmt::format("PerBlock(rows={}, columns={})", g.rows, g.columns);
-  }
+  std::string operator()(const PerChannel& g) const { return filled("PerChannel(axis={})", g.axis); }
+  std::string operator()(const PerGroup& g) const { return filled("PerGroup(size={}, axis={})", g.size, g.axis); }
+  std::string operator()(const PerBlock& g) const { return filled("PerBlock(rows={}, columns={})", g.rows, g.columns); }
   std::string operator()(const PerToken&) const { return "PerToken()"; }
 };
 
 struct FormatRepr {
   std::string operator()(const Integer&) const { return "Integer()"; }
   std::string operator()(const Binary&) const { return "Binary()"; }
-  std::string operator()(const Ternary& f) const { return fmt::format("Ternary(threshold={})", f.threshold); }
+  std::string operator()(const Ternary& f) const { return filled("Ternary(threshold={})", f.threshold); }
   std::string operator()(const Minifloat& f) const {
-    return fmt::format("Minifloat(exponent_bits={}, mantissa_bits={}, bias={}, specials='{}', saturate={})",
-                       f.exponent_bits, f.mantissa_bits, f.bias, str(f.specials), truth(f.saturate));
+    return filled("Minifloat(exponent_bits={}, mantissa_bits={}, bias={}, specials='{}', saturate={})", f.exponent_bits,
+                  f.mantissa_bits, f.bias, str(f.specials), truth(f.saturate));
   }
-  std::string operator()(const MX& f) const { return fmt::format("MX(element='{}')", str(f.element)); }
+  std::string operator()(const MX& f) const { return filled("MX(element='{}')", str(f.element)); }
   std::string operator()(const NVFP4&) const { return "NVFP4()"; }
   std::string operator()(const NF4& f) const {
-    return fmt::format("NF4(double_quantized={}, scale_block={})", truth(f.double_quantized), f.scale_block);
+    return filled("NF4(double_quantized={}, scale_block={})", truth(f.double_quantized), f.scale_block);
   }
-  std::string operator()(const Codebook& f) const { return fmt::format("Codebook(entries={})", f.entries); }
+  std::string operator()(const Codebook& f) const { return filled("Codebook(entries={})", f.entries); }
 };
 
 /// What every value type has: equality, hash and text from its repr.
@@ -215,13 +218,12 @@ Scheme make_scheme(std::optional<int64_t> bits, bool symmetric, std::optional<bo
                        std::holds_alternative<PerToken>(scheme.granularity));
   scheme.power_of_two = power_of_two;
   if (rounding != "nearest_even" && rounding != "stochastic") {
-    throw py::value_error(fmt::format("[Scheme] rounding must be 'nearest_even' or 'stochastic', got '{}'", rounding));
+    throw py::value_error(filled("[Scheme] rounding must be 'nearest_even' or 'stochastic', got '{}'", rounding));
   }
   scheme.rounding = rounding == "stochastic" ? Rounding::stochastic : Rounding::nearest_even;
   scheme.seed = seed;
   if (straight_through != "clipped" && straight_through != "pass") {
-    throw py::value_error(
-        fmt::format("[Scheme] straight_through must be 'clipped' or 'pass', got '{}'", straight_through));
+    throw py::value_error(filled("[Scheme] straight_through must be 'clipped' or 'pass', got '{}'", straight_through));
   }
   scheme.straight_through = straight_through == "pass" ? StraightThrough::pass : StraightThrough::clipped;
   scheme.validate();
@@ -236,11 +238,11 @@ std::string straight_through_of(const Scheme& self) {
 }
 
 std::string scheme_repr(const Scheme& self) {
-  std::string text = fmt::format("Scheme(bits={}, symmetric={}, signed={}, narrow_range={}, granularity={}", self.bits,
-                                 truth(self.symmetric), truth(self.signed_range()), truth(self.narrow_range),
-                                 std::visit(GranularityRepr{}, self.granularity));
+  std::string text = filled("Scheme(bits={}, symmetric={}, signed={}, narrow_range={}, granularity={}", self.bits,
+                            truth(self.symmetric), truth(self.signed_range()), truth(self.narrow_range),
+                            std::visit(GranularityRepr{}, self.granularity));
   if (!self.is_integer()) {
-    text += fmt::format(", format={}", std::visit(FormatRepr{}, self.format));
+    text += filled(", format={}", std::visit(FormatRepr{}, self.format));
   }
   if (self.dynamic) {
     text += ", dynamic=True";
@@ -249,12 +251,12 @@ std::string scheme_repr(const Scheme& self) {
     text += ", power_of_two=True";
   }
   if (self.rounding == Rounding::stochastic) {
-    text += fmt::format(", rounding='stochastic', seed={}", self.seed);
+    text += filled(", rounding='stochastic', seed={}", self.seed);
   }
   if (self.straight_through == StraightThrough::pass) {
     text += ", straight_through='pass'";
   }
-  return fmt::format("{})", text);
+  return filled("{})", text);
 }
 
 void init_packed(py::module_& m) {
@@ -276,8 +278,7 @@ tensors has "data" and, as the format wants them, "scale", "zero_point", "tensor
       .def("dequantize", &dequantize,
            "The tensor, in its shape and dtype. Raises ValueError for parts that do not fit.")
       .def("__repr__", [](const QuantizedTensorParts& self) {
-        return fmt::format("QuantizedTensorParts({}, shape=[{}], {} bytes)", self.scheme.str(),
-                           fmt::join(self.shape, ", "), self.nbytes());
+        return filled("QuantizedTensorParts({}, shape={}, {} bytes)", self.scheme.str(), self.shape, self.nbytes());
       });
   m.def(
       "quantize_to", &quantize_to, py::arg("x"), py::arg("scheme"), py::arg("scale") = py::none(),

@@ -73,7 +73,8 @@ def test_ml_dtypes_of_other_shapes(kind, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_torch_float8(name, kind, dtype):
     x = torch.from_numpy(edge_cases(name)).to(dtype)
-    y = ops.cast_minifloat(x, ONE, None, [], *reference.MINIFLOATS[name], False)
+    saturates = name == "e4m3"  # torch 2.13 does for e4m3fn, and gives infinity for e5m2
+    y = ops.cast_minifloat(x, ONE, None, [], *reference.MINIFLOATS[name], saturates)
     equal_bits(y.float().numpy(), x.float().to(kind).to(dtype).float().numpy())
 
 

@@ -95,4 +95,16 @@ inline int64_t scale_index(const cpu::Blocks& b, int64_t i) {
   return strip % b.period * b.across + i % b.length / b.wide;
 }
 
+/// out[i] = each(in[i], scale index, i), plain: float64, and stochastic rounding.
+template <typename T, typename Each>
+void plain_loop(const Arranged& a, const at::Tensor& in, const at::Tensor& out, const Each& each) {
+  const T* x = in.const_data_ptr<T>();
+  T* y = out.data_ptr<T>();
+  at::parallel_for(0, in.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      y[i] = each(x[i], static_cast<size_t>(scale_index(a.blocks, i)), i);
+    }
+  });
+}
+
 }  // namespace rarefy::ops
