@@ -84,10 +84,9 @@ norm: of "mse", in [1, 8].)")
            py::arg("percentile") = 99.99, py::arg("bins") = 2048)
       .def_readonly("percentile", &Percentile::percentile)
       .def_readonly("bins", &Percentile::bins)
-      .def(py::pickle([](const Percentile& self) { return py::make_tuple(self.percentile, self.bins); },
-                      [](const py::tuple& state) {
-                        return Percentile{state[0].cast<double>(), state[1].cast<int64_t>()};
-                      }));
+      .def(py::pickle(
+          [](const Percentile& self) { return py::make_tuple(self.percentile, self.bins); },
+          [](const py::tuple& state) { return Percentile{state[0].cast<double>(), state[1].cast<int64_t>()}; }));
 
   observer_class<SQNR>(m, "SQNR", R"(The scale and offset of the greatest signal-to-noise ratio, from a histogram.
 
@@ -97,9 +96,7 @@ clip_weight: how many times the error of clamped values counts, at least 1 (AIME
       .def_readonly("clip_weight", &SQNR::clip_weight)
       .def_readonly("bins", &SQNR::bins)
       .def(py::pickle([](const SQNR& self) { return py::make_tuple(self.clip_weight, self.bins); },
-                      [](const py::tuple& state) {
-                        return SQNR{state[0].cast<double>(), state[1].cast<int64_t>()};
-                      }));
+                      [](const py::tuple& state) { return SQNR{state[0].cast<double>(), state[1].cast<int64_t>()}; }));
 
   observer_class<MeanNoOutliers>(m, "MeanNoOutliers", R"(The mean of the batches' ranges without outliers.
 
@@ -113,14 +110,15 @@ batches: most ranges that are kept, an even number; of more batches every second
       .def_readonly("sigma", &MeanNoOutliers::sigma)
       .def_readonly("quantile", &MeanNoOutliers::quantile)
       .def_readonly("batches", &MeanNoOutliers::batches)
-      .def(py::pickle(
-          [](const MeanNoOutliers& self) { return py::make_tuple(self.sigma, self.quantile, self.batches); },
-          [](const py::tuple& state) {
-            return MeanNoOutliers{state[0].cast<std::optional<double>>(), state[1].cast<std::optional<double>>(),
-                                  state[2].cast<int64_t>()};
-          }));
+      .def(
+          py::pickle([](const MeanNoOutliers& self) { return py::make_tuple(self.sigma, self.quantile, self.batches); },
+                     [](const py::tuple& state) {
+                       return MeanNoOutliers{state[0].cast<std::optional<double>>(),
+                                             state[1].cast<std::optional<double>>(), state[2].cast<int64_t>()};
+                     }));
 
-  observer_class<MSE>(m, "MSE", R"(The range of a weight that gives it the least error, from a search on the weight itself.
+  observer_class<MSE>(m, "MSE",
+                      R"(The range of a weight that gives it the least error, from a search on the weight itself.
 
 norm: of the error |w - w_hat|**norm, in [1, 8].
 steps: ranges of the first round of the search.
@@ -135,7 +133,8 @@ bins: rows of 16 * bins values and more are searched on a histogram; 0: never.)"
                         return MSE{state[0].cast<double>(), state[1].cast<int64_t>(), state[2].cast<int64_t>()};
                       }));
 
-  observer_class<HalfQuadratic>(m, "HalfQuadratic", R"(Scale and zero point of a weight, together, by half-quadratic splitting.
+  observer_class<HalfQuadratic>(m, "HalfQuadratic",
+                                R"(Scale and zero point of a weight, together, by half-quadratic splitting.
 
 norm: of the error |w - w_hat|**norm, in (0, 1].
 beta, kappa: weight of the split, and its growth per iteration.

@@ -98,8 +98,7 @@ Raises ValueError for bits other than 2 to 8 and 16.)")
             .validate();
       },
       py::arg("weight"), py::arg("activation"), py::arg("observer"), py::arg("weight_observer"),
-      py::arg("gradient_dtype"),
-      "Raises ValueError for a scheme that no layer can execute.");
+      py::arg("gradient_dtype"), "Raises ValueError for a scheme that no layer can execute.");
   m.def(
       "why_not_integer",
       [](const std::optional<Scheme>& weight, const std::optional<Scheme>& activation) {

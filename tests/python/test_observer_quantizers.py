@@ -83,7 +83,11 @@ def expected_range(observer: object, scheme: Scheme, data: list[Tensor]) -> tupl
         ops.record_ranges(*ends, torch.zeros(3, dtype=torch.int64), low, high)
         sigma = None if observer.quantile is not None else observer.sigma or 3.0
         return ops.mean_range(*ends, sigma, observer.quantile)
-    state = torch.zeros(rows, observer.bins, dtype=torch.int64), torch.full((rows,), torch.inf), -torch.full((rows,), torch.inf)
+    state = (
+        torch.zeros(rows, observer.bins, dtype=torch.int64),
+        torch.full((rows,), torch.inf),
+        -torch.full((rows,), torch.inf),
+    )
     ops.histogram_observe(torch.cat(data), *state, torch.zeros(1, dtype=torch.int64), scheme.axis)
     if isinstance(observer, Histogram):
         method, parameter = observer.search or "minmax", observer.norm
@@ -181,7 +185,9 @@ def test_weights(observer: object, scheme: Scheme) -> None:
     quantizer.name = "fc.quant.weight"
     with torch.no_grad():
         weight[0, 0] = float("inf")
-    with pytest.raises(ValueError, match=re.escape("the weight of fc.quant.weight must be finite, got 1 NaN or infinite values of 300")):
+    with pytest.raises(
+        ValueError, match=re.escape("the weight of fc.quant.weight must be finite, got 1 NaN or infinite values of 300")
+    ):
         quantizer(weight)
 
 
@@ -269,7 +275,9 @@ def test_the_range_is_chosen_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     choose = rf.quantization.range_statistics.RangeStatistics.choose
     monkeypatch.setattr(
-        rf.quantization.range_statistics.RangeStatistics, "choose", lambda self, *a: calls.append(self) or choose(self, *a)
+        rf.quantization.range_statistics.RangeStatistics,
+        "choose",
+        lambda self, *a: calls.append(self) or choose(self, *a),
     )
     calibrated(Histogram())
     assert len(calls) == 2  # quantizers
@@ -421,9 +429,16 @@ def test_errors_of_saved_statistics(tmp_path: Path) -> None:
         save_statistics(prepare(mlp(), QConfig.int8()), path)
     assert not path.exists()
     save_statistics(calibrated(Histogram(256)), path)
-    with pytest.raises(ValueError, match=re.escape("must have a histogram of 2048 bins, got the statistics of Histogram(bins=256, search='mse', norm=2)")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape(
+            "must have a histogram of 2048 bins, got the statistics of Histogram(bins=256, search='mse', norm=2)"
+        ),
+    ):
         load_statistics(prepare(mlp(), QConfig.int8(observer=Percentile())), path)
-    with pytest.raises(ValueError, match=re.escape("must have the ranges of up to 1024 batches, got the statistics of Histogram(")):
+    with pytest.raises(
+        ValueError, match=re.escape("must have the ranges of up to 1024 batches, got the statistics of Histogram(")
+    ):
         load_statistics(prepare(mlp(), QConfig.int8(observer=MeanNoOutliers())), path)
     other = prepare(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), QConfig.int8(observer=Histogram(256)))
     before = {k: v.clone() for k, v in other.state_dict().items()}
@@ -437,14 +452,18 @@ def test_errors_of_saved_statistics(tmp_path: Path) -> None:
         load_statistics(prepare(mlp(), QConfig.int8(observer=Histogram(256))), tmp_path / "none")
     rf_file = tmp_path / "weights.safetensors"
     pytest.importorskip("safetensors.torch").save_file({"x": torch.ones(3)}, rf_file)
-    with pytest.raises(ValueError, match=re.escape("must be a file that save_statistics has written, but has no description")):
+    with pytest.raises(
+        ValueError, match=re.escape("must be a file that save_statistics has written, but has no description")
+    ):
         load_statistics(prepare(mlp(), QConfig.int8()), rf_file)
 
 
 def test_ranges_of_many_batches_are_no_running_range(tmp_path: Path) -> None:
     model = prepare(mlp(), QConfig.int8(observer=MeanNoOutliers(batches=2)))
     save_statistics(calibrate(model, batches()), tmp_path / "s")
-    with pytest.raises(ValueError, match=re.escape("0.quant.input must have the ranges of all batches for a running range, got every")):
+    with pytest.raises(
+        ValueError, match=re.escape("0.quant.input must have the ranges of all batches for a running range, got every")
+    ):
         load_statistics(prepare(mlp(), QConfig.int8(observer=MinMax())), tmp_path / "s")
 
 
@@ -466,7 +485,11 @@ def test_cpp_calibrates_to_the_same_state(observer: object, tmp_path: Path, requ
         first(batch)
     torch_save(first.state_dict(), tmp_path / "first")
     torch_save({f"x{i}": batch for i, batch in enumerate(x[2:])}, tmp_path / "data")
-    subprocess.run([program, "--observe", str(observer), tmp_path / "first", tmp_path / "data", tmp_path / "out"], check=True, timeout=60)
+    subprocess.run(
+        [program, "--observe", str(observer), tmp_path / "first", tmp_path / "data", tmp_path / "out"],
+        check=True,
+        timeout=60,
+    )
     for batch in x[2:]:
         first(batch)
     assert first.calibrated

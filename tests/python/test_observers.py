@@ -166,7 +166,9 @@ def test_one_bad_value_anywhere_leaves_the_batch_out(position: int, axis: int | 
         ops.histogram_observe(bad, *state, axis)
         assert all(map(torch.equal, state[:3], before[:3]))
         assert state[3].item() == count
-    ops.histogram_observe(torch.tensor([[1.0, 1e300, 1.0]] * 2).double() if axis == 1 else bad.double() * 1e300, *state, axis)
+    ops.histogram_observe(
+        torch.tensor([[1.0, 1e300, 1.0]] * 2).double() if axis == 1 else bad.double() * 1e300, *state, axis
+    )
     assert state[3].item() == 4
 
 
@@ -328,7 +330,9 @@ def test_divergence_against_every_window(kind: str, levels: int) -> None:
 
 def test_divergence_keeps_a_flat_range_and_clips_a_long_tail() -> None:
     flat = observed(torch.linspace(0, 1, 100_000), bins=2048)
-    assert ops.choose_range_from_histogram(*flat[:3], "kl", 0.0, 0, 255, False)[1].item() == pytest.approx(1.0, abs=0.01)
+    assert ops.choose_range_from_histogram(*flat[:3], "kl", 0.0, 0, 255, False)[1].item() == pytest.approx(
+        1.0, abs=0.01
+    )
     tail = torch.cat([torch.randn(100_000).abs(), torch.tensor([1000.0])])
     clipped = observed(tail, bins=8192)
     assert ops.choose_range_from_histogram(*clipped[:3], "kl", 0.0, 0, 15, False)[1].item() < 10
@@ -414,7 +418,9 @@ def test_errors_of_counts_and_of_adding() -> None:
     state[0][0, 3] = -1
     with pytest.raises(ValueError, match=re.escape("counts must not be negative, got one at index 0")):
         ops.choose_range_from_histogram(*state[:3], "mse", 2.0, -128, 127, True)
-    with pytest.raises(ValueError, match=re.escape("[histogram_add] both must have one shape, got [1, 64] and [1, 128]")):
+    with pytest.raises(
+        ValueError, match=re.escape("[histogram_add] both must have one shape, got [1, 64] and [1, 128]")
+    ):
         ops.histogram_add(*observed(torch.randn(50))[:3], *observed(torch.randn(50), bins=128)[:3])
 
 

@@ -27,7 +27,14 @@ from rarefy.quantization import (
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo"
 )
-OBSERVERS = [Histogram(256), Histogram(256, "kl"), Percentile(99.0, 256), SQNR(1.0, 256), MeanNoOutliers(batches=8), MinMax()]
+OBSERVERS = [
+    Histogram(256),
+    Histogram(256, "kl"),
+    Percentile(99.0, 256),
+    SQNR(1.0, 256),
+    MeanNoOutliers(batches=8),
+    MinMax(),
+]
 
 
 def mlp() -> nn.Sequential:

@@ -101,7 +101,10 @@ def test_long_rows_are_searched_on_their_histogram() -> None:
     for axis, grid in ((None, GRIDS["int4"]), (0, GRIDS["uint4"])):
         exact = ops.mse_range(x, axis, *grid, bins=0)
         binned = ops.mse_range(x, axis, *grid, bins=1024)
-        state = [torch.zeros(len(exact[0]), 1024, dtype=torch.int64), *(torch.full_like(exact[0], e) for e in (INFINITY, -INFINITY))]
+        state = [
+            torch.zeros(len(exact[0]), 1024, dtype=torch.int64),
+            *(torch.full_like(exact[0], e) for e in (INFINITY, -INFINITY)),
+        ]
         ops.histogram_observe(x, *state, torch.zeros(1, dtype=torch.int64), axis)
         width = 2 * x.abs().max().item() / 512
         for i, row in enumerate(rows_of(x, axis).numpy()):
@@ -135,7 +138,9 @@ def test_instruction_sets_give_the_same() -> None:
         found.append([])
         for norm in (1.0, 2.0, 2.4):
             found[-1] += ops.mse_range(x, 0, 0, 15, False, norm=norm)
-        found[-1] += ops.mse_range(x, 0, 0, 15, False, importance=torch.rand(2311, generator=torch.Generator().manual_seed(0)))
+        found[-1] += ops.mse_range(
+            x, 0, 0, 15, False, importance=torch.rand(2311, generator=torch.Generator().manual_seed(0))
+        )
         found[-1] += ops.half_quadratic_qparams(x, 0, 0, 15, False)
     assert all(all(map(torch.equal, found[0], other)) for other in found[1:])
 
@@ -169,7 +174,10 @@ def test_splitting_gains_on_heavy_tails() -> None:
     grid = (0, 15, False)
     scale, zero_point = ops.half_quadratic_qparams(x, 0, *grid)
     plain_scale, plain_zero = ops.choose_qparams(x.amin(1), x.amax(1), *grid)
-    error = [(x - ops.fake_quantize(x, s, z, 0, 0, 15)).abs().pow(0.7).sum(1) for s, z in ((scale, zero_point), (plain_scale, plain_zero))]
+    error = [
+        (x - ops.fake_quantize(x, s, z, 0, 0, 15)).abs().pow(0.7).sum(1)
+        for s, z in ((scale, zero_point), (plain_scale, plain_zero))
+    ]
     assert (error[0] < 0.95 * error[1]).all()
 
 
@@ -248,7 +256,9 @@ def test_ranges_are_kept_evenly_spread_over_the_stream() -> None:
     assert several[2].tolist() == [17, 5, 4]
 
 
-@pytest.mark.parametrize("rule", [{"sigma": 2.0}, {"sigma": 0.5}, {"quantile": 0.1}, {"quantile": 0.0}, {"quantile": 0.49}])
+@pytest.mark.parametrize(
+    "rule", [{"sigma": 2.0}, {"sigma": 0.5}, {"quantile": 0.1}, {"quantile": 0.0}, {"quantile": 0.49}]
+)
 def test_mean_of_ranges_without_outliers(rule: dict[str, float]) -> None:
     torch.manual_seed(2)
     high = torch.rand(21, 3) + 1

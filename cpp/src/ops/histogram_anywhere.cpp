@@ -23,7 +23,8 @@ void histogram_observe_anywhere(const at::Tensor& x, at::Tensor& hist, at::Tenso
   const int64_t resolved = check_histogram_observe("histogram_observe", x, hist, hist_min, hist_max, skipped, axis);
   const c10::DeviceGuard guard(x.device());
   const auto values = x.detach().to(at::kFloat);
-  const auto rows = resolved < 0 ? values.reshape({1, -1}) : values.movedim(resolved, 0).reshape({x.size(resolved), -1});
+  const auto rows =
+      resolved < 0 ? values.reshape({1, -1}) : values.movedim(resolved, 0).reshape({x.size(resolved), -1});
   if (!rows.isfinite().all().item<bool>()) {
     skipped.add_(1);
     return;
@@ -34,7 +35,8 @@ void histogram_observe_anywhere(const at::Tensor& x, at::Tensor& hist, at::Tenso
   std::vector<double> widths;
   std::vector<int64_t> bases;
   for (int64_t i = 0; i < count; ++i) {
-    const auto layout = layout_of_range(batch_min.const_data_ptr<float>()[i], batch_max.const_data_ptr<float>()[i], bins);
+    const auto layout =
+        layout_of_range(batch_min.const_data_ptr<float>()[i], batch_max.const_data_ptr<float>()[i], bins);
     widths.push_back(std::ldexp(1.0, layout.exponent));
     bases.push_back(layout.base - i * bins);  // the bins of all rows in one line
   }

@@ -39,16 +39,16 @@ inline int64_t check_histogram_observe(const char* function, const at::Tensor& x
     TORCH_CHECK_VALUE(hist.sym_size(0) == 1, "[", function, "] hist must have 1 row (one for the tensor), got ",
                       hist.sym_size(0));
   } else {
-    TORCH_CHECK_VALUE(hist.sym_size(0) == x.sym_size(resolved), "[", function, "] hist must have ", x.sym_size(resolved),
-                      " rows (one per index of axis ", resolved, "), got ", hist.sym_size(0));
+    TORCH_CHECK_VALUE(hist.sym_size(0) == x.sym_size(resolved), "[", function, "] hist must have ",
+                      x.sym_size(resolved), " rows (one per index of axis ", resolved, "), got ", hist.sym_size(0));
   }
   TORCH_CHECK_TYPE(skipped.scalar_type() == at::kLong, "[", function, "] skipped must be int64, got ",
                    skipped.scalar_type());
   TORCH_CHECK_VALUE(skipped.sym_numel() == 1, "[", function, "] skipped must have 1 element, got ",
                     skipped.sym_numel());
   for (const auto* tensor : {&hist, &skipped}) {
-    TORCH_CHECK_VALUE(tensor->device() == x.device(), "[", function, "] hist and skipped must be on the input's device ",
-                      x.device(), ", got ", tensor->device());
+    TORCH_CHECK_VALUE(tensor->device() == x.device(), "[", function,
+                      "] hist and skipped must be on the input's device ", x.device(), ", got ", tensor->device());
   }
   TORCH_CHECK_VALUE(x.sym_numel() != 0, "[", function, "] input must not be empty, got shape ", x.sym_sizes());
   return resolved;
@@ -68,8 +68,8 @@ inline void check_histogram_add(const char* function, const at::Tensor& hist, co
 enum class RangeMethod { minmax, percentile, mse, sqnr, kl };
 
 inline RangeMethod check_choose_range(const char* function, const at::Tensor& hist, const at::Tensor& low,
-                                      const at::Tensor& high, const std::string& method, double parameter,
-                                      int64_t qmin, int64_t qmax, bool symmetric) {
+                                      const at::Tensor& high, const std::string& method, double parameter, int64_t qmin,
+                                      int64_t qmax, bool symmetric) {
   check_histogram(function, hist, low, high, "hist");
   check_range(function, qmin, qmax);
   check_symmetric(function, qmin, qmax, symmetric);
@@ -90,8 +90,8 @@ inline RangeMethod check_choose_range(const char* function, const at::Tensor& hi
                       "] the weight of clipping must be finite and at least 1, got ", parameter);
     return RangeMethod::sqnr;
   }
-  TORCH_CHECK_VALUE(method == "kl", "[", function, "] method must be minmax, percentile, mse, sqnr or kl, got '", method,
-                    "'");
+  TORCH_CHECK_VALUE(method == "kl", "[", function, "] method must be minmax, percentile, mse, sqnr or kl, got '",
+                    method, "'");
   return RangeMethod::kl;
 }
 

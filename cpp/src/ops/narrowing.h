@@ -45,9 +45,7 @@ class Narrowing {
       return best_;
     }
     const auto scaled = [](float end, double factor) { return static_cast<float>(factor * static_cast<double>(end)); };
-    along(steps, [&](double factor) {
-      return ValueRange{scaled(whole_.low, factor), scaled(whole_.high, factor)};
-    });
+    along(steps, [&](double factor) { return ValueRange{scaled(whole_.low, factor), scaled(whole_.high, factor)}; });
     if (whole_.low < 0.0f && whole_.high > 0.0f) {
       for (int round = 0; round < 2; ++round) {
         const double before = best_cost_;

@@ -12,8 +12,7 @@ TORCH_LIBRARY_FRAGMENT(rarefy, m) {
   m.def(
       "power_of_two_range(Tensor min_val, Tensor max_val, int qmin, int qmax, bool symmetric, bool nearest=False) "
       "-> (Tensor, Tensor)");
-  m.def(
-      "record_ranges(Tensor(a!) batch_min, Tensor(b!) batch_max, Tensor(c!) batches, Tensor low, Tensor high) -> ()");
+  m.def("record_ranges(Tensor(a!) batch_min, Tensor(b!) batch_max, Tensor(c!) batches, Tensor low, Tensor high) -> ()");
   m.def("mean_range(Tensor batch_min, Tensor batch_max, float? sigma, float? quantile) -> (Tensor, Tensor)");
 }
 

@@ -27,8 +27,8 @@ inline int64_t check_mse_range(const char* function, const at::Tensor& x, std::o
                     bins);
   if (importance.has_value()) {
     check_float(function, *importance, "importance");
-    TORCH_CHECK_VALUE(importance->device() == x.device(), "[", function,
-                      "] importance must be on the input's device ", x.device(), ", got ", importance->device());
+    TORCH_CHECK_VALUE(importance->device() == x.device(), "[", function, "] importance must be on the input's device ",
+                      x.device(), ", got ", importance->device());
     bool broadcasts = importance->dim() <= x.dim();
     for (int64_t i = 1; broadcasts && i <= importance->dim(); ++i) {
       broadcasts = importance->sym_size(-i) == 1 || importance->sym_size(-i) == x.sym_size(-i);
@@ -57,8 +57,8 @@ inline void check_batch_ranges(const char* function, const at::Tensor& batch_min
     const char* name = end == &batch_min ? "batch_min" : "batch_max";
     TORCH_CHECK_TYPE(end->scalar_type() == at::kFloat, "[", function, "] ", name, " must be float32, got ",
                      end->scalar_type());
-    TORCH_CHECK_VALUE(end->dim() == 2 && end->is_contiguous() && end->sym_size(0) >= 2 && end->sym_size(0) % 2 == 0, "[",
-                      function, "] ", name, " must be contiguous of shape [n, channels] with an even n, got ",
+    TORCH_CHECK_VALUE(end->dim() == 2 && end->is_contiguous() && end->sym_size(0) >= 2 && end->sym_size(0) % 2 == 0,
+                      "[", function, "] ", name, " must be contiguous of shape [n, channels] with an even n, got ",
                       end->sym_sizes());
   }
   TORCH_CHECK_VALUE(batch_min.sym_sizes() == batch_max.sym_sizes(), "[", function,
@@ -69,10 +69,10 @@ inline void check_batch_ranges(const char* function, const at::Tensor& batch_min
 inline void check_record_ranges(const char* function, const at::Tensor& batch_min, const at::Tensor& batch_max,
                                 const at::Tensor& batches, const at::Tensor& low, const at::Tensor& high) {
   check_batch_ranges(function, batch_min, batch_max);
-  TORCH_CHECK_TYPE(batches.scalar_type() == at::kLong && low.scalar_type() == at::kFloat &&
-                       high.scalar_type() == at::kFloat,
-                   "[", function, "] batches must be int64, low and high float32, got ", batches.scalar_type(), ", ",
-                   low.scalar_type(), " and ", high.scalar_type());
+  TORCH_CHECK_TYPE(
+      batches.scalar_type() == at::kLong && low.scalar_type() == at::kFloat && high.scalar_type() == at::kFloat, "[",
+      function, "] batches must be int64, low and high float32, got ", batches.scalar_type(), ", ", low.scalar_type(),
+      " and ", high.scalar_type());
   TORCH_CHECK_VALUE(batches.dim() == 1 && batches.sym_size(0) == 3 && batches.is_contiguous(), "[", function,
                     "] batches must have shape [3] and be contiguous, got ", batches.sym_sizes());
   TORCH_CHECK_VALUE(low.sym_sizes() == high.sym_sizes() && (low.dim() == 1 || low.dim() == 2) &&

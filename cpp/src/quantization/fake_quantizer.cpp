@@ -34,9 +34,7 @@ void FakeQuantizerImpl::pretty_print(std::ostream& stream) const {
          << (calibrated() ? ")" : ", not calibrated)");
 }
 
-bool FakeQuantizerImpl::observes_now() const {
-  return observe && (is_training() || !quantize || is_weight());
-}
+bool FakeQuantizerImpl::observes_now() const { return observe && (is_training() || !quantize || is_weight()); }
 
 /// A forward inside of a backward pass recomputes what was computed before: with the parameters of that time.
 bool FakeQuantizerImpl::is_recomputing() const {
@@ -121,8 +119,7 @@ torch::Tensor FakeQuantizerImpl::forward(const torch::Tensor& x) {
 }
 
 void FakeQuantizerImpl::tell_skipped(const torch::Tensor& x) {
-  if (!skipped.is_cpu() || (told_ && !is_weight()) ||
-      skipped.item<int64_t>() == 0) {
+  if (!skipped.is_cpu() || (told_ && !is_weight()) || skipped.item<int64_t>() == 0) {
     return;
   }
   const std::string who = name.empty() ? "a quantizer" : name;

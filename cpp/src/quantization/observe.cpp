@@ -158,7 +158,8 @@ void FakeQuantizerImpl::take(const torch::Tensor& merged, std::optional<double> 
 }
 
 /// The same for the ends themselves. Ends that are not finite leave the range as it is.
-void FakeQuantizerImpl::take(const torch::Tensor& low, const torch::Tensor& high, std::optional<double> constant) const {
+void FakeQuantizerImpl::take(const torch::Tensor& low, const torch::Tensor& high,
+                             std::optional<double> constant) const {
   const auto& scheme = options.scheme;
   auto counted_already = torch::zeros_like(skipped);
   // Handles of the same buffers: the operator wants references that it may write through.

@@ -38,10 +38,10 @@ bool follows_latest(const Observer& observer) {
 
 std::optional<int64_t> histogram_bins(const Observer& observer) {
   using Bins = std::optional<int64_t>;
-  return std::visit(Match{[](const Histogram& o) { return Bins(o.bins); },
-                          [](const Percentile& o) { return Bins(o.bins); }, [](const SQNR& o) { return Bins(o.bins); },
-                          [](const auto&) { return Bins(); }},
-                    observer);
+  return std::visit(
+      Match{[](const Histogram& o) { return Bins(o.bins); }, [](const Percentile& o) { return Bins(o.bins); },
+            [](const SQNR& o) { return Bins(o.bins); }, [](const auto&) { return Bins(); }},
+      observer);
 }
 
 bool chooses_at_end(const Observer& observer) {
@@ -112,9 +112,7 @@ std::string str(const Observer& observer) {
             [&](const Histogram& o) {
               return fmt::format("Histogram(bins={}, search={}, norm={})", o.bins, search(o.search), o.norm);
             },
-            [](const Percentile& o) {
-              return fmt::format("Percentile(percentile={}, bins={})", o.percentile, o.bins);
-            },
+            [](const Percentile& o) { return fmt::format("Percentile(percentile={}, bins={})", o.percentile, o.bins); },
             [](const SQNR& o) { return fmt::format("SQNR(clip_weight={}, bins={})", o.clip_weight, o.bins); },
             [&](const MeanNoOutliers& o) {
               return fmt::format("MeanNoOutliers(sigma={}, quantile={}, batches={})", optional(o.sigma),

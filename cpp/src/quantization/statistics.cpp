@@ -88,7 +88,8 @@ class Check {
     require(low.sizes() == high.sizes(), what, " must have one shape, got ", low.sizes(), " and ", high.sizes());
     const auto finite = low.isfinite().logical_and(high.isfinite()).logical_and(low.le(high));
     const auto unset = low.eq(kInfinity).logical_and(high.eq(-kInfinity));
-    require(finite.logical_or(unset).all().item<bool>(), what, " must be finite with min <= max, or (inf, -inf) for none");
+    require(finite.logical_or(unset).all().item<bool>(), what,
+            " must be finite with min <= max, or (inf, -inf) for none");
   }
 
   const QuantizerStatistics& saved_;
@@ -259,8 +260,7 @@ void save_statistics(const torch::nn::Module& model, const std::filesystem::path
       continue;
     }
     auto& saved = statistics[name];
-    saved = {str(quantizer->options.observer), quantizer->options.scheme.str(), quantizer->options.scheme.axis(),
-             {}};
+    saved = {str(quantizer->options.observer), quantizer->options.scheme.str(), quantizer->options.scheme.axis(), {}};
     if (const auto& kept = quantizer->statistics) {
       saved.tensors = kept->tensors();
     }
@@ -288,8 +288,9 @@ void load_statistics(torch::nn::Module& model, const std::filesystem::path& path
     }
   }
   TORCH_CHECK_VALUE(missing.empty() && unexpected.empty(), "[load_statistics] ", path.string(),
-                    ": the quantizers must be those of the model; missing: [", fmt::format("{}", fmt::join(missing, ", ")),
-                    "], unexpected: [", fmt::format("{}", fmt::join(unexpected, ", ")), "]");
+                    ": the quantizers must be those of the model; missing: [",
+                    fmt::format("{}", fmt::join(missing, ", ")), "], unexpected: [",
+                    fmt::format("{}", fmt::join(unexpected, ", ")), "]");
   std::map<std::string, std::map<std::string, at::Tensor>> buffers;
   for (const auto& [name, quantizer] : quantizers) {
     const auto& options = quantizer->options;

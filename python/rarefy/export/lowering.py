@@ -250,11 +250,7 @@ def check_quantizers(function: str, model: nn.Module) -> None:
             )
 
     # A weight is observed when its integers are read; nobody needs to have run it before.
-    waiting = [
-        name
-        for name, q in quantizers.items()
-        if not q.calibrated and not (q.observe and q.is_weight)
-    ]
+    waiting = [name for name, q in quantizers.items() if not q.calibrated and not (q.observe and q.is_weight)]
     refuse("have observed data (train a step, or calibrate), but these have not", waiting)
     refuse(
         "quantize (rarefy.quantization.set_state(model, quantize=True)), but these are switched off",

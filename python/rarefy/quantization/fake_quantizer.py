@@ -27,9 +27,7 @@ from rarefy.quantization import checkpoint
 from rarefy.quantization.distributed import RangeSync
 from rarefy.quantization.range_statistics import RangeStatistics, keeps_statistics
 
-Observer = (
-    MinMax | MovingAverage | Latest | Histogram | Percentile | SQNR | MeanNoOutliers | MSE | HalfQuadratic
-)
+Observer = MinMax | MovingAverage | Latest | Histogram | Percentile | SQNR | MeanNoOutliers | MSE | HalfQuadratic
 
 
 class FakeQuantizer(nn.Module):
@@ -356,7 +354,9 @@ class FakeQuantizer(nn.Module):
         return {**self.__dict__, "_searched": None}  # of a tensor of this process, and of this quantizer's own
 
 
-def _search_arguments(observer: Observer) -> tuple[tuple[float, int, int] | None, tuple[float, float, float, int] | None]:
+def _search_arguments(
+    observer: Observer,
+) -> tuple[tuple[float, int, int] | None, tuple[float, float, float, int] | None]:
     """What ``mse_range`` and ``half_quadratic_qparams`` take, as plain values."""
     if isinstance(observer, MSE):
         return (observer.norm, observer.steps, observer.bins), None

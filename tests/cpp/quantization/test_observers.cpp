@@ -68,7 +68,10 @@ torch::Tensor counts_of(const torch::Tensor& x, int64_t bins) {
 double error_of(const torch::Tensor& x, const torch::Tensor& low, const torch::Tensor& high, int64_t qmin, int64_t qmax,
                 bool symmetric) {
   const auto [scale, zero_point] = ops::choose_qparams(low, high, qmin, qmax, symmetric);
-  return (x - ops::fake_quantize(x, scale, zero_point, std::nullopt, qmin, qmax)).to(torch::kFloat64).square().sum()
+  return (x - ops::fake_quantize(x, scale, zero_point, std::nullopt, qmin, qmax))
+      .to(torch::kFloat64)
+      .square()
+      .sum()
       .item<double>();
 }
 
@@ -182,8 +185,8 @@ TEST_CASE("ranges from histograms", "[observers]") {
   const auto x = torch::cat({torch::randn({20000}), torch::tensor({30.0F})});
   State state(1, 2048);
   state.observe(x);
-  for (const auto& [qmin, qmax, symmetric] :
-       std::vector<std::tuple<int64_t, int64_t, bool>>{{-128, 127, true}, {0, 255, false}, {-7, 7, true}, {0, 15, false}}) {
+  for (const auto& [qmin, qmax, symmetric] : std::vector<std::tuple<int64_t, int64_t, bool>>{
+           {-128, 127, true}, {0, 255, false}, {-7, 7, true}, {0, 15, false}}) {
     const double whole = error_of(x, state.low, state.high, qmin, qmax, symmetric);
     for (const auto& [method, parameter] : std::vector<std::pair<std::string, double>>{{"mse", 2.0}, {"sqnr", 1.0}}) {
       const auto [low, high] = ops::choose_range_from_histogram(state.hist, state.low, state.high, method, parameter,
@@ -191,8 +194,9 @@ TEST_CASE("ranges from histograms", "[observers]") {
       REQUIRE(error_of(x, low, high, qmin, qmax, symmetric) <= whole * 1.001);
     }
     for (const auto* method : {"percentile", "kl", "mse"}) {
-      const auto [low, high] = ops::choose_range_from_histogram(
-          state.hist, state.low, state.high, method, std::string(method) == "mse" ? 2.0 : 99.9, qmin, qmax, symmetric, true);
+      const auto [low, high] =
+          ops::choose_range_from_histogram(state.hist, state.low, state.high, method,
+                                           std::string(method) == "mse" ? 2.0 : 99.9, qmin, qmax, symmetric, true);
       REQUIRE((high.item<float>() < 30.0F || std::string(method) != "percentile"));
       const auto scale = std::get<0>(ops::choose_qparams(low, high, qmin, qmax, symmetric)).item<float>();
       int exponent = 0;
@@ -236,7 +240,8 @@ TEST_CASE("observers print, compare and check themselves", "[observers]") {
                ContainsSubstring("[SQNR] clip_weight must be finite and at least 1, got 0.5"));
   auto config = QConfig::int8();
   config.observer = MSE{};
-  REQUIRE_THAT(message_of([&] { config.validate(); }), ContainsSubstring("[QConfig] observer must gather over batches"));
+  REQUIRE_THAT(message_of([&] { config.validate(); }),
+               ContainsSubstring("[QConfig] observer must gather over batches"));
   config.observer = std::nullopt;
   config.weight_observer = Histogram{};
   REQUIRE_THAT(message_of([&] { config.validate(); }),
@@ -291,7 +296,8 @@ TEST_CASE("a calibration that fails leaves statistics as they were", "[observers
 }
 
 TEST_CASE("training rounds with what statistics have seen so far", "[observers]") {
-  FakeQuantizer quantizer(FakeQuantizerOptions{.scheme = {.bits = 8, .symmetric = false}, .observer = Histogram{.bins = 256}});
+  FakeQuantizer quantizer(
+      FakeQuantizerOptions{.scheme = {.bits = 8, .symmetric = false}, .observer = Histogram{.bins = 256}});
   RangeStatistics all(Observer(Histogram{.bins = 256}), 1);
   auto skipped = torch::zeros({1}, torch::kInt64);
   for (const auto& batch : batches()) {
@@ -309,8 +315,10 @@ TEST_CASE("training rounds with what statistics have seen so far", "[observers]"
 TEST_CASE("weights are searched once for the same values", "[observers]") {
   torch::manual_seed(4);
   for (const Observer& observer : {Observer(MSE{}), Observer(HalfQuadratic{})}) {
-    FakeQuantizer quantizer(FakeQuantizerOptions{
-        .scheme = {.bits = 4, .narrow_range = true, .granularity = PerChannel{0}}, .observer = observer, .channels = 3});
+    FakeQuantizer quantizer(
+        FakeQuantizerOptions{.scheme = {.bits = 4, .narrow_range = true, .granularity = PerChannel{0}},
+                             .observer = observer,
+                             .channels = 3});
     const auto weight = torch::randn({3, 50}).pow(3).requires_grad_();
     quantizer(weight);
     const auto version = quantizer->scale._version();
@@ -326,8 +334,9 @@ TEST_CASE("weights are searched once for the same values", "[observers]") {
     const torch::NoGradGuard no_grad;
     weight[0][0] = kInfinity;
     quantizer->name = "fc.quant.weight";
-    REQUIRE_THAT(message_of([&] { quantizer(weight); }),
-                 ContainsSubstring("the weight of fc.quant.weight must be finite, got 1 NaN or infinite values of 150"));
+    REQUIRE_THAT(
+        message_of([&] { quantizer(weight); }),
+        ContainsSubstring("the weight of fc.quant.weight must be finite, got 1 NaN or infinite values of 150"));
   }
   FakeQuantizer weighed(FakeQuantizerOptions{.scheme = {.bits = 4, .narrow_range = true}, .observer = MSE{}});
   const auto weight = torch::randn({400});

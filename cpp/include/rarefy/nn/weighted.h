@@ -34,7 +34,8 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     if (config.activation.has_value() && quantizes_input()) {
       specs_.push_back({"input", {*config.activation, config.observer.value_or(default_observer), 1}});
     }
-    specs_.push_back({"weight", {*config.weight, config.weight_observer.value_or(quantization::Latest{}), weight.size(0)}});
+    specs_.push_back(
+        {"weight", {*config.weight, config.weight_observer.value_or(quantization::Latest{}), weight.size(0)}});
     quant = this->register_module("quant", QuantState(specs_));
     quant->train(this->is_training());
     quant->to(weight.device());

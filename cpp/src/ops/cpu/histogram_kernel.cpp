@@ -23,8 +23,8 @@ void check_state_values(const char* function, const at::Tensor& low, const at::T
   for (int64_t i = 0; i < low.numel(); ++i) {
     TORCH_CHECK_VALUE((from[i] == infinity && to[i] == -infinity) ||
                           (std::isfinite(from[i]) && std::isfinite(to[i]) && from[i] <= to[i]),
-                      "[", function, "] the range must be finite with min <= max, or (inf, -inf) for none, got (", from[i],
-                      ", ", to[i], ") at index ", i);
+                      "[", function, "] the range must be finite with min <= max, or (inf, -inf) for none, got (",
+                      from[i], ", ", to[i], ") at index ", i);
   }
 }
 
@@ -67,8 +67,9 @@ void histogram_add_cpu(at::Tensor& hist, at::Tensor& hist_min, at::Tensor& hist_
   check_state_values(function, other_min, other_max);
   std::vector<RowHistogram> rows;
   for (int64_t i = 0; i < hist.size(0); ++i) {
-    rows.emplace_back(hist.size(1)).add(other.const_data_ptr<int64_t>() + i * hist.size(1),
-                                        other_min.const_data_ptr<float>()[i], other_max.const_data_ptr<float>()[i]);
+    rows.emplace_back(hist.size(1))
+        .add(other.const_data_ptr<int64_t>() + i * hist.size(1), other_min.const_data_ptr<float>()[i],
+             other_max.const_data_ptr<float>()[i]);
   }
   commit(rows, hist, hist_min, hist_max);
 }
@@ -78,15 +79,16 @@ std::tuple<at::Tensor, at::Tensor> choose_range_cpu(const at::Tensor& hist, cons
                                                     double parameter, int64_t qmin, int64_t qmax, bool symmetric,
                                                     bool power_of_two) {
   constexpr const char* function = "choose_range_from_histogram";
-  const auto chosen = check_choose_range(function, hist, hist_min, hist_max, std::string(method), parameter, qmin, qmax,
-                                         symmetric);
+  const auto chosen =
+      check_choose_range(function, hist, hist_min, hist_max, std::string(method), parameter, qmin, qmax, symmetric);
   check_state_values(function, hist_min, hist_max);
   const int64_t bins = hist.size(1);
   const float* from = hist_min.const_data_ptr<float>();
   const float* to = hist_max.const_data_ptr<float>();
   const auto* counts = hist.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < hist.size(0); ++i) {
-    const bool valid = std::all_of(counts + i * bins, counts + (i + 1) * bins, [](int64_t count) { return count >= 0; });
+    const bool valid =
+        std::all_of(counts + i * bins, counts + (i + 1) * bins, [](int64_t count) { return count >= 0; });
     TORCH_CHECK_VALUE(valid, "[", function, "] counts must not be negative, got one at index ", i);
   }
   auto low = at::empty({hist.size(0)}, hist_min.options()), high = at::empty_like(low);

@@ -55,7 +55,8 @@ void count_range(const T* x, float inverse, int32_t base, uint32_t* counters, in
   }
   for (; i < n; i += Vec::size) {
     const int left = n - i < Vec::size ? static_cast<int>(n - i) : Vec::size;
-    store_counters(left == Vec::size ? Vec::load(x + i) : Vec::load_first(x + i, left, 0.0f), inverse_width, base, places);
+    store_counters(left == Vec::size ? Vec::load(x + i) : Vec::load_first(x + i, left, 0.0f), inverse_width, base,
+                   places);
     for (int k = 0; k < left; ++k) {
       ++counters[places[k]];
     }

@@ -30,9 +30,8 @@ std::vector<ValueRange> ranges_of(const char* function, const at::Tensor& rows) 
     for (int64_t i = first; i < last; ++i) {
       auto& range = ranges[static_cast<size_t>(i)];
       const auto bytes = static_cast<size_t>(i * n) * static_cast<size_t>(rows.element_size());
-      const bool good =
-          RAREFY_ISA_CALL(min_max, static_cast<const char*>(rows.const_data_ptr()) + bytes,
-                          cpu::Layout{layout.type, 1, n}, &range.low, &range.high, 0, n);
+      const bool good = RAREFY_ISA_CALL(min_max, static_cast<const char*>(rows.const_data_ptr()) + bytes,
+                                        cpu::Layout{layout.type, 1, n}, &range.low, &range.high, 0, n);
       finite[static_cast<size_t>(i)] = good ? 1 : 0;
     }
   });
@@ -79,8 +78,7 @@ std::tuple<at::Tensor, at::Tensor> mse_range_cpu(const at::Tensor& x, std::optio
                                                  int64_t qmax, bool symmetric, double norm, int64_t steps, int64_t bins,
                                                  const std::optional<at::Tensor>& importance, bool power_of_two) {
   constexpr const char* function = "mse_range";
-  const int64_t resolved =
-      check_mse_range(function, x, axis, qmin, qmax, symmetric, norm, steps, bins, importance);
+  const int64_t resolved = check_mse_range(function, x, axis, qmin, qmax, symmetric, norm, steps, bins, importance);
   constexpr int64_t kValuesPerBin = 16;
   const TargetGrid grid{qmin, qmax, symmetric, power_of_two};
   const int64_t count = resolved < 0 ? 1 : x.size(resolved), n = x.numel() / count;
@@ -145,7 +143,8 @@ QParams split_row(const float* x, int64_t n, ValueRange range, const TargetGrid&
                     farthest(range, reach), &sums);
     const auto count = static_cast<double>(n);
     if (!grid.symmetric) {
-      zero_point = std::clamp((sums.q - sums.t) / count, static_cast<double>(grid.qmin), static_cast<double>(grid.qmax));
+      zero_point =
+          std::clamp((sums.q - sums.t) / count, static_cast<double>(grid.qmin), static_cast<double>(grid.qmax));
     }
     const double square = sums.qq - 2.0 * zero_point * sums.q + count * zero_point * zero_point;
     const double product = sums.tq - zero_point * sums.t;
@@ -199,7 +198,8 @@ std::tuple<at::Tensor, at::Tensor> power_of_two_range_cpu(const at::Tensor& min_
   for (int64_t i = 0; i < low.numel(); ++i) {
     const ValueRange range{low.const_data_ptr<float>()[i], high.const_data_ptr<float>()[i]};
     TORCH_CHECK_VALUE(std::isfinite(range.low) && std::isfinite(range.high) && range.low <= range.high, "[", function,
-                      "] the range must be finite with min <= max, got [", range.low, ", ", range.high, "] at index ", i);
+                      "] the range must be finite with min <= max, got [", range.low, ", ", range.high, "] at index ",
+                      i);
     const auto result = rarefy::power_of_two_range(range, qmin, qmax, symmetric, nearest);
     new_low.data_ptr<float>()[i] = result.low;
     new_high.data_ptr<float>()[i] = result.high;

@@ -79,8 +79,7 @@ double grid_error(const float* x, const float* importance, int64_t n, StepGrid g
     return sum_of_errors(x, importance, n, grid, [](Vec r) { return r; });
   }
   const Power power(norm, bound);
-  return sum_of_errors(x, importance, n, grid,
-                       [&](Vec r) { return zero_below(r, Vec(1.17549435e-38f), power(r)); });
+  return sum_of_errors(x, importance, n, grid, [&](Vec r) { return zero_below(r, Vec(1.17549435e-38f), power(r)); });
 }
 
 void splitting_sums(const float* x, int64_t n, float scale, float z, float qmin, float qmax, float norm, float beta,

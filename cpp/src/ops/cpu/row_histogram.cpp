@@ -118,9 +118,8 @@ std::optional<std::vector<RowHistogram>> row_histograms(const at::Tensor& x, int
   std::vector<RowHistogram> result(static_cast<size_t>(count), RowHistogram(bins));
   if (count == 1) {
     std::vector<RowHistogram> parts(static_cast<size_t>(at::get_num_threads()), RowHistogram(bins));
-    parallel_words(n, [&](int64_t begin, int64_t end) {
-      fill(parts[static_cast<size_t>(at::get_thread_num())], begin, end);
-    });
+    parallel_words(
+        n, [&](int64_t begin, int64_t end) { fill(parts[static_cast<size_t>(at::get_thread_num())], begin, end); });
     if (!finite.load()) {
       return std::nullopt;
     }

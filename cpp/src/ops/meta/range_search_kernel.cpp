@@ -12,10 +12,10 @@ at::Tensor per_row(const at::Tensor& x, int64_t axis, at::ScalarType type) {
 }
 
 std::tuple<at::Tensor, at::Tensor> mse_range_meta(const at::Tensor& x, std::optional<int64_t> axis, int64_t qmin,
-                                                  int64_t qmax, bool symmetric, double norm, int64_t steps, int64_t bins,
-                                                  const std::optional<at::Tensor>& importance, bool /*power_of_two*/) {
-  const int64_t resolved =
-      check_mse_range("mse_range", x, axis, qmin, qmax, symmetric, norm, steps, bins, importance);
+                                                  int64_t qmax, bool symmetric, double norm, int64_t steps,
+                                                  int64_t bins, const std::optional<at::Tensor>& importance,
+                                                  bool /*power_of_two*/) {
+  const int64_t resolved = check_mse_range("mse_range", x, axis, qmin, qmax, symmetric, norm, steps, bins, importance);
   return {per_row(x, resolved, at::kFloat), per_row(x, resolved, at::kFloat)};
 }
 
@@ -28,7 +28,8 @@ std::tuple<at::Tensor, at::Tensor> half_quadratic_meta(const at::Tensor& x, std:
 }
 
 std::tuple<at::Tensor, at::Tensor> power_of_two_range_meta(const at::Tensor& min_val, const at::Tensor& max_val,
-                                                           int64_t qmin, int64_t qmax, bool symmetric, bool /*nearest*/) {
+                                                           int64_t qmin, int64_t qmax, bool symmetric,
+                                                           bool /*nearest*/) {
   check_choose_qparams("power_of_two_range", min_val, max_val, qmin, qmax, symmetric);
   return {at::empty_symint(min_val.sym_sizes(), min_val.options().dtype(at::kFloat)),
           at::empty_symint(min_val.sym_sizes(), min_val.options().dtype(at::kFloat))};
