@@ -272,8 +272,12 @@ int observe(char** argv) {
   quantizer->quantize = false;
   rarefy::load_safetensors(*quantizer, argv[3]);
   const auto data = rarefy::load_safetensors(argv[4]).tensors;
-  for (int i = 0; data.contains("x" + std::to_string(i)); ++i) {
-    quantizer(data["x" + std::to_string(i)]);
+  for (int i = 0;; ++i) {
+    const std::string number = std::to_string(i);
+    if (!data.contains("x" + number)) {
+      break;
+    }
+    quantizer(data["x" + number]);
   }
   TORCH_CHECK(quantizer->calibrated(), "nothing was observed");
   rarefy::save_safetensors(*quantizer, argv[5]);

@@ -368,6 +368,7 @@ def test_compiled_training_is_that_of_eager(observer: object) -> None:
 
 
 def test_compiled_weights() -> None:
+    torch.compiler.reset()  # what other tests compiled counts towards the limit of variants
     for observer in WEIGHTS:
         eager = FakeQuantizer(Scheme(4, narrow_range=True, granularity=PerChannel(0)), observer, channels=3)
         compiled = copy.deepcopy(eager)

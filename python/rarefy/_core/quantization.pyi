@@ -10,28 +10,249 @@ import torch
 import typing
 
 __all__: list[str] = [
+    "HalfQuadratic",
+    "Histogram",
     "LONGEST_INTEGER_SUM",
     "Latest",
+    "MSE",
+    "MeanNoOutliers",
     "MinMax",
     "MovingAverage",
     "PerChannel",
     "PerTensor",
+    "Percentile",
     "QATScheduleOptions",
+    "QuantizerStatistics",
+    "SQNR",
     "SavedLayer",
     "Scheme",
     "TargetProfile",
     "averaging_constant",
     "clear_packed_weights",
+    "follows_latest",
     "has_exact_integer_products",
+    "histogram_bins",
     "layer_family",
     "packed_weight_count",
     "read_quantized",
+    "read_statistics",
+    "statistics_for",
     "target_names",
     "target_profile",
     "validate_layer_config",
     "why_not_integer",
     "write_quantized",
+    "write_statistics",
 ]
+
+class MinMax:
+    """
+    Running minimum and maximum of everything seen.
+    """
+    def __eq__(self, arg0: MinMax) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
+class Latest:
+    """
+    The range of the latest tensor alone: what a weight wants.
+    """
+    def __eq__(self, arg0: Latest) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
+class MovingAverage:
+    """
+    Exponential moving average of the batches' ranges: min += constant * (batch_min - min).
+    """
+    def __eq__(self, arg0: MovingAverage) -> bool: ...
+    def __getstate__(self) -> tuple[float]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self, constant: typing.SupportsFloat | typing.SupportsIndex = 0.01) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def constant(self) -> float: ...
+
+class Histogram:
+    """
+    A histogram of everything seen, and the range that a search finds in it.
+
+    bins: 16 to 65536. Their width is a power of two and grows with the range; no count is lost, and more than half are used.
+    search: "mse" for the least mean |x - x_hat|**norm, "kl" for the least divergence of the clipped histogram from the
+        quantized one (TensorRT), None for the values seen.
+    norm: of "mse", in [1, 8].
+    """
+    def __eq__(self, arg0: Histogram) -> bool: ...
+    def __getstate__(self) -> tuple[int, str | None, float]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        bins: typing.SupportsInt | typing.SupportsIndex = 2048,
+        search: str | None = "mse",
+        norm: typing.SupportsFloat | typing.SupportsIndex = 2.0,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def bins(self) -> int: ...
+    @property
+    def norm(self) -> float: ...
+    @property
+    def search(self) -> str | None: ...
+
+class Percentile:
+    """
+    The values at `percentile` and 100 - percentile percent of everything seen; of magnitudes for a symmetric range.
+    """
+    def __eq__(self, arg0: Percentile) -> bool: ...
+    def __getstate__(self) -> tuple[float, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        percentile: typing.SupportsFloat | typing.SupportsIndex = 99.99,
+        bins: typing.SupportsInt | typing.SupportsIndex = 2048,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def bins(self) -> int: ...
+    @property
+    def percentile(self) -> float: ...
+
+class SQNR:
+    """
+    The scale and offset of the greatest signal-to-noise ratio, from a histogram.
+
+    clip_weight: how many times the error of clamped values counts, at least 1 (AIMET takes 3).
+    """
+    def __eq__(self, arg0: SQNR) -> bool: ...
+    def __getstate__(self) -> tuple[float, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        clip_weight: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+        bins: typing.SupportsInt | typing.SupportsIndex = 2048,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def bins(self) -> int: ...
+    @property
+    def clip_weight(self) -> float: ...
+
+class MeanNoOutliers:
+    """
+    The mean of the batches' ranges without outliers.
+
+    sigma: what is farther from the mean than so many standard deviations is left out; 3 where quantile is not set either.
+    quantile: what is beyond this quantile on either side is left out; in [0, 0.5).
+    batches: most ranges that are kept, an even number; of more batches every second, fourth, ... one counts.
+    """
+    def __eq__(self, arg0: MeanNoOutliers) -> bool: ...
+    def __getstate__(self) -> tuple[float | None, float | None, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        sigma: typing.SupportsFloat | typing.SupportsIndex | None = None,
+        quantile: typing.SupportsFloat | typing.SupportsIndex | None = None,
+        batches: typing.SupportsInt | typing.SupportsIndex = 1024,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def batches(self) -> int: ...
+    @property
+    def quantile(self) -> float | None: ...
+    @property
+    def sigma(self) -> float | None: ...
+
+class MSE:
+    """
+    The range of a weight that gives it the least error, from a search on the weight itself.
+
+    norm: of the error |w - w_hat|**norm, in [1, 8].
+    steps: ranges of the first round of the search.
+    bins: rows of 16 * bins values and more are searched on a histogram; 0: never.
+    """
+    def __eq__(self, arg0: MSE) -> bool: ...
+    def __getstate__(self) -> tuple[float, int, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        norm: typing.SupportsFloat | typing.SupportsIndex = 2.0,
+        steps: typing.SupportsInt | typing.SupportsIndex = 100,
+        bins: typing.SupportsInt | typing.SupportsIndex = 2048,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def bins(self) -> int: ...
+    @property
+    def norm(self) -> float: ...
+    @property
+    def steps(self) -> int: ...
+
+class HalfQuadratic:
+    """
+    Scale and zero point of a weight, together, by half-quadratic splitting.
+
+    norm: of the error |w - w_hat|**norm, in (0, 1].
+    beta, kappa: weight of the split, and its growth per iteration.
+    iterations: at most so many.
+    """
+    def __eq__(self, arg0: HalfQuadratic) -> bool: ...
+    def __getstate__(self) -> tuple[float, float, float, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        norm: typing.SupportsFloat | typing.SupportsIndex = 0.7,
+        beta: typing.SupportsFloat | typing.SupportsIndex = 10.0,
+        kappa: typing.SupportsFloat | typing.SupportsIndex = 1.01,
+        iterations: typing.SupportsInt | typing.SupportsIndex = 20,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def beta(self) -> float: ...
+    @property
+    def iterations(self) -> int: ...
+    @property
+    def kappa(self) -> float: ...
+    @property
+    def norm(self) -> float: ...
+
+class QuantizerStatistics:
+    """
+    What a file of statistics holds of one quantizer.
+    """
+    def __init__(
+        self,
+        observer: str,
+        scheme: str,
+        axis: typing.SupportsInt | typing.SupportsIndex | None,
+        tensors: collections.abc.Mapping[str, torch.Tensor],
+    ) -> None: ...
+    @property
+    def axis(self) -> int | None: ...
+    @property
+    def observer(self) -> str:
+        """
+        How they were gathered.
+        """
+    @property
+    def scheme(self) -> str:
+        """
+        The grid that they were gathered for.
+        """
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]: ...
 
 class PerTensor:
     """
@@ -56,41 +277,6 @@ class PerChannel:
     def __setstate__(self, arg0: tuple) -> None: ...
     @property
     def axis(self) -> int: ...
-
-class MinMax:
-    """
-    Running minimum and maximum of everything seen.
-    """
-    def __eq__(self, arg0: MinMax) -> bool: ...
-    def __getstate__(self) -> tuple: ...
-    def __hash__(self) -> int: ...
-    def __init__(self) -> None: ...
-    def __repr__(self) -> str: ...
-    def __setstate__(self, arg0: tuple) -> None: ...
-
-class MovingAverage:
-    """
-    Exponential moving average of the batches' ranges: min += constant * (batch_min - min).
-    """
-    def __eq__(self, arg0: MovingAverage) -> bool: ...
-    def __getstate__(self) -> tuple[float]: ...
-    def __hash__(self) -> int: ...
-    def __init__(self, constant: typing.SupportsFloat | typing.SupportsIndex = 0.01) -> None: ...
-    def __repr__(self) -> str: ...
-    def __setstate__(self, arg0: tuple) -> None: ...
-    @property
-    def constant(self) -> float: ...
-
-class Latest:
-    """
-    The range of the latest tensor alone: what a weight wants.
-    """
-    def __eq__(self, arg0: Latest) -> bool: ...
-    def __getstate__(self) -> tuple: ...
-    def __hash__(self) -> int: ...
-    def __init__(self) -> None: ...
-    def __repr__(self) -> str: ...
-    def __setstate__(self, arg0: tuple) -> None: ...
 
 class Scheme:
     """
@@ -351,7 +537,9 @@ class TargetProfile:
         Whether zero points other than 0 exist.
         """
 
-def averaging_constant(observer: MinMax | MovingAverage | Latest) -> float | None:
+def averaging_constant(
+    observer: MinMax | MovingAverage | Latest | Histogram | Percentile | SQNR | MeanNoOutliers | MSE | HalfQuadratic,
+) -> float | None:
     """
     The averaging constant that torch.ops.rarefy.observe takes for an observer.
     """
@@ -361,9 +549,23 @@ def clear_packed_weights() -> None:
     Drop the packed forms of all weights; they are made again when they are needed.
     """
 
+def follows_latest(
+    observer: MinMax | MovingAverage | Latest | Histogram | Percentile | SQNR | MeanNoOutliers | MSE | HalfQuadratic,
+) -> bool:
+    """
+    Whether the range is that of the latest tensor alone, as a weight wants it.
+    """
+
 def has_exact_integer_products() -> bool:
     """
     Whether the processor sums products of bytes in 32 bits, without saturating (AVX512-VNNI, AVX-VNNI).
+    """
+
+def histogram_bins(
+    observer: MinMax | MovingAverage | Latest | Histogram | Percentile | SQNR | MeanNoOutliers | MSE | HalfQuadratic,
+) -> int | None:
+    """
+    The bins of its histogram; None where it keeps none.
     """
 
 def layer_family(kind: str) -> str:
@@ -381,6 +583,18 @@ def read_quantized(folder: os.PathLike | str | bytes) -> tuple:
     Tensors, layers and folded batch normalizations of a folder.
     """
 
+def read_statistics(path: os.PathLike | str | bytes) -> dict[str, QuantizerStatistics]: ...
+def statistics_for(
+    name: str,
+    saved: QuantizerStatistics,
+    observer: MinMax | MovingAverage | Latest | Histogram | Percentile | SQNR | MeanNoOutliers | MSE | HalfQuadratic,
+    axis: typing.SupportsInt | typing.SupportsIndex | None,
+    rows: typing.SupportsInt | typing.SupportsIndex,
+) -> dict[str, torch.Tensor]:
+    """
+    The buffers that a quantizer with an observer takes from a file's.
+    """
+
 def target_names() -> list[str]:
     """
     The names that target_profile knows.
@@ -394,7 +608,26 @@ def target_profile(name: str) -> TargetProfile:
 def validate_layer_config(
     weight: Scheme | None,
     activation: Scheme | None,
-    observer: MinMax | MovingAverage | Latest | None,
+    observer: MinMax
+    | MovingAverage
+    | Latest
+    | Histogram
+    | Percentile
+    | SQNR
+    | MeanNoOutliers
+    | MSE
+    | HalfQuadratic
+    | None,
+    weight_observer: MinMax
+    | MovingAverage
+    | Latest
+    | Histogram
+    | Percentile
+    | SQNR
+    | MeanNoOutliers
+    | MSE
+    | HalfQuadratic
+    | None,
     gradient_dtype: torch.dtype,
 ) -> None:
     """
@@ -416,5 +649,9 @@ def write_quantized(
     """
     Writes the state of a converted model, with what its layers are.
     """
+
+def write_statistics(
+    statistics: collections.abc.Mapping[str, QuantizerStatistics], path: os.PathLike | str | bytes
+) -> None: ...
 
 LONGEST_INTEGER_SUM: int = 65793
