@@ -15,6 +15,8 @@ void init_target(py::module_& parent) {
       .def_readonly("stored", &TargetProfile::stored,
                     "Families that files may hold on their grids, and that the runtime computes in floating point.")
       .def_readonly("per_channel", &TargetProfile::per_channel, "Families whose weights may have a scale per channel.")
+      .def_readonly("scales_of_groups", &TargetProfile::scales_of_groups,
+                    "Whether channels of every group of a transposed convolution may have scales of their own.")
       .def_readonly("activation_bits", &TargetProfile::activation_bits, "Widths of activations.")
       .def_readonly("wide_activations", &TargetProfile::wide_activations, "Whether files may hold 16-bit activations.")
       .def_readonly("narrow_grids", &TargetProfile::narrow_grids,
