@@ -80,7 +80,8 @@ void init_target(py::module_& parent) {
   m.def("target_names", &target_names, "The names that target_profile knows.");
   m.def(
       "layer_family", &layer_family, py::arg("kind"),
-      "'linear', 'conv', 'conv_transpose', 'embedding', 'recurrent', 'boundary', 'attention', 'add', 'mul' or 'cat': the family of a kind of layer.");
+      "'linear', 'conv', 'conv_transpose', 'embedding', 'recurrent', 'boundary', 'attention', 'add', 'mul' or 'cat': the "
+      "family of a kind of layer.");
 }
 
 }  // namespace rarefy::python
