@@ -15,6 +15,8 @@ void init_target(py::module_& parent) {
       .def_readonly("stored", &TargetProfile::stored,
                     "Families that files may hold on their grids, and that the runtime computes in floating point.")
       .def_readonly("per_channel", &TargetProfile::per_channel, "Families whose weights may have a scale per channel.")
+      .def_readonly("scales_of_groups", &TargetProfile::scales_of_groups,
+                    "Whether channels of every group of a transposed convolution may have scales of their own.")
       .def_readonly("activation_bits", &TargetProfile::activation_bits, "Widths of activations.")
       .def_readonly("wide_activations", &TargetProfile::wide_activations, "Whether files may hold 16-bit activations.")
       .def_readonly("narrow_grids", &TargetProfile::narrow_grids,
@@ -78,7 +80,8 @@ void init_target(py::module_& parent) {
   m.def("target_names", &target_names, "The names that target_profile knows.");
   m.def(
       "layer_family", &layer_family, py::arg("kind"),
-      "'linear', 'conv', 'conv_transpose', 'embedding', 'recurrent', 'boundary', 'attention', 'add', 'mul' or 'cat': the family of a kind of layer.");
+      "'linear', 'conv', 'conv_transpose', 'embedding', 'recurrent', 'boundary', 'attention', 'add', 'mul' or 'cat': the "
+      "family of a kind of layer.");
 }
 
 }  // namespace rarefy::python

@@ -223,6 +223,20 @@ def test_what_no_file_holds_says_so(tmp_path):
         rf.export.to_onnx(model, inputs, tmp_path / "bag.onnx", dynamic_batch=False)
 
 
+@pytest.mark.parametrize("target", ["tensorrt", "qnn"])
+def test_scales_of_groups_are_one_where_a_target_holds_no_more(target, tmp_path):
+    x = torch.randn(3, 8, 3, 3)
+    model = calibrate(prepare(Decoder(), QConfig.int8(target=target), x), [x])
+    assert model.up1.quant.weight.scale.shape == (1,)
+    notes = {r.name: r.note for r in rf.quantization.report(model).layers}
+    assert f"one scale for the weight: {target} holds none for each channel of several groups" in notes["up1"]
+    free = calibrate(prepare(Decoder(), QConfig.int8(activation=Scheme()), x), [x])
+    with pytest.raises(
+        ValueError, match=rf"layer up1 must have one scale for its weight \({target} holds none for each"
+    ):
+        rf.export.to_onnx(free, x, tmp_path / "m.onnx", target=target)
+
+
 def test_onnxruntime_stores_transposed_convolutions_and_computes_them_in_floating_point():
     x = torch.randn(3, 8, 3, 3)
     chosen = prepare(Decoder(), QConfig.int8(target="onnxruntime"), x)

@@ -209,6 +209,11 @@ void prepare_layers(const char* function, torch::nn::Module& model, const QConfi
   for (auto& [candidate, layer_config] : todo) {
     if (candidate->floating != nullptr) {
       candidate->layer = candidate->floating->make();
+    }
+    if (profile != nullptr && !profile->scales_of_groups && candidate->layer->has_scales_of_groups()) {
+      layer_config.weight->granularity = PerTensor{};
+    }
+    if (candidate->floating != nullptr) {
       candidate->layer->prepare(layer_config, default_observer);
     }
   }

@@ -431,6 +431,10 @@ class TargetProfile:
         """
         Whether weights of the kind may have a scale per channel.
         """
+    def stores(self, kind: str) -> bool:
+        """
+        Whether files may hold layers of the kind on their grids.
+        """
     def why_not(self, weight: Scheme | None, activation: Scheme | None, kind: str) -> str | None:
         """
         Why the runtime does not execute such a layer: the rule and the value; None when it does.
@@ -443,6 +447,11 @@ class TargetProfile:
     def activation_bits(self) -> list[int]:
         """
         Widths of activations.
+        """
+    @property
+    def boundary_inputs(self) -> bool:
+        """
+        Whether inputs of normalizations and activation functions get quantizers too.
         """
     @property
     def clipping(self) -> str:
@@ -512,9 +521,19 @@ class TargetProfile:
         Whether a residual before a layer normalization is written as Sum.
         """
     @property
+    def scales_of_groups(self) -> bool:
+        """
+        Whether channels of every group of a transposed convolution may have scales of their own.
+        """
+    @property
     def splits_linear_bias(self) -> bool:
         """
         Whether the bias of a linear layer is written as Gemm or Sum.
+        """
+    @property
+    def stored(self) -> list[str]:
+        """
+        Families that files may hold on their grids, and that the runtime computes in floating point.
         """
     @property
     def unsigned_activations(self) -> bool:
@@ -570,7 +589,7 @@ def histogram_bins(
 
 def layer_family(kind: str) -> str:
     """
-    'linear', 'conv', 'embedding', 'add', 'mul' or 'cat': the family of a kind of layer.
+    'linear', 'conv', 'conv_transpose', 'embedding', 'recurrent', 'boundary', 'attention', 'add', 'mul' or 'cat': the family of a kind of layer.
     """
 
 def packed_weight_count() -> int:

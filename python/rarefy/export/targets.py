@@ -72,6 +72,13 @@ def check_target(function: str, model: nn.Module, profile: TargetProfile) -> Non
                 f"[{function}] layer {name} must be one that the target runs in integers ({profile.name}: {families}), got "
                 f"{type(module).__name__}; {hint}"
             )
+        transposed = isinstance(module, (rnn.ConvTransposeLayer, rnn.QuantizedConvTranspose))
+        grouped = transposed and module.groups > 1 and state.weight is not None and state.weight.axis is not None
+        if grouped and not profile.scales_of_groups:
+            raise ValueError(
+                f"[{function}] layer {name} must have one scale for its weight ({profile.name} holds none for each channel of "
+                f"several groups), got {state.weight.scheme}; {hint}"  # type: ignore[union-attr]
+            )
         weights = (q for key, q in state.named_children() if key.startswith("weight") and isinstance(q, FakeQuantizer))
         per_channel = next((q for q in weights if q.axis is not None), None)
         if per_channel is not None and not profile.has_per_channel(kind):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rarefy._core.quantization import Scheme
 from rarefy.nn._base import WeightedLayer
+from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.qconfig import QConfig
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -94,6 +97,15 @@ class ConvTransposeLayer(WeightedLayer):
     def movement(self) -> Movement:
         """How the layer moves over its output, in numbers."""
         return Movement(self.stride, self.padding, self.output_padding, self.dilation, self.groups)  # type: ignore[arg-type]
+
+    def _weight_quantizer(self, config: QConfig) -> FakeQuantizer:
+        profile, scheme = config.profile, config.weight
+        if scheme is not None and self.groups > 1 and profile is not None and not profile.scales_of_groups:
+            one = Scheme(
+                bits=scheme.bits, symmetric=scheme.symmetric, signed=scheme.signed, narrow_range=scheme.narrow_range
+            )
+            config = replace(config, weight=one)
+        return super()._weight_quantizer(config)
 
     def _channels(self) -> int:
         return self.out_channels

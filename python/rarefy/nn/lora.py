@@ -23,9 +23,9 @@ class LoRALinear(nn.Module):
     Parameters ``lora_a`` [rank, in], from the distribution of torch's linear layers, and ``lora_b`` [out, rank], zeros, so
     that the layer begins as the one that it was made of; ``weight`` and ``bias`` without a gradient. A base in fewer bits
     has buffers in place of the weight: of "int8" ``weight`` (int8 [out, in]) and ``weight_scale`` (float32 [out]); of
-    "nf4", 4-bit NormalFloat in blocks of 64 with double quantization as QLoRA keeps it (Dettmers et al., 2023, arXiv:2305.14314),
-    ``weight_codes``, ``weight_scale_codes``, ``weight_scale_steps`` and ``weight_scale_mean``: about 4.13 bits per value.
-    The same names in C++.
+    "nf4", 4-bit NormalFloat in blocks of 64 with double quantization as QLoRA keeps it (Dettmers et al., 2023,
+    arXiv:2305.14314), ``weight_codes``, ``weight_scale_codes``, ``weight_scale_steps`` and ``weight_scale_mean``: about
+    4.13 bits per value. The same names in C++.
 
     Args:
         linear: a base of "float" shares the memory of its weight; other bases are made of it.

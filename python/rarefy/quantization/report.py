@@ -92,6 +92,9 @@ def _prepared(
         if reason is None and module.execution is None and not module.trains_in_integers:
             reason = "integers would train slower (execution='integer' asks for them)"
         notes.append("executes in integers" if reason is None else f"simulated: {reason}")
+    grouped = isinstance(module, (rnn.ConvTransposeLayer, rnn.QuantizedConvTranspose)) and module.groups > 1
+    if grouped and module.target is not None and weight is not None and weight.axis is None:
+        notes.append(f"one scale for the weight: {module.target} holds none for each channel of several groups")
     if isinstance(module, rnn.RecurrentLayer):
         reason = "as configured" if module.execution == "simulated" else module.float_reason
         products = "products with the input execute in integers, those with the hidden state are simulated"

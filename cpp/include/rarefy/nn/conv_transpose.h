@@ -35,6 +35,7 @@ class RAREFY_API ConvTransposeImpl : public WeightedModule<ConvTransposeImpl<D>>
   std::string kind() const override { return "ConvTranspose" + std::to_string(D) + "d"; }
   int64_t channel_axis() const override { return 1; }
   int64_t channels() const override { return options.out_channels(); }
+  bool has_scales_of_groups() const override { return options.groups() > 1; }
   /// With the output padding that gives the spatial sizes `output_size`, where they are told.
   torch::Tensor forward(const torch::Tensor& x, const std::optional<at::IntArrayRef>& output_size = std::nullopt);
 

@@ -94,6 +94,8 @@ class RAREFY_API Quantizable {
   Mode mode() const { return mode_; }
   /// Whether the layer has a weight; Add has none.
   virtual bool has_weight() const { return false; }
+  /// Whether scales per channel of the weight are those of several groups; see TargetProfile::scales_of_groups.
+  virtual bool has_scales_of_groups() const { return false; }
   /// "Linear", "Conv2d", ...
   virtual std::string kind() const = 0;
   /// Attaches the quantizers. Throws c10::ValueError unless the layer is floating.

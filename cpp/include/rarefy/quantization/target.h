@@ -37,6 +37,9 @@ struct TargetProfile {
   std::vector<std::string> stored = {};
   /// Families whose weights may have a scale per channel; the others get one scale.
   std::vector<std::string> per_channel;
+  /// Whether the channels of every group of a transposed convolution may have scales of their own: in a file, a Reshape then
+  /// stands between its integers and the operator. Otherwise such a weight gets one scale.
+  bool scales_of_groups = false;
   /// Widths of activations.
   std::vector<int64_t> activation_bits;
   /// Whether files may hold activations of 16 bits, executed or not.
