@@ -122,7 +122,10 @@ void calibrate_on(Net& net, const std::vector<torch::Tensor>& data) {
 FakeQuantizerImpl& input_of(Net& net) { return *net->fc1->quant->find("input"); }
 
 std::filesystem::path temporary(const char* name) {
-  return std::filesystem::temp_directory_path() / (std::string("rarefy_observers_") + name);
+  // Not by adding literals, which GCC 12 misreads (its bug 105651).
+  std::string file = "rarefy_observers_";
+  file.append(name);
+  return std::filesystem::temp_directory_path() / file;
 }
 
 }  // namespace
