@@ -33,6 +33,7 @@ __all__: list[str] = [
     "Fold",
     "GeometricMedian",
     "Group",
+    "GroupOrder",
     "GroupOutcome",
     "GroupScore",
     "Head",
@@ -50,9 +51,12 @@ __all__: list[str] = [
     "MaskRefit",
     "Member",
     "Movement",
+    "Member",
     "NM",
     "OperatorTime",
     "Parameters",
+    "PermutationOptions",
+    "PermutationReport",
     "Pinned",
     "Plan",
     "PolynomialSchedule",
@@ -89,6 +93,13 @@ __all__: list[str] = [
     "find_structure",
     "full_mask",
     "grasp",
+    "choose_widths",
+    "count",
+    "custom_importance",
+    "erk_sparsities",
+    "find_nm_permutation",
+    "find_structure",
+    "full_mask",
     "implied_sparsity",
     "importance",
     "input_rows",
@@ -105,6 +116,12 @@ __all__: list[str] = [
     "read_pruned",
     "refit_weight",
     "relative_error",
+    "nm_kept_magnitude",
+    "parse_pattern",
+    "permute_for_nm",
+    "reach_latency",
+    "read_pruned",
+    "reorders",
     "select_parameters",
     "snip",
     "sparse_gpt_weight",
@@ -600,6 +617,88 @@ class Structure:
     def groups(self) -> tuple: ...
     @property
     def pinned(self) -> tuple: ...
+
+class PermutationOptions:
+    """
+    Checked options of a channel permutation.
+    """
+    def __init__(
+        self,
+        pattern: NM,
+        include: collections.abc.Sequence[str] | None = None,
+        exclude: collections.abc.Sequence[str] = [],
+        escapes: typing.SupportsInt | typing.SupportsIndex = 16,
+        effort: typing.SupportsFloat | typing.SupportsIndex = 20000000000.0,
+        seed: typing.SupportsInt | typing.SupportsIndex = 0,
+        tolerance: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+    ) -> None: ...
+
+class GroupOrder:
+    """
+    The order of a group's units.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def after(self) -> float: ...
+    @property
+    def before(self) -> float:
+        """
+        The magnitude that N:M keeps of these weights.
+        """
+    @property
+    def name(self) -> str:
+        """
+        Of the group.
+        """
+    @property
+    def order(self) -> tuple:
+        """
+        For each place the unit that comes to it; empty when all stay.
+        """
+    @property
+    def reason(self) -> str:
+        """
+        Why all stay; empty when they do not.
+        """
+    @property
+    def units(self) -> int: ...
+    @property
+    def weights(self) -> tuple:
+        """
+        Whose N:M masks depend on the order.
+        """
+
+class PermutationReport:
+    """
+    What a channel permutation did, or would do.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def after(self) -> float: ...
+    @property
+    def attempts(self) -> int:
+        """
+        Comparisons of outputs.
+        """
+    @property
+    def before(self) -> float:
+        """
+        What N:M keeps of it.
+        """
+    @property
+    def difference(self) -> float:
+        """
+        Largest difference of the outputs, over the largest output.
+        """
+    @property
+    def groups(self) -> tuple: ...
+    @property
+    def pattern(self) -> NM: ...
+    @property
+    def total(self) -> float:
+        """
+        The magnitude of all weights that count.
+        """
 
 class Magnitude:
     """
@@ -1418,6 +1517,16 @@ def erk_sparsities(
     together have exactly round(sparsity * elements) zeros.
     """
 
+def find_nm_permutation(
+    structure: Structure,
+    names: collections.abc.Sequence[str],
+    values: collections.abc.Sequence[torch.Tensor],
+    options: PermutationOptions,
+) -> PermutationReport:
+    """
+    Orders of groups in which N:M keeps more; nothing is changed.
+    """
+
 def find_structure(graph: rarefy._core.graph.Graph) -> Structure:
     """
     The dependency groups of a recorded model.
@@ -1492,6 +1601,9 @@ def needs_gradients(criterion: Magnitude | Random | Movement | Taylor | Fisher |
 def new_accumulator(value: torch.Tensor) -> torch.Tensor:
     """
     Zeros that accumulate() adds to.
+def nm_kept_magnitude(weight: torch.Tensor, pattern: NM) -> float:
+    """
+    The sum of |w| that an N:M mask along dimension 1 keeps.
     """
 
 def parse_pattern(
@@ -1521,6 +1633,17 @@ def prune_calibrated(
 ) -> tuple[dict[str, torch.Tensor], CalibrationReport]:
     """
     Prune the weights of all stages; returns masks and the report.
+def permute_for_nm(
+    record: collections.abc.Callable[[], tuple[rarefy._core.graph.Graph, str]],
+    tensors: collections.abc.Sequence[rarefy._core.graph.NamedTensor],
+    parameters: collections.abc.Sequence[str],
+    state_names: collections.abc.Sequence[str],
+    state: collections.abc.Sequence[torch.Tensor],
+    also: collections.abc.Callable[[collections.abc.Sequence[Cut]], list[Cut]],
+    options: PermutationOptions,
+) -> PermutationReport:
+    """
+    The transaction that both languages share.
     """
 
 def reach_latency(
@@ -1548,6 +1671,9 @@ def refit_weight(
 def relative_error(weight: torch.Tensor, pruned: torch.Tensor, hessian: torch.Tensor) -> float:
     """
     The fraction of the output's energy that a pruned weight loses: ||(W - W') X||^2 / ||W X||^2.
+def reorders(structure: Structure, report: PermutationReport) -> list[tuple[str, int, list[int]]]:
+    """
+    Tensor, dimension and source indices of what an order changes.
     """
 
 def select_parameters(
