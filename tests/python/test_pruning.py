@@ -150,7 +150,7 @@ def test_masks_at_every_step_follow_the_reference(scope):
                 flat[order] = False
                 for n, part in zip(group, flat.split([expected[n].numel() for n in group]), strict=True):
                     expected[n] = part.view(expected[n].shape)
-        pruner.step()
+        pruner.step(optimizer)
         for name, mask in expected.items():
             assert torch.equal(kept(model, name), mask), (step, name)
             assert not weights(model)[name][~mask].any()

@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 #include <rarefy/ops/mask.h>
 #include <rarefy/pruning/element_score.h>
+#include <rarefy/pruning/enforce.h>
 #include <rarefy/pruning/state.h>
 
 #include <algorithm>
@@ -296,7 +297,7 @@ StepResult update_masks(PruningState& state, const PrunerOptions& options) {
 
 StepResult advance(PruningState& state, const PrunerOptions& options) {
   const auto result = update_masks(state, options);
-  apply_masks(state);
+  apply_values(state);  // gradients are spent by now
   return result;
 }
 

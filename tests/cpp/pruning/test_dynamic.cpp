@@ -136,6 +136,7 @@ TEST_CASE("RigL exchanges without a change of sparsity, and what grows starts at
         grown += fresh.sum().item<int64_t>();
         const auto& value = pruner.state().parameters[i].value;
         REQUIRE(!value.masked_select(fresh.logical_or(gone)).any().item<bool>());
+        REQUIRE(!value.grad().masked_select(gone).any().item<bool>());
         for (const auto& moment : moments_of(pruner.state(), optimizer)) {
           if (moment.parameter == i) {
             REQUIRE(!moment.value.masked_select(fresh.logical_or(gone)).any().item<bool>());
