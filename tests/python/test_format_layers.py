@@ -32,6 +32,7 @@ from rarefy.quantization import (
     prepare_qat,
     report,
 )
+from rarefy.quantization.distributed import RangeSync
 
 ops = torch.ops.rarefy
 
@@ -251,3 +252,29 @@ def test_compiled():
     x = torch.randn(3, 32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), model(x))
+
+
+class _TwoProcesses(RangeSync):
+    """As if another process had seen [-7, 3]."""
+
+    def is_active(self) -> bool:
+        return True
+
+    def _merge(self, minimum: torch.Tensor, maximum: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        both = [
+            torch.maximum(-minimum, torch.tensor([7.0])),
+            torch.maximum(maximum, torch.tensor([3.0])),
+            count.float(),
+        ]
+        return torch.cat(both)
+
+
+def test_scales_follow_ranges_of_several_processes():
+    quantizer = FakeQuantizer(Scheme(format=Minifloat.e4m3()), MinMax())
+    quantizer(torch.tensor([1.0, -2.0]))
+    sync = _TwoProcesses()
+    sync.merge([quantizer])
+    assert float(quantizer.scale) == float(torch.tensor(7.0) / 448)
+    quantizer.sync = sync
+    quantizer(torch.tensor([14.0, 0.0]))
+    assert float(quantizer.scale) == float(torch.tensor(14.0) / 448)

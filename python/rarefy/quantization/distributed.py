@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rarefy.quantization.formats import derive_scale
+
 if TYPE_CHECKING:
     from rarefy.quantization.fake_quantizer import FakeQuantizer
 
@@ -73,6 +75,8 @@ class RangeSync:
                     continue
                 merged = self._merge(q.min_val, q.max_val, q.skipped)
                 _take(merged, q._state, q.axis, None, (q.qmin, q.qmax), q.scheme.symmetric)
+                if q.plan.range_json and not q.is_plain:
+                    derive_scale(q)
                 q.skipped.copy_(merged[-1:])
 
     def sum(self, count: int, device: torch.device) -> int:
