@@ -96,8 +96,8 @@ def mse(x: Tensor) -> Functions:
     }
     if importlib.util.find_spec("brevitas") is not None:
         with contextlib.suppress(ImportError):  # not of the interface that this file knows
-            from brevitas.quant import Int8ActPerTensorFloatMSE
             from brevitas.nn import QuantIdentity
+            from brevitas.quant import Int8ActPerTensorFloatMSE
 
             layer = QuantIdentity(act_quant=Int8ActPerTensorFloatMSE).train()
             functions["brevitas Int8ActPerTensorFloatMSE"] = lambda: layer(x)
