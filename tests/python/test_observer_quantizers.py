@@ -244,10 +244,16 @@ def test_values_of_observers(observer: object) -> None:
         (lambda: MeanNoOutliers(batches=7), "[MeanNoOutliers] batches must be even and in 2..65536, got 7"),
         (lambda: MSE(steps=0), "[MSE] steps must be in 1..10000, got 0"),
         (lambda: HalfQuadratic(norm=2.0), "[HalfQuadratic] norm must be in (0, 1], got 2"),
-        (lambda: QConfig.int8(observer=MSE()), "[QConfig] observer must gather over batches (for least error: Histogram), got MSE("),
-        (lambda: QConfig.int8(weight_observer=MinMax()), "[QConfig] weight_observer must be Latest, MSE or HalfQuadratic, got MinMax()"),
+        (
+            lambda: QConfig.int8(observer=MSE()),
+            "[QConfig] observer must gather over batches (for least error: Histogram), got MSE(",
+        ),
+        (
+            lambda: QConfig.int8(weight_observer=MinMax()),
+            "[QConfig] weight_observer must be Latest, MSE or HalfQuadratic, got MinMax()",
+        ),
     ],
-)  # fmt: skip
+)
 def test_errors_of_observers(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         make()

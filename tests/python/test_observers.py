@@ -54,7 +54,7 @@ def edges_of(state: State, row: int = 0) -> list[float]:
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_TYPES, ids=str)
-@pytest.mark.parametrize("shape", [s for s in strategies.ODD_SHAPES if 0 not in s][1:] + [(2, 40, 61)], ids=str)
+@pytest.mark.parametrize("shape", [*[s for s in strategies.ODD_SHAPES if 0 not in s][1:], (2, 40, 61)], ids=str)
 def test_counts_of_every_shape_axis_layout_and_type(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = (torch.randn(shape) * 5 + torch.randn(shape[-1:] or ())).to(dtype)
     for axis in (None, *range(-1, len(shape))):
@@ -110,9 +110,18 @@ def test_more_than_half_of_the_bins_are_used(bins: int) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [[0.0], [-0.0, 0.0], [5.0] * 70, [-5.0] * 3, [1e-45, -1e-45, 0.0], [3.4028234e38, -3.4028234e38, 1e-45, -1e-45],
-     [2.0**-100, -(2.0**-100), 2.0**-101], [1.0, 2.0, 4.0, -1.0, -2.0, -4.0], [1e-38, 2e-38, 3e-39]],
-)  # fmt: skip
+    [
+        [0.0],
+        [-0.0, 0.0],
+        [5.0] * 70,
+        [-5.0] * 3,
+        [1e-45, -1e-45, 0.0],
+        [3.4028234e38, -3.4028234e38, 1e-45, -1e-45],
+        [2.0**-100, -(2.0**-100), 2.0**-101],
+        [1.0, 2.0, 4.0, -1.0, -2.0, -4.0],
+        [1e-38, 2e-38, 3e-39],
+    ],
+)
 @pytest.mark.parametrize("bins", [16, 2048])
 def test_edges_denormals_zeros_and_huge_values(values: list[float], bins: int) -> None:
     hist, low, high, _ = observed(torch.tensor(values * 20), bins=bins)
@@ -372,20 +381,44 @@ def test_scales_are_powers_of_two_where_asked(method: str, kind: str, grid: tupl
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": torch.ones(3, dtype=torch.int32)}, TypeError, "[histogram_observe] input must be float32, float64, bfloat16 or float16, got Int"),
+        (
+            {"x": torch.ones(3, dtype=torch.int32)},
+            TypeError,
+            "[histogram_observe] input must be float32, float64, bfloat16 or float16, got Int",
+        ),
         ({"x": torch.ones(0)}, ValueError, "[histogram_observe] input must not be empty, got shape [0]"),
         ({"axis": 1}, IndexError, "[histogram_observe] axis must be in [-1, 1) for an input of 1 dimensions, got 1"),
         ({"axis": 0}, ValueError, "[histogram_observe] hist must have 5 rows (one per index of axis 0), got 1"),
-        ({"hist": torch.zeros(2, 64, dtype=torch.int64)}, ValueError, "[histogram_observe] hist_min must have shape [2]"),
+        (
+            {"hist": torch.zeros(2, 64, dtype=torch.int64)},
+            ValueError,
+            "[histogram_observe] hist_min must have shape [2]",
+        ),
         ({"hist": torch.zeros(1, 64)}, TypeError, "[histogram_observe] hist must be int64, got Float"),
-        ({"hist": torch.zeros(1, 8, dtype=torch.int64)}, ValueError, "[histogram_observe] hist must have shape [rows, bins] with 16 to 65536 bins, got [1, 8]"),
-        ({"hist": torch.zeros(1, 128, dtype=torch.int64)[:, ::2]}, ValueError, "[histogram_observe] hist must be contiguous"),
+        (
+            {"hist": torch.zeros(1, 8, dtype=torch.int64)},
+            ValueError,
+            "[histogram_observe] hist must have shape [rows, bins] with 16 to 65536 bins, got [1, 8]",
+        ),
+        (
+            {"hist": torch.zeros(1, 128, dtype=torch.int64)[:, ::2]},
+            ValueError,
+            "[histogram_observe] hist must be contiguous",
+        ),
         ({"low": torch.zeros(1).double()}, TypeError, "[histogram_observe] hist_min must be float32, got Double"),
-        ({"low": torch.ones(1), "high": torch.zeros(1)}, ValueError, "[histogram_observe] the range must be finite with min <= max, or (inf, -inf) for none, got (1, 0) at index 0"),
-        ({"skipped": torch.zeros(2, dtype=torch.int64)}, ValueError, "[histogram_observe] skipped must have 1 element, got 2"),
+        (
+            {"low": torch.ones(1), "high": torch.zeros(1)},
+            ValueError,
+            "[histogram_observe] the range must be finite with min <= max, or (inf, -inf) for none, got (1, 0) at index 0",
+        ),
+        (
+            {"skipped": torch.zeros(2, dtype=torch.int64)},
+            ValueError,
+            "[histogram_observe] skipped must have 1 element, got 2",
+        ),
         ({"skipped": torch.zeros(1)}, TypeError, "[histogram_observe] skipped must be int64, got Float"),
     ],
-)  # fmt: skip
+)
 def test_errors_of_observing_change_nothing(change: dict, error: type[Exception], message: str) -> None:
     hist, low, high, skipped = new_histogram()
     arguments = {"x": torch.randn(5), "hist": hist, "low": low, "high": high, "skipped": skipped, "axis": None} | change

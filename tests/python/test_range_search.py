@@ -287,29 +287,113 @@ def test_mean_of_ranges_without_outliers(rule: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda x: ops.mse_range(x[:0], None, -8, 7, True), ValueError, "[mse_range] input must not be empty, got shape [0, 5]"),
-        (lambda x: ops.mse_range(x.int(), None, -8, 7, True), TypeError, "[mse_range] input must be float32, float64, bfloat16 or float16, got Int"),
-        (lambda x: ops.mse_range(x, 2, -8, 7, True), IndexError, "[mse_range] axis must be in [-2, 2) for an input of 2 dimensions, got 2"),
-        (lambda x: ops.mse_range(x, None, -8, 7, True, norm=0.5), ValueError, "[mse_range] norm must be in [1, 8], got 0.5"),
-        (lambda x: ops.mse_range(x, None, -8, 7, True, steps=0), ValueError, "[mse_range] steps must be in 1..10000, got 0"),
-        (lambda x: ops.mse_range(x, None, -8, 7, True, bins=3), ValueError, "[mse_range] bins must be 0 or in 16..65536, got 3"),
-        (lambda x: ops.mse_range(x, None, -8, 7, True, importance=torch.ones(4)), ValueError, "[mse_range] importance must broadcast to the input's shape [3, 5], got [4]"),
-        (lambda x: ops.mse_range(x, None, -8, 7, True, importance=-torch.ones(5)), ValueError, "[mse_range] importance must be finite and not negative"),
-        (lambda x: ops.mse_range(x / 0, 0, -8, 7, True), ValueError, "[mse_range] input must be finite, got NaN or infinite values in row 0"),
-        (lambda x: ops.mse_range(x.repeat(100, 100) / 0, None, -8, 7, True, bins=16), ValueError, "[mse_range] input must be finite"),
-        (lambda x: ops.half_quadratic_qparams(x, None, 0, 15, False, norm=1.5), ValueError, "[half_quadratic_qparams] norm must be in (0, 1], got 1.5"),
-        (lambda x: ops.half_quadratic_qparams(x, None, 0, 15, False, beta=0.0), ValueError, "[half_quadratic_qparams] beta must be finite and positive, got 0"),
-        (lambda x: ops.half_quadratic_qparams(x, None, 0, 15, False, kappa=0.5), ValueError, "[half_quadratic_qparams] kappa must be in [1, 10], got 0.5"),
-        (lambda x: ops.half_quadratic_qparams(x * float("nan"), None, 0, 15, False), ValueError, "[half_quadratic_qparams] input must be finite"),
-        (lambda x: ops.power_of_two_range(x[0, :1] / 0, x[0, :1], 0, 15, False), ValueError, "[power_of_two_range] the range must be finite with min <= max"),
-        (lambda x: ops.mean_range(x[:2], x[:2], None, None), ValueError, "[mean_range] one of sigma and quantile must be set, got none"),
-        (lambda x: ops.mean_range(x[:2], x[:2], 1.0, 0.1), ValueError, "[mean_range] one of sigma and quantile must be set, got both"),
-        (lambda x: ops.mean_range(x[:2], x[:2], 0.0, None), ValueError, "[mean_range] sigma must be finite and positive, got 0"),
-        (lambda x: ops.mean_range(x[:2], x[:2], None, 0.5), ValueError, "[mean_range] quantile must be in [0, 0.5), got 0.5"),
-        (lambda x: ops.mean_range(x, x, 3.0, None), ValueError, "[mean_range] batch_min must be contiguous of shape [n, channels] with an even n, got [3, 5]"),
-        (lambda x: ops.record_ranges(*new_ranges(4, 2), x[0], x[0]), ValueError, "[record_ranges] low and high must have shape [2] or [k, 2], got [5] and [5]"),
+        (
+            lambda x: ops.mse_range(x[:0], None, -8, 7, True),
+            ValueError,
+            "[mse_range] input must not be empty, got shape [0, 5]",
+        ),
+        (
+            lambda x: ops.mse_range(x.int(), None, -8, 7, True),
+            TypeError,
+            "[mse_range] input must be float32, float64, bfloat16 or float16, got Int",
+        ),
+        (
+            lambda x: ops.mse_range(x, 2, -8, 7, True),
+            IndexError,
+            "[mse_range] axis must be in [-2, 2) for an input of 2 dimensions, got 2",
+        ),
+        (
+            lambda x: ops.mse_range(x, None, -8, 7, True, norm=0.5),
+            ValueError,
+            "[mse_range] norm must be in [1, 8], got 0.5",
+        ),
+        (
+            lambda x: ops.mse_range(x, None, -8, 7, True, steps=0),
+            ValueError,
+            "[mse_range] steps must be in 1..10000, got 0",
+        ),
+        (
+            lambda x: ops.mse_range(x, None, -8, 7, True, bins=3),
+            ValueError,
+            "[mse_range] bins must be 0 or in 16..65536, got 3",
+        ),
+        (
+            lambda x: ops.mse_range(x, None, -8, 7, True, importance=torch.ones(4)),
+            ValueError,
+            "[mse_range] importance must broadcast to the input's shape [3, 5], got [4]",
+        ),
+        (
+            lambda x: ops.mse_range(x, None, -8, 7, True, importance=-torch.ones(5)),
+            ValueError,
+            "[mse_range] importance must be finite and not negative",
+        ),
+        (
+            lambda x: ops.mse_range(x / 0, 0, -8, 7, True),
+            ValueError,
+            "[mse_range] input must be finite, got NaN or infinite values in row 0",
+        ),
+        (
+            lambda x: ops.mse_range(x.repeat(100, 100) / 0, None, -8, 7, True, bins=16),
+            ValueError,
+            "[mse_range] input must be finite",
+        ),
+        (
+            lambda x: ops.half_quadratic_qparams(x, None, 0, 15, False, norm=1.5),
+            ValueError,
+            "[half_quadratic_qparams] norm must be in (0, 1], got 1.5",
+        ),
+        (
+            lambda x: ops.half_quadratic_qparams(x, None, 0, 15, False, beta=0.0),
+            ValueError,
+            "[half_quadratic_qparams] beta must be finite and positive, got 0",
+        ),
+        (
+            lambda x: ops.half_quadratic_qparams(x, None, 0, 15, False, kappa=0.5),
+            ValueError,
+            "[half_quadratic_qparams] kappa must be in [1, 10], got 0.5",
+        ),
+        (
+            lambda x: ops.half_quadratic_qparams(x * float("nan"), None, 0, 15, False),
+            ValueError,
+            "[half_quadratic_qparams] input must be finite",
+        ),
+        (
+            lambda x: ops.power_of_two_range(x[0, :1] / 0, x[0, :1], 0, 15, False),
+            ValueError,
+            "[power_of_two_range] the range must be finite with min <= max",
+        ),
+        (
+            lambda x: ops.mean_range(x[:2], x[:2], None, None),
+            ValueError,
+            "[mean_range] one of sigma and quantile must be set, got none",
+        ),
+        (
+            lambda x: ops.mean_range(x[:2], x[:2], 1.0, 0.1),
+            ValueError,
+            "[mean_range] one of sigma and quantile must be set, got both",
+        ),
+        (
+            lambda x: ops.mean_range(x[:2], x[:2], 0.0, None),
+            ValueError,
+            "[mean_range] sigma must be finite and positive, got 0",
+        ),
+        (
+            lambda x: ops.mean_range(x[:2], x[:2], None, 0.5),
+            ValueError,
+            "[mean_range] quantile must be in [0, 0.5), got 0.5",
+        ),
+        (
+            lambda x: ops.mean_range(x, x, 3.0, None),
+            ValueError,
+            "[mean_range] batch_min must be contiguous of shape [n, channels] with an even n, got [3, 5]",
+        ),
+        (
+            lambda x: ops.record_ranges(*new_ranges(4, 2), x[0], x[0]),
+            ValueError,
+            "[record_ranges] low and high must have shape [2] or [k, 2], got [5] and [5]",
+        ),
     ],
-)  # fmt: skip
+)
 def test_errors(call: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         call(torch.randn(3, 5))

@@ -48,9 +48,9 @@ class FakeQuantizer(nn.Module):
     in the module ``statistics``, which is None for the others. The range is chosen at the first use after something was
     observed: once, at the end of a calibration; at every step of training.
 
-    A weight (observer ``Latest``, ``MSE`` or ``HalfQuadratic``) is observed at every forward; an activation while training, and in calibration
-    (``observe`` without ``quantize``) always, but not inside of a backward pass: such a forward recomputes activations
-    (gradient checkpointing, see ``checkpoint_context``).
+    A weight (observer ``Latest``, ``MSE`` or ``HalfQuadratic``) is observed at every forward; an activation while training,
+    and in calibration (``observe`` without ``quantize``) always, but not inside of a backward pass: such a forward
+    recomputes activations (gradient checkpointing, see ``checkpoint_context``).
 
     Args:
         scheme: the grid.
