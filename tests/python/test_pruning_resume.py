@@ -105,9 +105,7 @@ def start(name, seed, attached):
 ATTACHED = ["linear", "AC/DC", "rewound weights", "SET", "RigL", "soft", "soft 2:4", "movement"]
 
 
-@pytest.mark.parametrize(
-    ("name", "attached"), [(name, False) for name in RUNS] + [(name, True) for name in ATTACHED]
-)
+@pytest.mark.parametrize(("name", "attached"), [(name, False) for name in RUNS] + [(name, True) for name in ATTACHED])
 def test_killed_after_any_step(name, attached):
     model, optimizer, pruner = start(name, 0, attached)
     files = []

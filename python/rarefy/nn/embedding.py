@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 
 class TableLayer(WeightedLayer):
-    """A lookup table. Only the weight is quantized, per row where the configuration says per channel. Then only the rows that
-    are looked up are rounded and observed, so that a step costs as much as its batch, not as the table. With a scheme that is not
-    plain (groups, minifloats, codebooks) the whole table is rounded."""
+    """A lookup table. Only the weight is quantized, per row where the configuration says per channel.
+
+    Then only the rows that are looked up are rounded and observed, so that a step costs as much as its batch, not as the
+    table. With a scheme that is not plain (groups, minifloats, codebooks) the whole table is rounded.
+    """
 
     fuses_relu = False
     quantizes_output = False  # rows lie on their grids
