@@ -1,6 +1,7 @@
 """Schedules of pruning: formulas, updates, the exact end, values, errors, plots, and what a pruner makes of them."""
 
 import copy
+import itertools
 import math
 import pickle
 import sys
@@ -28,7 +29,6 @@ from rarefy.pruning import (
     StraightThrough,
     plot_schedule,
 )
-import itertools
 
 
 def halves(step):
