@@ -54,12 +54,10 @@ __all__: list[str] = [
     "LinearSchedule",
     "Macs",
     "Magnitude",
-    "MagnitudePrunerOptions",
     "MaskChoice",
     "MaskRefit",
     "Member",
     "Movement",
-    "Member",
     "NM",
     "OperatorTime",
     "Parameters",
@@ -76,9 +74,6 @@ __all__: list[str] = [
     "Random",
     "RefitOptions",
     "Resize",
-    "Row",
-    "STEP_KEY",
-    "SparseGptOptions",
     "RigL",
     "Row",
     "SET",
@@ -118,22 +113,6 @@ __all__: list[str] = [
     "compare_times",
     "count",
     "custom_importance",
-    "element_scores",
-    "erk_sparsities",
-    "find_structure",
-    "full_mask",
-    "grasp",
-    "choose_widths",
-    "count",
-    "custom_importance",
-    "erk_sparsities",
-    "find_nm_permutation",
-    "find_structure",
-    "full_mask",
-    "implied_sparsity",
-    "importance",
-    "input_rows",
-    "left_alone",
     "effective_macs",
     "element_scores",
     "enforce",
@@ -157,27 +136,7 @@ __all__: list[str] = [
     "mask_gradients",
     "mask_key",
     "masked_fraction",
-    "misfit",
-    "needs_gradients",
-    "new_accumulator",
-    "parse_pattern",
-    "prune_calibrated",
-    "reach_latency",
-    "read_pruned",
-    "refit_weight",
-    "relative_error",
-    "nm_kept_magnitude",
-    "parse_pattern",
-    "permute_for_nm",
-    "reach_latency",
-    "read_pruned",
-    "reorders",
-    "select_parameters",
-    "snip",
-    "sparse_gpt_weight",
-    "synflow",
-    "useful_widths",
-    "validate_element_criterion",
+    "masks_of",
     "may_regrow",
     "misfit",
     "names_of",
@@ -256,168 +215,6 @@ class Surgery:
         The indices that stay; None when all do.
         """
     def rollback(self) -> None: ...
-
-class Unstructured:
-    """
-    Every element by itself.
-    """
-    def __eq__(self, arg0: Unstructured) -> bool: ...
-    def __getstate__(self) -> tuple: ...
-    def __hash__(self) -> int: ...
-    def __init__(self) -> None: ...
-    def __repr__(self) -> str: ...
-    def __setstate__(self, arg0: tuple) -> None: ...
-    @property
-    def name(self) -> str:
-        """
-        The text that stands for the pattern, as in '2:4'.
-        """
-
-class NM:
-    """
-    At most n of every m consecutive elements along dimension 1 are kept: in every row of a linear
-    layer, and for a convolution at every place of the kernel, along the input channels. When m does
-    not divide the size, the last, shorter group keeps at most n too.
-    """
-    def __eq__(self, arg0: NM) -> bool: ...
-    def __getstate__(self) -> tuple[int, int]: ...
-    def __hash__(self) -> int: ...
-    def __init__(
-        self, n: typing.SupportsInt | typing.SupportsIndex = 2, m: typing.SupportsInt | typing.SupportsIndex = 4
-    ) -> None: ...
-    def __repr__(self) -> str: ...
-    def __setstate__(self, arg0: tuple) -> None: ...
-    @property
-    def m(self) -> int: ...
-    @property
-    def n(self) -> int: ...
-    @property
-    def name(self) -> str:
-        """
-        The text that stands for the pattern, as in '2:4'.
-        """
-
-class Block:
-    """
-    Blocks of rows x columns of the weight as a matrix: dimension 0 by all others. Where a side
-    is not a multiple, the last blocks are smaller.
-    """
-    def __eq__(self, arg0: Block) -> bool: ...
-    def __getstate__(self) -> tuple[int, int]: ...
-    def __hash__(self) -> int: ...
-    def __init__(
-        self,
-        rows: typing.SupportsInt | typing.SupportsIndex = 4,
-        columns: typing.SupportsInt | typing.SupportsIndex = 1,
-    ) -> None: ...
-    def __repr__(self) -> str: ...
-    def __setstate__(self, arg0: tuple) -> None: ...
-    @property
-    def columns(self) -> int: ...
-    @property
-    def name(self) -> str:
-        """
-        The text that stands for the pattern, as in '2:4'.
-        """
-    @property
-    def rows(self) -> int: ...
-
-class Row:
-    """
-    All weights of an output feature or channel: an index of dimension 0.
-    """
-    def __eq__(self, arg0: Row) -> bool: ...
-    def __getstate__(self) -> tuple: ...
-    def __hash__(self) -> int: ...
-    def __init__(self) -> None: ...
-    def __repr__(self) -> str: ...
-    def __setstate__(self, arg0: tuple) -> None: ...
-    @property
-    def name(self) -> str:
-        """
-        The text that stands for the pattern, as in '2:4'.
-        """
-
-class Column:
-    """
-    All weights of an input feature or channel: an index of dimension 1.
-    """
-    def __eq__(self, arg0: Column) -> bool: ...
-    def __getstate__(self) -> tuple: ...
-    def __hash__(self) -> int: ...
-    def __init__(self) -> None: ...
-    def __repr__(self) -> str: ...
-    def __setstate__(self, arg0: tuple) -> None: ...
-    @property
-    def name(self) -> str:
-        """
-        The text that stands for the pattern, as in '2:4'.
-        """
-
-class Filter:
-    """
-    The filter of an output channel of a convolution.
-    """
-    def __eq__(self, arg0: Filter) -> bool: ...
-    def __getstate__(self) -> tuple: ...
-    def __hash__(self) -> int: ...
-    def __init__(self) -> None: ...
-    def __repr__(self) -> str: ...
-    def __setstate__(self, arg0: tuple) -> None: ...
-    @property
-    def name(self) -> str:
-        """
-        The text that stands for the pattern, as in '2:4'.
-        """
-
-class Head:
-    """
-    `size` consecutive rows, which divide dimension 0: an attention head.
-    """
-    def __eq__(self, arg0: Head) -> bool: ...
-    def __getstate__(self) -> tuple[int]: ...
-    def __hash__(self) -> int: ...
-    def __init__(self, size: typing.SupportsInt | typing.SupportsIndex = 64) -> None: ...
-    def __repr__(self) -> str: ...
-    def __setstate__(self, arg0: tuple) -> None: ...
-    @property
-    def name(self) -> str:
-        """
-        The text that stands for the pattern, as in '2:4'.
-        """
-    @property
-    def size(self) -> int: ...
-
-class Candidate:
-    """
-    A weight whose elements compete for being kept.
-    """
-    def __init__(
-        self, name: str, value: torch.Tensor, score: torch.Tensor | None = None, mask: torch.Tensor | None = None
-    ) -> None: ...
-
-class MaskChoice:
-    """
-    Checked options of choose_masks().
-    """
-    def __init__(
-        self,
-        sparsity: typing.SupportsFloat | typing.SupportsIndex = 0.5,
-        scope: str = "global",
-        pattern: Unstructured | NM | Block | Row | Column | Filter | Head = ...,
-        layers: collections.abc.Sequence[tuple[str, typing.SupportsFloat | typing.SupportsIndex]] = [],
-        regrow: bool = False,
-    ) -> None: ...
-    @property
-    def layers(self) -> list[tuple[str, float]]: ...
-    @property
-    def pattern(self) -> Unstructured | NM | Block | Row | Column | Filter | Head: ...
-    @property
-    def regrow(self) -> bool: ...
-    @property
-    def scope(self) -> str: ...
-    @property
-    def sparsity(self) -> float: ...
 
 class ConstantSchedule:
     """
@@ -2089,6 +1886,10 @@ class PrunerOptions:
         exclude: collections.abc.Sequence[str],
         scores: collections.abc.Mapping[str, torch.Tensor] | None,
     ) -> None: ...
+    def forget_scores(self) -> None:
+        """
+        Drop given scores, which are buffers of the model by now.
+        """
     def training_step(self, step: typing.SupportsInt | typing.SupportsIndex) -> int: ...
     @property
     def criterion(self) -> Magnitude | Random | Movement | Taylor | Fisher | Lamp | Activation: ...
@@ -2439,11 +2240,6 @@ def accumulate(
     Add what one backward pass says about a parameter, in place.
     """
 
-def advance(state: PruningState, options: MagnitudePrunerOptions) -> None:
-    """
-    Add what one backward pass says about a parameter, in place.
-    """
-
 def accumulate_gradients(state: PruningState, options: PrunerOptions) -> None:
     """
     Add gradients to scores, and bring back the dense weights of soft masks.
@@ -2701,6 +2497,11 @@ def masked_fraction(state: PruningState) -> float:
     The fraction of elements that the masks prune.
     """
 
+def masks_of(state: PruningState) -> list[torch.Tensor]:
+    """
+    Their packed masks.
+    """
+
 def may_regrow(state: PruningState, options: PrunerOptions) -> bool:
     """
     True when the step that comes next may let pruned elements come back.
@@ -2725,9 +2526,6 @@ def needs_gradients(criterion: Magnitude | Random | Movement | Taylor | Fisher |
     True for Movement, Taylor and Fisher.
     """
 
-def new_accumulator(value: torch.Tensor) -> torch.Tensor:
-    """
-    Zeros that accumulate() adds to.
 def needs_growth(state: PruningState, options: PrunerOptions) -> bool:
     """
     True when the step that comes next reads the dense gradients of this step.
@@ -2771,6 +2569,7 @@ def permute_for_nm(
     parameters: collections.abc.Sequence[str],
     state_names: collections.abc.Sequence[str],
     state: collections.abc.Sequence[torch.Tensor],
+    also: collections.abc.Callable[[collections.abc.Sequence[Cut]], list[Cut]],
     options: PermutationOptions,
 ) -> PermutationReport:
     """
@@ -2796,17 +2595,6 @@ def prune_calibrated(
 ) -> tuple[dict[str, torch.Tensor], CalibrationReport]:
     """
     Prune the weights of all stages; returns masks and the report.
-def permute_for_nm(
-    record: collections.abc.Callable[[], tuple[rarefy._core.graph.Graph, str]],
-    tensors: collections.abc.Sequence[rarefy._core.graph.NamedTensor],
-    parameters: collections.abc.Sequence[str],
-    state_names: collections.abc.Sequence[str],
-    state: collections.abc.Sequence[torch.Tensor],
-    also: collections.abc.Callable[[collections.abc.Sequence[Cut]], list[Cut]],
-    options: PermutationOptions,
-) -> PermutationReport:
-    """
-    The transaction that both languages share.
     """
 
 def reach_latency(

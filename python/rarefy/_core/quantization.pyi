@@ -10,23 +10,35 @@ import torch
 import typing
 
 __all__: list[str] = [
+    "Binary",
+    "Codebook",
     "HalfQuadratic",
     "Histogram",
+    "Integer",
     "LONGEST_INTEGER_SUM",
     "Latest",
     "MSE",
+    "MX",
     "MeanNoOutliers",
     "MinMax",
+    "Minifloat",
     "MovingAverage",
+    "NF4",
+    "NVFP4",
+    "PerBlock",
     "PerChannel",
+    "PerGroup",
     "PerTensor",
+    "PerToken",
     "Percentile",
     "QATScheduleOptions",
+    "QuantizedTensorParts",
     "QuantizerStatistics",
     "SQNR",
     "SavedLayer",
     "Scheme",
     "TargetProfile",
+    "Ternary",
     "averaging_constant",
     "clear_packed_weights",
     "follows_latest",
@@ -34,6 +46,7 @@ __all__: list[str] = [
     "histogram_bins",
     "layer_family",
     "packed_weight_count",
+    "quantize_to",
     "read_quantized",
     "read_statistics",
     "statistics_for",
@@ -256,7 +269,7 @@ class QuantizerStatistics:
 
 class PerTensor:
     """
-    One scale and zero point for the whole tensor.
+    One scale and zero point for the whole tensor: [1].
     """
     def __eq__(self, arg0: PerTensor) -> bool: ...
     def __getstate__(self) -> tuple: ...
@@ -267,7 +280,7 @@ class PerTensor:
 
 class PerChannel:
     """
-    One scale and zero point per index of `axis`.
+    One scale and zero point per index of `axis`: [size of axis].
     """
     def __eq__(self, arg0: PerChannel) -> bool: ...
     def __getstate__(self) -> tuple[int]: ...
@@ -278,62 +291,375 @@ class PerChannel:
     @property
     def axis(self) -> int: ...
 
-class Scheme:
+class PerGroup:
     """
-    How a tensor maps onto integers: the grid, without the values of scale and zero point.
-
-    bits: width of the integers: 2 to 8, or 16 (activations alone, which compute in floating point then).
-    symmetric: the zero point is fixed in the middle of the range; otherwise it follows the data.
-    signed: None means signed when symmetric, unsigned otherwise.
-    narrow_range: leave out the lowest integer ([-127, 127]).
-    granularity: PerTensor() or PerChannel(axis).
-
-    Raises ValueError for bits other than 2 to 8 and 16.
+    One scale per `size` neighbours along `axis`, the last group shorter: the shape with ceil(n / size) in place of n.
     """
-    def __eq__(self, arg0: Scheme) -> bool: ...
-    def __getstate__(self) -> tuple[int, bool, bool, bool, PerTensor | PerChannel]: ...
+    def __eq__(self, arg0: PerGroup) -> bool: ...
+    def __getstate__(self) -> tuple[int, int]: ...
     def __hash__(self) -> int: ...
     def __init__(
         self,
-        bits: typing.SupportsInt | typing.SupportsIndex = 8,
-        symmetric: bool = True,
-        signed: bool | None = None,
-        narrow_range: bool = False,
-        granularity: PerTensor | PerChannel = ...,
+        size: typing.SupportsInt | typing.SupportsIndex = 128,
+        axis: typing.SupportsInt | typing.SupportsIndex = -1,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def axis(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+class PerBlock:
+    """
+    One scale per block of `rows` by `columns` of the last two axes: [..., ceil(R / rows), ceil(C / columns)].
+    """
+    def __eq__(self, arg0: PerBlock) -> bool: ...
+    def __getstate__(self) -> tuple[int, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        rows: typing.SupportsInt | typing.SupportsIndex = 128,
+        columns: typing.SupportsInt | typing.SupportsIndex = 128,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+
+class PerToken:
+    """
+    One scale per index of all axes but the last, from the tensor itself: [..., 1].
+    """
+    def __eq__(self, arg0: PerToken) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
+class Integer:
+    """
+    Integers of Scheme.bits bits with a scale and a zero point.
+    """
+    def __eq__(self, arg0: Integer) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
+class Binary:
+    """
+    -1 and 1, times the mean of |w| (XNOR-Net, arXiv:1603.05279). Weights alone.
+    """
+    def __eq__(self, arg0: Binary) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
+class Ternary:
+    """
+    -1, 0 and 1, times the mean of |w| over what is above threshold * mean |w| (TWN, arXiv:1605.04711). Weights alone.
+    """
+    def __eq__(self, arg0: Ternary) -> bool: ...
+    def __getstate__(self) -> tuple[float]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.7) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def threshold(self) -> float: ...
+
+class Minifloat:
+    """
+    Floating point of at most 8 bits: a sign, an exponent, a mantissa, with denormals.
+
+    exponent_bits: 1 to 7. mantissa_bits: 0 to 6.
+    bias: None is 2^(exponent_bits - 1) - 1.
+    specials: "none" (every code is a number: FP6, FP4), "nan" (the largest code is NaN: E4M3) or "ieee" (the largest exponent
+        is infinity and NaN: E5M2).
+    saturate: what is beyond the largest number becomes that number; otherwise infinity or NaN.
+    """
+    @staticmethod
+    def e2m1() -> Minifloat:
+        """
+        FP4: 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+        """
+    @staticmethod
+    def e2m3() -> Minifloat:
+        """
+        FP6: up to 7.5.
+        """
+    @staticmethod
+    def e3m2() -> Minifloat:
+        """
+        FP6: up to 28.
+        """
+    @staticmethod
+    def e4m3() -> Minifloat:
+        """
+        FP8 for values: up to 448, NaN, no infinity.
+        """
+    @staticmethod
+    def e5m2() -> Minifloat:
+        """
+        FP8 for gradients: up to 57344, NaN and infinity.
+        """
+    def __eq__(self, arg0: Minifloat) -> bool: ...
+    def __getstate__(self) -> tuple[int, int, int, str, bool]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        exponent_bits: typing.SupportsInt | typing.SupportsIndex,
+        mantissa_bits: typing.SupportsInt | typing.SupportsIndex,
+        bias: typing.SupportsInt | typing.SupportsIndex | None = None,
+        specials: str = "none",
+        saturate: bool = True,
     ) -> None: ...
     def __repr__(self) -> str: ...
     def __setstate__(self, arg0: tuple) -> None: ...
     def __str__(self) -> str: ...
     @property
+    def bias(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def exponent_bits(self) -> int: ...
+    @property
+    def greatest(self) -> float:
+        """
+        The largest number.
+        """
+    @property
+    def mantissa_bits(self) -> int: ...
+    @property
+    def saturate(self) -> bool: ...
+    @property
+    def specials(self) -> str: ...
+
+class MX:
+    """
+    Blocks whose elements share a power of two (OCP MX v1.0, arXiv:2310.10537).
+
+    element: "e4m3", "e5m2", "e3m2", "e2m3", "e2m1" or "int8".
+    """
+    def __eq__(self, arg0: MX) -> bool: ...
+    def __getstate__(self) -> tuple[str]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self, element: str = "e4m3") -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def element(self) -> str: ...
+
+class NVFP4:
+    """
+    FP4 in blocks with a scale each in E4M3, and one float32 scale for the tensor.
+    """
+    def __eq__(self, arg0: NVFP4) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
+class NF4:
+    """
+    4-bit NormalFloat (QLoRA, arXiv:2305.14314): 16 quantiles of the normal distribution.
+
+    double_quantized: the scales are stored in 8 bits, in blocks of scale_block.
+    """
+    def __eq__(self, arg0: NF4) -> bool: ...
+    def __getstate__(self) -> tuple[bool, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self, double_quantized: bool = False, scale_block: typing.SupportsInt | typing.SupportsIndex = 256
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def double_quantized(self) -> bool: ...
+    @property
+    def scale_block(self) -> int: ...
+
+class Codebook:
+    """
+    The nearest of `entries` (2 to 256) values that k-means chose.
+    """
+    def __eq__(self, arg0: Codebook) -> bool: ...
+    def __getstate__(self) -> tuple[int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self, entries: typing.SupportsInt | typing.SupportsIndex = 16) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def entries(self) -> int: ...
+
+class Scheme:
+    """
+    What a tensor is quantized to: the elements and what shares a scale, without the values of the scale.
+
+    bits: width of an element: 2 to 16 for integers (8 when None; layers with integer kernels take 2 to 8), that of the format
+        otherwise.
+    symmetric: the zero point is fixed in the middle of the range; otherwise it follows the data. Integers alone.
+    signed: None means signed when symmetric, unsigned otherwise.
+    narrow_range: leave out the lowest integer ([-127, 127]).
+    granularity: PerTensor(), PerChannel(axis), PerGroup(size, axis), PerBlock(rows, columns) or PerToken(). None: per tensor, and for
+        MX, NVFP4 and NF4 groups of 32, 16 and 64.
+    format: Integer(), Minifloat(...), MX(...), NVFP4(), NF4(...), Codebook(...), Binary(), Ternary(...).
+    dynamic: the scale is taken from the very tensor that is rounded. None: where the format or PerToken wants it.
+    power_of_two: scales are powers of two, rounded up. Integers (symmetric) and minifloats.
+    rounding: "nearest_even" or "stochastic" (integers and minifloats), with `seed`.
+    straight_through: "clipped": no gradient where the value was clamped; "pass": the gradient passes everywhere.
+
+    Raises ValueError, with the rule and the value, for a combination that does not exist.
+    """
+    @staticmethod
+    def from_json(json: str) -> Scheme:
+        """
+        The scheme of to_json(). Raises ValueError.
+        """
+    def __eq__(self, arg0: Scheme) -> bool: ...
+    def __getstate__(self) -> tuple[str]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        bits: typing.SupportsInt | typing.SupportsIndex | None = None,
+        symmetric: bool = True,
+        signed: bool | None = None,
+        narrow_range: bool = False,
+        granularity: PerTensor | PerChannel | PerGroup | PerBlock | PerToken | None = None,
+        format: Integer | Binary | Ternary | Minifloat | MX | NVFP4 | NF4 | Codebook = ...,
+        dynamic: bool | None = None,
+        power_of_two: bool = False,
+        rounding: str = "nearest_even",
+        seed: typing.SupportsInt | typing.SupportsIndex = 0,
+        straight_through: str = "clipped",
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    def __str__(self) -> str: ...
+    def scale_shape(self, shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> list[int]:
+        """
+        The shape of the scales of a tensor.
+        """
+    def to_json(self) -> str:
+        """
+        One line of JSON.
+        """
+    def why_not_integer(self) -> str | None:
+        """
+        Why no integer kernel computes with it, or None.
+        """
+    def with_granularity(self, granularity: PerTensor | PerChannel | PerGroup | PerBlock | PerToken) -> Scheme:
+        """
+        The same with other values sharing a scale. Raises ValueError as the constructor.
+        """
+    @property
     def axis(self) -> int | None:
         """
-        The channel axis, None for PerTensor.
+        The channel axis, None unless PerChannel.
         """
     @property
     def bits(self) -> int: ...
     @property
-    def dtype(self) -> torch.dtype:
+    def block(self) -> list[int]:
         """
-        The type that stores the integers: torch.int8 or torch.uint8, torch.int16 or torch.uint16.
+        Sizes of what shares a scale, as torch.ops.rarefy takes them.
         """
     @property
-    def granularity(self) -> PerTensor | PerChannel: ...
+    def block_axis(self) -> int | None:
+        """
+        The axis that goes with block, None per tensor.
+        """
+    @property
+    def dtype(self) -> torch.dtype:
+        """
+        The type that stores the integers: torch.int8 or torch.uint8, torch.int16 or torch.uint16. Raises ValueError for formats without integers.
+        """
+    @property
+    def dynamic(self) -> bool: ...
+    @property
+    def format(self) -> Integer | Binary | Ternary | Minifloat | MX | NVFP4 | NF4 | Codebook: ...
+    @property
+    def granularity(self) -> PerTensor | PerChannel | PerGroup | PerBlock | PerToken: ...
+    @property
+    def is_plain(self) -> bool:
+        """
+        Whether it is a grid of integers with one observed scale for the tensor or each channel.
+        """
     @property
     def narrow_range(self) -> bool: ...
     @property
+    def needs_range(self) -> bool:
+        """
+        Whether a range has to be observed beforehand.
+        """
+    @property
+    def observed_range(self) -> tuple[int, int]:
+        """
+        The integers that an observer chooses its parameters for; (-1, 1) for formats without any.
+        """
+    @property
+    def power_of_two(self) -> bool: ...
+    @property
     def qmax(self) -> int:
         """
-        Largest integer of the range.
+        Largest integer. Raises ValueError for formats without integers.
         """
     @property
     def qmin(self) -> int:
         """
-        Smallest integer of the range.
+        Smallest integer. Raises ValueError for formats without integers.
         """
+    @property
+    def rounding(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
     @property
     def signed(self) -> bool: ...
     @property
+    def straight_through(self) -> str: ...
+    @property
     def symmetric(self) -> bool: ...
+
+class QuantizedTensorParts:
+    """
+    A tensor as a format stores it: the result of quantize_to.
+
+    tensors has "data" and, as the format wants them, "scale", "zero_point", "tensor_scale", "scale_scale", "scale_mean" and
+    "codebook"; rarefy/quantization/packed.h says what they hold.
+    """
+    def __init__(
+        self,
+        scheme: Scheme,
+        shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        dtype: torch.dtype,
+        tensors: collections.abc.Mapping[str, torch.Tensor],
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def dequantize(self) -> torch.Tensor:
+        """
+        The tensor, in its shape and dtype. Raises ValueError for parts that do not fit.
+        """
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def nbytes(self) -> int:
+        """
+        Bytes of all parts.
+        """
+    @property
+    def scheme(self) -> Scheme: ...
+    @property
+    def shape(self) -> list[int]: ...
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]: ...
 
 class QATScheduleOptions:
     """
@@ -595,6 +921,18 @@ def layer_family(kind: str) -> str:
 def packed_weight_count() -> int:
     """
     How many weights of converted layers are kept packed for the CPU's int8 kernels.
+    """
+
+def quantize_to(
+    x: torch.Tensor, scheme: Scheme, scale: torch.Tensor | None = None, zero_point: torch.Tensor | None = None
+) -> QuantizedTensorParts:
+    """
+    A tensor in a format: codes as small as they are, and scales. dequantize() gives what simulating the format gives, bit for bit.
+
+    x: floating point, finite. scheme: rounds to nearest.
+    scale, zero_point: of a scheme that observes its range (for a codebook: the codebook); None: those of x itself.
+
+    Raises ValueError for values that are not finite, and whatever the operators of the format raise.
     """
 
 def read_quantized(folder: os.PathLike | str | bytes) -> tuple:
