@@ -59,8 +59,14 @@ def test_profiles_are_a_table():
         assert pickle.loads(pickle.dumps(profile)).name == name
     assert not target_profile("tensorrt").zero_points
     assert layer_family("TransposedLinear") == "linear"
-    with pytest.raises(ValueError, match=r"\[layer_family\] kind must be .*, got LSTM"):
-        layer_family("LSTM")
+    assert (layer_family("ConvTranspose2d"), layer_family("GRUCell")) == ("conv_transpose", "recurrent")
+    assert (layer_family("EmbeddingBag"), layer_family("GELU"), layer_family("SDPA")) == (
+        "embedding",
+        "boundary",
+        "attention",
+    )
+    with pytest.raises(ValueError, match=r"\[layer_family\] kind must be .*, got RNN"):
+        layer_family("RNN")
 
 
 def test_unknown_target_is_an_error():

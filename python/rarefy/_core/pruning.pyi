@@ -136,6 +136,7 @@ __all__: list[str] = [
     "mask_gradients",
     "mask_key",
     "masked_fraction",
+    "masks_of",
     "may_regrow",
     "misfit",
     "names_of",
@@ -1885,6 +1886,10 @@ class PrunerOptions:
         exclude: collections.abc.Sequence[str],
         scores: collections.abc.Mapping[str, torch.Tensor] | None,
     ) -> None: ...
+    def forget_scores(self) -> None:
+        """
+        Drop given scores, which are buffers of the model by now.
+        """
     def training_step(self, step: typing.SupportsInt | typing.SupportsIndex) -> int: ...
     @property
     def criterion(self) -> Magnitude | Random | Movement | Taylor | Fisher | Lamp | Activation: ...
@@ -2492,6 +2497,11 @@ def masked_fraction(state: PruningState) -> float:
     The fraction of elements that the masks prune.
     """
 
+def masks_of(state: PruningState) -> list[torch.Tensor]:
+    """
+    Their packed masks.
+    """
+
 def may_regrow(state: PruningState, options: PrunerOptions) -> bool:
     """
     True when the step that comes next may let pruned elements come back.
@@ -2559,6 +2569,7 @@ def permute_for_nm(
     parameters: collections.abc.Sequence[str],
     state_names: collections.abc.Sequence[str],
     state: collections.abc.Sequence[torch.Tensor],
+    also: collections.abc.Callable[[collections.abc.Sequence[Cut]], list[Cut]],
     options: PermutationOptions,
 ) -> PermutationReport:
     """

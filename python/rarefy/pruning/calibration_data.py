@@ -32,9 +32,7 @@ def layer_shape(module: nn.Module) -> LayerShape | None:
     if isinstance(module, _CONVOLUTIONS):
         own = isinstance(module.padding, str) or module.padding_mode != "zeros"  # padded by the hook
         padding = [0] * len(module.kernel_size) if own else list(module.padding)
-        return LayerShape(
-            list(module.weight.shape), list(module.stride), padding, list(module.dilation), module.groups
-        )
+        return LayerShape(list(module.weight.shape), list(module.stride), padding, list(module.dilation), module.groups)
     return None
 
 

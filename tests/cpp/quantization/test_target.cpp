@@ -56,7 +56,7 @@ TEST_CASE("every target has a profile, and other names are an error", "[target]"
       message_of([] { target_profile("tflite"); }),
       ContainsSubstring("[target_profile] target must be one of onnxruntime, openvino, tensorrt, qnn, got 'tflite'"));
   REQUIRE_THAT(message_of([] { QConfig::int8("tflite"); }), ContainsSubstring("got 'tflite'"));
-  REQUIRE_THAT(message_of([] { layer_family("LSTM"); }), ContainsSubstring("[layer_family] kind must be"));
+  REQUIRE_THAT(message_of([] { layer_family("RNN"); }), ContainsSubstring("[layer_family] kind must be"));
   REQUIRE(layer_family("ConvBn3d") == "conv");
 }
 
