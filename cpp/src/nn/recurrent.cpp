@@ -261,7 +261,7 @@ std::pair<torch::Tensor, RecurrentState> RecurrentModule<Derived>::run_rows(
   const std::vector<int64_t> expected{shape_.num_layers * count, batch, shape_.hidden_size};
   for (const auto* state : {start ? &start->h : nullptr, start && shape_.is_lstm() ? &start->c : nullptr}) {
     TORCH_CHECK_VALUE(state == nullptr || state->sizes() == at::IntArrayRef(expected), "[", kind(),
-                      "] the state must have shape ", expected, ", got ",
+                      "] the state must have shape ", at::IntArrayRef(expected), ", got ",
                       state == nullptr ? at::IntArrayRef() : state->sizes());
   }
   std::vector<torch::Tensor> last_h, last_c;
