@@ -73,7 +73,7 @@ TEST_CASE("cycles are cut at whole steps, begin dense and end at the target", "[
 }
 
 TEST_CASE("AC/DC takes turns and ends sparse", "[pruning][schedules]") {
-  REQUIRE(updates_of(ACDC{2, 20, 3, 2}, 40) == std::vector<int64_t>{2, 5, 7, 10, 12, 15, 17, 20});
+  REQUIRE(updates_of(ACDC{2, 20, 3, 2}, 40) == std::vector<int64_t>{2, 5, 7, 10, 12, 15, 17});  // 20 would be dense
   REQUIRE(updates_of(ACDC{2, 21, 3, 2}, 40) == std::vector<int64_t>{2, 5, 7, 10, 12, 15, 17, 20, 21});
   REQUIRE(updates_of(ACDC{2, 19, 3, 2}, 40) == std::vector<int64_t>{2, 5, 7, 10, 12, 15, 17});
   for (int64_t end = 3; end < 40; ++end) {
