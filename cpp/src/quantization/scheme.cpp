@@ -64,7 +64,9 @@ void check_granularity(const Scheme& scheme) {
   const bool per_token = is_one_of<PerToken>(scheme.granularity);
   TORCH_CHECK_VALUE(!per_token || scheme.dynamic,
                     "[Scheme] per-token scales follow from each tensor: dynamic must be true, got false");
-  TORCH_CHECK_VALUE(!scheme.dynamic || !is_one_of<PerChannel>(scheme.granularity),
+  // Binary and ternary weights are dynamic by nature.
+  const bool by_channel = is_one_of<PerChannel>(scheme.granularity) && !is_one_of<Binary, Ternary>(scheme.format);
+  TORCH_CHECK_VALUE(!scheme.dynamic || !by_channel,
                     "[Scheme] dynamic scales must be per tensor, group, block or token, got ", str(scheme.granularity));
 }
 
