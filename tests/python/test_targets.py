@@ -133,7 +133,8 @@ def test_an_override_is_checked_too():
         rf.quantization.prepare(Block(), config)
     config = QConfig.int8(target="tensorrt", overrides={rf.nn.Mul: QConfig.int8(target="tensorrt")})
     with pytest.raises(
-        ValueError, match=r"layer gate must have .*tensorrt runs linear, conv, add in integers, got Mul"
+        ValueError,
+        match=r"layer gate must have .*tensorrt runs linear, conv, add, recurrent, conv_transpose in integers, got Mul",
     ):
         rf.quantization.prepare(Block(), config)
     with pytest.raises(ValueError, match=r"an override must be for the same target \('tensorrt'\), got 'qnn' for fc"):

@@ -158,6 +158,7 @@ TEST_CASE("sparsify and to_dense keep the numbers, and say why", "[sparsify]") {
   const auto forward = [&] { return std::vector{net->forward(x)}; };
 
   const auto report = sparsify(*net, forward, {x}, always());
+  INFO(report.to_string());
   REQUIRE(report.layers.size() == 4);
   REQUIRE(report.layers[0].name == "first");
   REQUIRE_THAT(report.layers[0].reason, ContainsSubstring("a typed member cannot be replaced: make it a rarefy::nn::"));

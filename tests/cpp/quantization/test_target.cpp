@@ -84,8 +84,9 @@ TEST_CASE("a target's rules name the rule and the value", "[target]") {
   REQUIRE(reason("openvino", narrow).empty());
   REQUIRE(reason("qnn", sixteen).empty());
   REQUIRE_THAT(reason("tensorrt", sixteen), ContainsSubstring("of 8 bits, got uint16"));
-  REQUIRE_THAT(reason("tensorrt", layer({.bits = 8}), "Embedding"),
-               ContainsSubstring("tensorrt runs linear, conv, add, recurrent, conv_transpose in integers, got Embedding"));
+  REQUIRE_THAT(
+      reason("tensorrt", layer({.bits = 8}), "Embedding"),
+      ContainsSubstring("tensorrt runs linear, conv, add, recurrent, conv_transpose in integers, got Embedding"));
   // No fewer bits are executed, but they can be written.
   REQUIRE_FALSE(target_profile("onnxruntime").why_not_written(*four.activation).has_value());
   REQUIRE(target_profile("qnn").adapt(asymmetric, "Linear").weight->granularity == Granularity(PerTensor{}));
