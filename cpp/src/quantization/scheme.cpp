@@ -64,15 +64,9 @@ void check_granularity(const Scheme& scheme) {
   const bool per_token = is_one_of<PerToken>(scheme.granularity);
   TORCH_CHECK_VALUE(!per_token || scheme.dynamic,
                     "[Scheme] per-token scales follow from each tensor: dynamic must be true, got false");
-<<<<<<< HEAD
-  // Binary and ternary elements have a mean for a scale, which a channel has as well as a tensor.
-  const bool has_mean = is_one_of<Binary, Ternary>(scheme.format);
-  TORCH_CHECK_VALUE(!scheme.dynamic || has_mean || !is_one_of<PerChannel>(scheme.granularity),
-=======
   // Binary and ternary weights are dynamic by nature.
   const bool by_channel = is_one_of<PerChannel>(scheme.granularity) && !is_one_of<Binary, Ternary>(scheme.format);
   TORCH_CHECK_VALUE(!scheme.dynamic || !by_channel,
->>>>>>> 2ca80333a4f55b016f9a07b5c4f7354f3cda4cbc
                     "[Scheme] dynamic scales must be per tensor, group, block or token, got ", str(scheme.granularity));
 }
 
