@@ -427,6 +427,26 @@ def test_report():
         report.step = 3
 
 
+def test_report_of_what_zeros_are_worth():
+    model, _, pruner = run(range(20))
+    model.eval()
+    before = tensors(model)
+    cost = pruner.report(batch(0)[0]).cost
+    assert same(tensors(model), before)
+    size = rf.pruning.sparse_size(model)
+    assert (cost.bytes, cost.dense_bytes) == (size.bytes, size.dense_bytes)
+    per_sample = 3 * 7 * 9 * 36 + 7 * 13 + 13 * 5
+    assert cost.dense_macs == 8 * per_sample
+    assert 0 < cost.macs < 0.5 * cost.dense_macs
+    assert cost.seconds > 0
+    assert cost.dense_seconds > 0
+    assert "bytes in a file: " in repr(pruner.report(batch(0)[0]))
+    assert "bytes in a file: " not in repr(pruner.report())
+    pruner.finalize()
+    assert pruner.report(batch(0)[0]).cost.macs == cost.macs
+    assert pruner.report().cost.macs is None
+
+
 def test_report_says_what_is_odd():
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(10, 10))
     pruner = MagnitudePruner(model, 0.4, scope="local")
