@@ -159,9 +159,8 @@ def mx_element(y: float, element: str) -> float:
         return to_minifloat(y, *MINIFLOATS[element])
     if math.isnan(y):
         return y
-    # round() of Python is to even; copysign keeps the sign of what becomes 0.
     limited = min(max(y * 64, -1e9), 1e9)
-    return math.copysign(min(abs(round(limited)), 127) / 64, y)
+    return min(max(round(limited), -127), 127) / 64  # to even; integers have no -0
 
 
 def mx(x: torch.Tensor, element: str, block: int = 32, axis: int = -1) -> torch.Tensor:

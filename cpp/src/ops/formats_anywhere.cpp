@@ -47,7 +47,8 @@ at::Tensor to_minifloat(const at::Tensor& y, const MinifloatShape& shape) {
   const auto step = powers_of_two(exponent.sub(shape.mantissa_bits)).to(magnitude.scalar_type());
   auto rounded = (magnitude / step).round() * step;
   rounded = at::where(rounded > shape.greatest(), at::full_like(rounded, shape.overflow()), rounded);
-  return at::where(y.isnan(), y, rounded.copysign(y));
+  const auto value = rounded.copysign(y);
+  return at::where(y.isnan(), y, shape.signed_zero ? value : value + 0.0);
 }
 
 at::Tensor fake_quantize_group_any(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,

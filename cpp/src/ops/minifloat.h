@@ -19,6 +19,7 @@ struct MinifloatShape {
   int64_t exponent_bits, mantissa_bits, bias;
   enum class Specials { none, nan, ieee } specials;
   bool saturate;
+  bool signed_zero = true;  // false: -0 becomes 0, as integers have it
 
   int greatest_exponent() const {
     const bool special = specials == Specials::ieee || (specials == Specials::nan && mantissa_bits == 0);
@@ -47,8 +48,12 @@ struct MinifloatShape {
   }
   cpu::Element element() const {
     const auto power = [](int exponent) { return static_cast<float>(std::ldexp(1.0, exponent)); };
-    return {power(23 - static_cast<int>(mantissa_bits)), power(smallest_exponent()), power(greatest_exponent() + 1),
-            static_cast<float>(greatest()), static_cast<float>(overflow())};
+    return {power(23 - static_cast<int>(mantissa_bits)),
+            power(smallest_exponent()),
+            power(greatest_exponent() + 1),
+            static_cast<float>(greatest()),
+            static_cast<float>(overflow()),
+            signed_zero ? -0.0f : 0.0f};
   }
 };
 
@@ -95,7 +100,7 @@ inline MinifloatShape mx_shape(const char* function, c10::string_view element) {
   }
   TORCH_CHECK_VALUE(element == "int8", "[", function, "] element must be e4m3, e5m2, e3m2, e2m3, e2m1 or int8, got '",
                     element, "'");
-  return {1, 6, 1, Specials::none, true};
+  return {1, 6, 1, Specials::none, true, /*signed_zero=*/false};
 }
 
 inline MinifloatShape e2m1_shape() { return {2, 1, 1, MinifloatShape::Specials::none, true}; }
@@ -121,7 +126,8 @@ T round_to_minifloat(T y, const MinifloatShape& f, const T* u = nullptr) {
   const T magnitude = std::min(std::abs(y), cap);
   const T step = minifloat_step(magnitude, f);
   const T rounded = (u == nullptr ? std::nearbyint(magnitude / step) : std::floor(magnitude / step + *u)) * step;
-  return std::copysign(rounded > static_cast<T>(f.greatest()) ? static_cast<T>(f.overflow()) : rounded, y);
+  const T value = std::copysign(rounded > static_cast<T>(f.greatest()) ? static_cast<T>(f.overflow()) : rounded, y);
+  return f.signed_zero ? value : value + T(0);
 }
 
 /// The bits of a number of the format.

@@ -137,16 +137,16 @@ inline void for_each_column_vector(const Blocks& blocks, const float* scale, int
 // --- The elements -------------------------------------------------------------------------------------------------------
 
 struct ToMinifloat {
-  Vec unit, smallest, cap, greatest, overflow;
+  Vec unit, smallest, cap, greatest, overflow, zero;
 
   explicit ToMinifloat(Element e)
-      : unit(e.unit), smallest(e.smallest), cap(e.cap), greatest(e.greatest), overflow(e.overflow) {}
+      : unit(e.unit), smallest(e.smallest), cap(e.cap), greatest(e.greatest), overflow(e.overflow), zero(e.zero) {}
   Vec operator()(Vec y) const {
     const Vec magnitude = min(cap, and_bits(y, kMagnitude));  // a NaN stays
     // The adder rounds at the last bit of `magic`, which is the last bit of the mantissa.
     const Vec magic = max(smallest, and_bits(magnitude, kExponent)) * unit;
     const Vec rounded = (magnitude + magic) - magic;
-    return or_bits(replace_above(rounded, greatest, overflow), and_bits(y, kSign));
+    return or_bits(replace_above(rounded, greatest, overflow), and_bits(y, kSign)) + zero;
   }
 };
 

@@ -21,13 +21,14 @@ struct Blocks {
   int64_t origin = 0;  // the index that the first given scale has
 };
 
-/// The elements of a minifloat, as the loops compute with them. All but `overflow` are powers of two and greatest.
+/// The elements of a minifloat, as the loops compute with them.
 struct Element {
   float unit;      // 2^(23 - mantissa bits): adding it, times the power of two of a number, rounds that number
   float smallest;  // 2^e of the smallest normal exponent
   float cap;       // 2^(e + 1) of the largest exponent
   float greatest;  // largest number
   float overflow;  // what is above it becomes: greatest, infinity or NaN
+  float zero;      // added to each: -0 changes nothing, 0 makes -0 positive
 };
 
 struct IntegerRange {
