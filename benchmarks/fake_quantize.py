@@ -142,6 +142,41 @@ def learned(x: torch.Tensor, with_compile: bool) -> dict[str, Callable[[torch.Te
     return functions
 
 
+def minifloat(x: torch.Tensor, with_compile: bool) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """E4M3 with a scale for the tensor; torch's is a cast there and back without a gradient that is clipped."""
+    scale = torch.tensor([0.01])
+
+    def theirs(x: torch.Tensor) -> torch.Tensor:
+        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+    functions = {
+        "rarefy": lambda x: ops.cast_minifloat(x, scale, None, [], 4, 3, 7, "nan"),
+        "torch.float8_e4m3fn": theirs,
+    }
+    if with_compile:
+        functions["torch.compile"] = torch.compile(theirs, dynamic=False)
+    return functions
+
+
+def blocks(name: str, *arguments: object) -> Callable[..., dict[str, Callable[[torch.Tensor], torch.Tensor]]]:
+    """An operator that finds its scales itself, in one pass; beside it the scales and the cast by torch's operators."""
+
+    def build(x: torch.Tensor, with_compile: bool) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        def formula(x: torch.Tensor) -> torch.Tensor:
+            parts = x.view(-1, 32)
+            scale = torch.exp2(torch.floor(torch.log2(parts.detach().abs().amax(-1, keepdim=True))) - 8)
+            return ((parts / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) * scale).view_as(x)
+
+        functions = {"rarefy": lambda x: getattr(ops, name)(x, *arguments)}
+        if arguments == ("e4m3",):
+            functions["torch formula"] = formula
+            if with_compile:
+                functions["torch.compile"] = torch.compile(formula, dynamic=False)
+        return functions
+
+    return build
+
+
 # Shape, functions and the goal for both passes.
 ROWS = {
     "observe + fake quantize, 1M": ((1 << 20,), observed, 2.0),
@@ -152,6 +187,15 @@ ROWS = {
     "learned scale (LSQ), 64M": ((1 << 26,), learned, 3.0),
     "per-channel weights 512x512x3x3": ((512, 512, 3, 3), per_channel, 2.5),
     "per-channel weights 512x1x3x3": ((512, 1, 3, 3), per_channel, None),
+    "FP8 E4M3, 1M": ((1 << 10, 1 << 10), minifloat, 3.0),
+    "FP8 E4M3, 64M": ((1 << 13, 1 << 13), minifloat, 3.0),
+    "MXFP8 blocks of 32, 1M": ((1 << 10, 1 << 10), blocks("fake_quantize_mx", "e4m3"), 3.0),
+    "MXFP8 blocks of 32, 64M": ((1 << 13, 1 << 13), blocks("fake_quantize_mx", "e4m3"), 3.0),
+    "MXFP4 blocks of 32, 64M": ((1 << 13, 1 << 13), blocks("fake_quantize_mx", "e2m1"), 3.0),
+    "NVFP4 blocks of 16, 64M": ((1 << 13, 1 << 13), blocks("fake_quantize_nvfp4"), None),
+    "NF4 blocks of 64, 16M": ((1 << 12, 1 << 12), blocks("fake_quantize_nf4"), None),
+    "int8 per token, 64M": ((1 << 13, 1 << 13), blocks("fake_quantize_dynamic", -1, [-1], -128, 127, True), None),
+    "int4 groups of 128, 64M": ((1 << 13, 1 << 13), blocks("fake_quantize_dynamic", -1, [128], -8, 7, True), None),
 }
 
 

@@ -27,6 +27,7 @@ void init_choice(py::module_& pruning);
 void init_structured(py::module_& pruning);
 void init_sparse(py::module_& pruning);
 void init_pruning_latency(py::module_& m);
+void init_observer(py::module_& m);
 void init_quantization(py::module_& m);
 void init_quantized_checkpoint(py::module_& m);
 void init_target(py::module_& m);

@@ -36,6 +36,7 @@ PYBIND11_MODULE(_core, m) {
   init_pruning_surgery(m);  // plans of the next one hold cuts
   init_pruning(m);
   init_pruning_latency(m);
+  init_observer(m);
   init_quantization(m);
   init_quantized_checkpoint(m);
   init_target(m);

@@ -82,8 +82,7 @@ PruningState make_state(const Names& names, const Tensors& values, const Tensors
   const auto at = [](const Tensors& tensors, size_t i) { return tensors.empty() ? at::Tensor() : tensors.at(i); };
   PruningState state;
   for (size_t i = 0; i < names.size(); ++i) {
-    state.parameters.push_back(
-        {names.at(i), values.at(i), masks.at(i), at(scores, i), at(latents, i), at(growth, i)});
+    state.parameters.push_back({names.at(i), values.at(i), masks.at(i), at(scores, i), at(latents, i), at(growth, i)});
   }
   state.step = step;
   state.snapshots = snapshots;
@@ -147,9 +146,10 @@ void init_keys(py::module_& m) {
         "The buffers of a parameter in a new pruner, by key.");
   m.def("check_names", &check_names, py::arg("options"), py::arg("parameters"),
         "ValueError for scores and layers that name none of the parameters.");
-  m.def("check_existing", &check_existing, py::arg("existing"), py::arg("parameters"), py::arg("others") = Names(),
-        "True when a model's pruning buffers are those of the parameters and `others`, False when it has none; ValueError\n"
-        "otherwise.");
+  m.def(
+      "check_existing", &check_existing, py::arg("existing"), py::arg("parameters"), py::arg("others") = Names(),
+      "True when a model's pruning buffers are those of the parameters and `others`, False when it has none; ValueError\n"
+      "otherwise.");
 }
 
 }  // namespace
@@ -185,10 +185,10 @@ void init_pruning(py::module_& parent) {
         "True when the step that comes next reads the dense gradients of this step.");
   m.def("may_regrow", &may_regrow, py::arg("state"), py::arg("options"),
         "True when the step that comes next may let pruned elements come back.");
-  m.def("is_soft", &is_soft, py::arg("state"), py::arg("options"),
-        "True while the optimizer works on dense weights.");
+  m.def("is_soft", &is_soft, py::arg("state"), py::arg("options"), "True while the optimizer works on dense weights.");
   m.def("accumulate_gradients", &accumulate_gradients, py::arg("state"), py::arg("options"),
-        py::call_guard<py::gil_scoped_release>(), "Add gradients to scores, and bring back the dense weights of soft masks.");
+        py::call_guard<py::gil_scoped_release>(),
+        "Add gradients to scores, and bring back the dense weights of soft masks.");
   m.def("advance", &advance, py::arg("state"), py::arg("options"), py::call_guard<py::gil_scoped_release>(),
         "One step: make masks when the schedule says so, apply them, count.");
   m.def("update_masks", &update_masks, py::arg("state"), py::arg("options"), py::call_guard<py::gil_scoped_release>(),

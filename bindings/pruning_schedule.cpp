@@ -51,7 +51,8 @@ template <typename Type>
 void def_value(py::class_<Type>& type) {
   type.def("__repr__", &Type::to_string)
       .def("__hash__", [](const Type& self) { return std::hash<std::string>()(self.to_string()); })
-      .def("__eq__", [](const Type& a, const Type& b) { return equal(a, b); }, py::is_operator())
+      .def(
+          "__eq__", [](const Type& a, const Type& b) { return equal(a, b); }, py::is_operator())
       .def("updates_at", &Type::updates_at, py::arg("step"), "True when masks are updated at this step.");
 }
 
@@ -66,8 +67,9 @@ void def_schedule(py::class_<Type>& type) {
     type.def("releases_at", &Type::releases_at, py::arg("step"),
              "True when what is pruned competes again at this update.");
   } else {
-    type.def("releases_at", [](const Type&, int64_t) { return false; }, py::arg("step"),
-             "True when what is pruned competes again at this update: never.");
+    type.def(
+        "releases_at", [](const Type&, int64_t) { return false; }, py::arg("step"),
+        "True when what is pruned competes again at this update: never.");
   }
 }
 
@@ -123,8 +125,7 @@ void init_polynomial(py::module_& m) {
 
 void init_single(py::module_& m) {
   py::class_<ConstantSchedule> constant(
-      m, "ConstantSchedule",
-      "The final sparsity from step `begin` on, 0 before it: one mask update (\"one-shot\").");
+      m, "ConstantSchedule", "The final sparsity from step `begin` on, 0 before it: one mask update (\"one-shot\").");
   constant.def(py::init([](int64_t begin) { return validated(ConstantSchedule{begin}); }), py::arg("begin") = 0)
       .def_readonly("begin", &ConstantSchedule::begin)
       .def(py::pickle([](const ConstantSchedule& s) { return py::make_tuple(s.begin); },
@@ -133,8 +134,9 @@ void init_single(py::module_& m) {
 
   py::class_<FixedSchedule> fixed(m, "FixedSchedule",
                                   "Masks are never updated: those that the model has, or is loaded with, hold.");
-  fixed.def(py::init<>()).def(
-      py::pickle([](const FixedSchedule&) { return py::tuple(); }, [](const py::tuple&) { return FixedSchedule{}; }));
+  fixed.def(py::init<>())
+      .def(py::pickle([](const FixedSchedule&) { return py::tuple(); },
+                      [](const py::tuple&) { return FixedSchedule{}; }));
   def_schedule(fixed);
 }
 
@@ -155,12 +157,12 @@ void init_cyclic(py::module_& m) {
       .def_readonly("cycles", &CyclicSchedule::cycles)
       .def_readonly("every", &CyclicSchedule::every)
       .def_readonly("power", &CyclicSchedule::power)
-      .def(py::pickle(
-          [](const CyclicSchedule& s) { return py::make_tuple(s.begin, s.end, s.cycles, s.every, s.power); },
-          [](const py::tuple& t) {
-            return validated(CyclicSchedule{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
-                                            t[3].cast<int64_t>(), t[4].cast<double>()});
-          }));
+      .def(
+          py::pickle([](const CyclicSchedule& s) { return py::make_tuple(s.begin, s.end, s.cycles, s.every, s.power); },
+                     [](const py::tuple& t) {
+                       return validated(CyclicSchedule{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
+                                                       t[3].cast<int64_t>(), t[4].cast<double>()});
+                     }));
   def_schedule(cyclic);
 
   py::class_<ACDC> acdc(
@@ -225,16 +227,14 @@ void init_custom(py::module_& m) {
       "A sparsity that a function of the step gives, at the ascending steps `updates`. The last of them has exactly the\n"
       "final sparsity, whatever the function says. With `regrow`, what is pruned competes again at each update, so that\n"
       "the sparsity may fall; without, masks only grow.");
-  custom
-      .def(py::init(make), py::arg("function"), py::arg("updates"), py::arg("regrow") = false)
+  custom.def(py::init(make), py::arg("function"), py::arg("updates"), py::arg("regrow") = false)
       .def_property_readonly("function", [](const CustomSchedule& self) { return function_of(self); })
       .def_property_readonly("updates", [](const CustomSchedule& self) { return py::tuple(py::cast(self.updates)); })
       .def_readonly("regrow", &CustomSchedule::regrow)
-      .def(py::pickle(
-          [](const CustomSchedule& s) { return py::make_tuple(function_of(s), s.updates, s.regrow); },
-          [make](const py::tuple& t) {
-            return make(t[0].cast<py::function>(), t[1].cast<std::vector<int64_t>>(), t[2].cast<bool>());
-          }));
+      .def(py::pickle([](const CustomSchedule& s) { return py::make_tuple(function_of(s), s.updates, s.regrow); },
+                      [make](const py::tuple& t) {
+                        return make(t[0].cast<py::function>(), t[1].cast<std::vector<int64_t>>(), t[2].cast<bool>());
+                      }));
   def_schedule(custom);
 }
 
@@ -246,9 +246,7 @@ void init_regrowth(py::module_& m) {
       "random from zero. `decay` (\"cosine\", \"linear\", \"constant\") is how the fraction falls from begin to end. Random\n"
       "numbers depend on seed, step, the parameter's name and the element alone.");
   set.def(py::init([](int64_t begin, int64_t end, int64_t every, double fraction, const std::string& decay,
-                      uint64_t seed) {
-            return validated(SET{begin, end, every, fraction, parse_decay(decay), seed});
-          }),
+                      uint64_t seed) { return validated(SET{begin, end, every, fraction, parse_decay(decay), seed}); }),
           py::arg("begin"), py::arg("end"), py::arg("every") = 100, py::arg("fraction") = 0.3,
           py::arg("decay") = "cosine", py::arg("seed") = 0)
       .def_readonly("begin", &SET::begin)
@@ -281,12 +279,11 @@ void init_regrowth(py::module_& m) {
       .def_readonly("fraction", &RigL::fraction)
       .def_property_readonly("decay", [](const RigL& self) { return name(self.decay); })
       .def("fraction_at", &RigL::fraction_at, py::arg("step"), "The fraction that is exchanged at a step.")
-      .def(py::pickle(
-          [](const RigL& s) { return py::make_tuple(s.begin, s.end, s.every, s.fraction, name(s.decay)); },
-          [](const py::tuple& t) {
-            return validated(RigL{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<double>(),
-                                  parse_decay(t[4].cast<std::string>())});
-          }));
+      .def(py::pickle([](const RigL& s) { return py::make_tuple(s.begin, s.end, s.every, s.fraction, name(s.decay)); },
+                      [](const py::tuple& t) {
+                        return validated(RigL{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
+                                              t[3].cast<double>(), parse_decay(t[4].cast<std::string>())});
+                      }));
   def_value(rigl);
 
   py::class_<StraightThrough> soft(
@@ -295,9 +292,8 @@ void init_regrowth(py::module_& m) {
       "respect to w * mask is taken for that of w, so pruned weights go on learning. Masks are chosen anew every `every`\n"
       "steps and at `end`, from where on they are fixed. `decay` adds decay * w to the gradients of pruned weights (SR-STE,\n"
       "Zhou et al., 2021, arXiv:2102.04010).");
-  soft.def(py::init([](int64_t end, int64_t every, double decay) {
-             return validated(StraightThrough{end, every, decay});
-           }),
+  soft.def(py::init(
+               [](int64_t end, int64_t every, double decay) { return validated(StraightThrough{end, every, decay}); }),
            py::arg("end"), py::arg("every") = 1, py::arg("decay") = 0.0)
       .def_readonly("end", &StraightThrough::end)
       .def_readonly("every", &StraightThrough::every)

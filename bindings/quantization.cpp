@@ -8,55 +8,13 @@
 
 namespace rarefy::python {
 
+void init_scheme(py::module_& quantization);  // scheme.cpp
+
 void init_quantization(py::module_& parent) {
   using namespace quantization;
   auto m = parent.def_submodule("quantization", "Schemes and observers. rarefy.quantization is the public side.");
 
-  py::class_<PerTensor>(m, "PerTensor", "One scale and zero point for the whole tensor.")
-      .def(py::init<>())
-      .def(py::self == py::self)
-      .def("__hash__", [](const PerTensor&) { return py::hash(py::str("PerTensor")); })
-      .def("__repr__", [](const PerTensor&) { return "PerTensor()"; })
-      .def(py::pickle([](const PerTensor&) { return py::tuple(); }, [](const py::tuple&) { return PerTensor{}; }));
-
-  py::class_<PerChannel>(m, "PerChannel", "One scale and zero point per index of `axis`.")
-      .def(py::init([](int64_t axis) { return PerChannel{axis}; }), py::arg("axis") = 0)
-      .def_readonly("axis", &PerChannel::axis)
-      .def(py::self == py::self)
-      .def("__hash__", [](const PerChannel& self) { return py::hash(py::make_tuple("PerChannel", self.axis)); })
-      .def("__repr__", [](const PerChannel& self) { return "PerChannel(axis=" + std::to_string(self.axis) + ")"; })
-      .def(py::pickle([](const PerChannel& self) { return py::make_tuple(self.axis); },
-                      [](const py::tuple& state) { return PerChannel{state[0].cast<int64_t>()}; }));
-
-  py::class_<MinMax>(m, "MinMax", "Running minimum and maximum of everything seen.")
-      .def(py::init<>())
-      .def(py::self == py::self)
-      .def("__hash__", [](const MinMax&) { return py::hash(py::str("MinMax")); })
-      .def("__repr__", [](const MinMax&) { return "MinMax()"; })
-      .def(py::pickle([](const MinMax&) { return py::tuple(); }, [](const py::tuple&) { return MinMax{}; }));
-
-  py::class_<MovingAverage>(m, "MovingAverage",
-                            "Exponential moving average of the batches' ranges: min += constant * (batch_min - min).")
-      .def(py::init([](double constant) {
-             MovingAverage average{constant};
-             validate(Observer(average));
-             return average;
-           }),
-           py::arg("constant") = 0.01)
-      .def_readonly("constant", &MovingAverage::constant)
-      .def(py::self == py::self)
-      .def("__hash__",
-           [](const MovingAverage& self) { return py::hash(py::make_tuple("MovingAverage", self.constant)); })
-      .def("__repr__", [](const MovingAverage& self) { return str(Observer(self)); })
-      .def(py::pickle([](const MovingAverage& self) { return py::make_tuple(self.constant); },
-                      [](const py::tuple& state) { return MovingAverage{state[0].cast<double>()}; }));
-
-  py::class_<Latest>(m, "Latest", "The range of the latest tensor alone: what a weight wants.")
-      .def(py::init<>())
-      .def(py::self == py::self)
-      .def("__hash__", [](const Latest&) { return py::hash(py::str("Latest")); })
-      .def("__repr__", [](const Latest&) { return "Latest()"; })
-      .def(py::pickle([](const Latest&) { return py::tuple(); }, [](const py::tuple&) { return Latest{}; }));
+  init_scheme(m);
 
   m.attr("LONGEST_INTEGER_SUM") = ops::kLongestSum;
   m.def("has_exact_integer_products", &ops::has_exact_integer_products,
@@ -65,69 +23,21 @@ void init_quantization(py::module_& parent) {
         "How many weights of converted layers are kept packed for the CPU's int8 kernels.");
   m.def("clear_packed_weights", &ops::clear_packed_weights,
         "Drop the packed forms of all weights; they are made again when they are needed.");
-  m.def(
-      "averaging_constant", [](const Observer& observer) { return averaging_constant(observer); }, py::arg("observer"),
-      "The averaging constant that torch.ops.rarefy.observe takes for an observer.");
-
-  const auto make_scheme = [](int64_t bits, bool symmetric, std::optional<bool> is_signed, bool narrow_range,
-                              const Granularity& granularity) {
-    Scheme scheme{bits, symmetric, is_signed.value_or(symmetric), narrow_range, granularity};
-    scheme.validate();
-    return scheme;
-  };
-  py::class_<Scheme>(m, "Scheme",
-                     R"(How a tensor maps onto integers: the grid, without the values of scale and zero point.
-
-bits: width of the integers: 2 to 8, or 16 (activations alone, which compute in floating point then).
-symmetric: the zero point is fixed in the middle of the range; otherwise it follows the data.
-signed: None means signed when symmetric, unsigned otherwise.
-narrow_range: leave out the lowest integer ([-127, 127]).
-granularity: PerTensor() or PerChannel(axis).
-
-Raises ValueError for bits other than 2 to 8 and 16.)")
-      .def(py::init(make_scheme), py::arg("bits") = 8, py::arg("symmetric") = true, py::arg("signed") = py::none(),
-           py::arg("narrow_range") = false, py::arg("granularity") = Granularity(PerTensor{}))
-      .def_readonly("bits", &Scheme::bits)
-      .def_readonly("symmetric", &Scheme::symmetric)
-      .def_property_readonly("signed", &Scheme::signed_range)
-      .def_readonly("narrow_range", &Scheme::narrow_range)
-      .def_readonly("granularity", &Scheme::granularity)
-      .def_property_readonly("qmin", &Scheme::qmin, "Smallest integer of the range.")
-      .def_property_readonly("qmax", &Scheme::qmax, "Largest integer of the range.")
-      .def_property_readonly("axis", &Scheme::axis, "The channel axis, None for PerTensor.")
-      .def_property_readonly(
-          "dtype", &Scheme::dtype,
-          "The type that stores the integers: torch.int8 or torch.uint8, torch.int16 or torch.uint16.")
-      .def(py::self == py::self)
-      .def("__hash__", [](const Scheme& self) { return py::hash(py::str(self.str())); })
-      .def("__str__", &Scheme::str)
-      .def(
-          "__repr__",
-          [](const Scheme& self) {
-            return "Scheme(bits=" + std::to_string(self.bits) + ", symmetric=" + (self.symmetric ? "True" : "False") +
-                   ", signed=" + (self.signed_range() ? "True" : "False") +
-                   ", narrow_range=" + (self.narrow_range ? "True" : "False") + ", granularity=" +
-                   (self.axis().has_value() ? "PerChannel(axis=" + std::to_string(*self.axis()) + ")" : "PerTensor()") +
-                   ")";
-          })
-      .def(py::pickle(
-          [](const Scheme& self) {
-            return py::make_tuple(self.bits, self.symmetric, self.signed_range(), self.narrow_range, self.granularity);
-          },
-          [make_scheme](const py::tuple& state) {
-            return make_scheme(state[0].cast<int64_t>(), state[1].cast<bool>(), state[2].cast<bool>(),
-                               state[3].cast<bool>(), state[4].cast<Granularity>());
-          }));
 
   m.def(
       "validate_layer_config",
       [](const std::optional<Scheme>& weight, const std::optional<Scheme>& activation,
-         const std::optional<Observer>& observer, c10::ScalarType gradient_dtype) {
-        LayerConfig{.weight = weight, .activation = activation, .observer = observer, .gradient_dtype = gradient_dtype}
+         const std::optional<Observer>& observer, const std::optional<Observer>& weight_observer,
+         c10::ScalarType gradient_dtype) {
+        LayerConfig{.weight = weight,
+                    .activation = activation,
+                    .observer = observer,
+                    .weight_observer = weight_observer,
+                    .gradient_dtype = gradient_dtype}
             .validate();
       },
-      py::arg("weight"), py::arg("activation"), py::arg("observer"), py::arg("gradient_dtype"),
-      "Raises ValueError for a scheme that no layer can execute.");
+      py::arg("weight"), py::arg("activation"), py::arg("observer"), py::arg("weight_observer"),
+      py::arg("gradient_dtype"), "Raises ValueError for a scheme that no layer can execute.");
   m.def(
       "why_not_integer",
       [](const std::optional<Scheme>& weight, const std::optional<Scheme>& activation) {

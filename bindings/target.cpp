@@ -12,7 +12,11 @@ void init_target(py::module_& parent) {
                             "What a runtime executes in integers, and where it wants the quantizers: plain data.")
       .def_readonly("name", &TargetProfile::name)
       .def_readonly("families", &TargetProfile::families, "Families of layers that run in integers.")
+      .def_readonly("stored", &TargetProfile::stored,
+                    "Families that files may hold on their grids, and that the runtime computes in floating point.")
       .def_readonly("per_channel", &TargetProfile::per_channel, "Families whose weights may have a scale per channel.")
+      .def_readonly("scales_of_groups", &TargetProfile::scales_of_groups,
+                    "Whether channels of every group of a transposed convolution may have scales of their own.")
       .def_readonly("activation_bits", &TargetProfile::activation_bits, "Widths of activations.")
       .def_readonly("wide_activations", &TargetProfile::wide_activations, "Whether files may hold 16-bit activations.")
       .def_readonly("narrow_grids", &TargetProfile::narrow_grids,
@@ -29,6 +33,8 @@ void init_target(py::module_& parent) {
           "Inputs of a residual addition that are quantized: 'both' or 'identity'.")
       .def_readonly("quantizes_outputs", &TargetProfile::quantizes_outputs,
                     "Whether a result that only floating-point operations read gets a quantizer.")
+      .def_readonly("boundary_inputs", &TargetProfile::boundary_inputs,
+                    "Whether inputs of normalizations and activation functions get quantizers too.")
       .def_readonly("quantizes_before_moves", &TargetProfile::quantizes_before_moves,
                     "Whether a quantizer behind pooling or reshaping is repeated before it.")
       .def_property_readonly(
@@ -46,6 +52,8 @@ void init_target(py::module_& parent) {
                     "ONNX operator set that is written when none is asked for.")
       .def("executes", &TargetProfile::executes, py::arg("kind"),
            "Whether layers of the kind ('Linear', 'Conv2d', 'Add', ...) run in integers.")
+      .def("stores", &TargetProfile::stores, py::arg("kind"),
+           "Whether files may hold layers of the kind on their grids.")
       .def("has_per_channel", &TargetProfile::has_per_channel, py::arg("kind"),
            "Whether weights of the kind may have a scale per channel.")
       .def(
@@ -70,8 +78,10 @@ void init_target(py::module_& parent) {
   m.def("target_profile", &target_profile, py::arg("name"), py::return_value_policy::reference,
         "The profile of a target. Raises ValueError, naming the known ones, for another name.");
   m.def("target_names", &target_names, "The names that target_profile knows.");
-  m.def("layer_family", &layer_family, py::arg("kind"),
-        "'linear', 'conv', 'embedding', 'add', 'mul' or 'cat': the family of a kind of layer.");
+  m.def(
+      "layer_family", &layer_family, py::arg("kind"),
+      "'linear', 'conv', 'conv_transpose', 'embedding', 'recurrent', 'boundary', 'attention', 'add', 'mul' or 'cat': the "
+      "family of a kind of layer.");
 }
 
 }  // namespace rarefy::python

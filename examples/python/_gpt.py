@@ -56,7 +56,7 @@ class Block(nn.Module):
 class Gpt(nn.Module):
     """Logits of the next character at every place: [batch, length] to [batch, length, characters]."""
 
-    def __init__(self, characters: int, length: int = 128, width: int = 128, layers: int = 4, heads: int = 4) -> None:
+    def __init__(self, characters: int, length: int = 128, width: int = 96, layers: int = 4, heads: int = 4) -> None:
         super().__init__()
         self.length = length
         self.characters, self.places = nn.Embedding(characters, width), nn.Embedding(length, width)

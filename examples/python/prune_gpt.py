@@ -23,7 +23,7 @@ from _gpt import Gpt, calibration, continued, load_text, perplexity, train
 
 import rarefy as rf
 
-BATCH, RATE = 32, 3e-3
+BATCH, RATE = 16, 3e-3
 CALIBRATION = 16  #: batches of the same size
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with train.tsv and dev.tsv")
     parser.add_argument("--sparsity", type=float, help="fraction of zeros in every layer of the blocks; default 0.5")
     parser.add_argument("--pattern", default="unstructured", help="unstructured, or n:m such as 2:4")
-    parser.add_argument("--steps", type=int, default=600, help="training batches")
+    parser.add_argument("--steps", type=int, default=800, help="training batches")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/prune_gpt"), help="folder for the report")
     parser.add_argument("--quick", action="store_true", help="a trial of seconds")

@@ -8,6 +8,7 @@
 //   OUT.results: `losses`, and `evaluated` and `converted`, the scores of batch 0 before and after conversion.
 // rarefy_parity --serve FOLDER DATA OUT: loads the converted network of FOLDER into a fresh one, writes its `scores` of `ids` and
 //   `volumes` of DATA to OUT.results, and the network again to OUT, of test_saved.py.
+// rarefy_parity --train-more, --serve-more: the same for the network with the layers that the first has not.
 // rarefy_parity --continue MODEL BATCH OUT: loads the prepared network's MODEL, writes it again to OUT, and its output on
 //   the tensor `x` of BATCH to OUT.evaluated, of test_checkpoint.py.
 // rarefy_parity --pruned FILE BATCH OUT: loads the pruned small network's FILE into a fresh one, removes channel 0 of what is
@@ -18,6 +19,9 @@
 // rarefy_parity --losses HINT CONTRASTIVE DATA OUT: loads the states of a Hint (4 to 6 features) and of a ContrastiveRepresentation,
 //   computes every loss of distillation on the tensors of DATA, and writes them to OUT by name. Takes one step of SGD on
 //   both, and writes their states to OUT.hint and OUT.contrastive, of test_parity.py.
+// rarefy_parity --observe OBSERVER STATE DATA OUT: goes on with the calibration of one uint8 quantizer. OBSERVER: as it prints
+//   itself. STATE: the quantizer's. DATA: batches x0, x1, ... Writes its state, range chosen, to OUT, of
+//   test_observer_quantizers.py.
 // rarefy_parity --read FILE...: one line per file, its tensors' sum of bytes or why it is refused.
 #include "parity.h"
 
@@ -27,6 +31,7 @@
 
 namespace {
 
+template <typename Model>
 int train(char** argv) {
   const std::string execution = argv[2], model_file = argv[3], out = argv[7];
   TORCH_CHECK(execution == "integer" || execution == "simulated", "EXECUTION must be integer or simulated");
@@ -36,7 +41,7 @@ int train(char** argv) {
   config.execution =
       execution == "integer" ? rarefy::quantization::Execution::integer : rarefy::quantization::Execution::simulated;
 
-  EveryLayer model;
+  Model model;
   if (rarefy::load_safetensors(model_file).tensors.contains("out.quant.weight.scale")) {
     rarefy::quantization::prepare_qat(*model, config);
     rarefy::load_safetensors(*model, model_file);
@@ -70,8 +75,9 @@ int train(char** argv) {
   return 0;
 }
 
+template <typename Model>
 int serve(char** argv) {
-  EveryLayer model;
+  Model model;
   rarefy::quantization::load_quantized(*model, argv[2]);
   const auto data = rarefy::load_safetensors(argv[3]).tensors;
   const torch::NoGradGuard no_grad;
@@ -238,15 +244,61 @@ int read_all(int argc, char** argv) {
   return 0;
 }
 
+/// The observer of those that test_observer_quantizers.py tries that prints itself so.
+rarefy::quantization::Observer observer_called(const std::string& text) {
+  using namespace rarefy::quantization;
+  const std::vector<Observer> known{
+      Histogram{.bins = 256},
+      Histogram{.bins = 256, .search = RangeSearch::kl},
+      Histogram{.bins = 256, .search = RangeSearch::none},
+      Histogram{.bins = 256, .norm = 2.4},
+      Percentile{.percentile = 99.0, .bins = 256},
+      SQNR{.clip_weight = 3.0, .bins = 256},
+      MeanNoOutliers{.batches = 8},
+      MeanNoOutliers{.quantile = 0.1},
+  };
+  for (const auto& observer : known) {
+    if (str(observer) == text) {
+      return observer;
+    }
+  }
+  TORCH_CHECK(false, "no observer is called ", text);
+}
+
+int observe(char** argv) {
+  rarefy::quantization::FakeQuantizer quantizer(rarefy::quantization::FakeQuantizerOptions{
+      .scheme = {.bits = 8, .symmetric = false}, .observer = observer_called(argv[2])});
+  quantizer->eval();
+  quantizer->quantize = false;
+  rarefy::load_safetensors(*quantizer, argv[3]);
+  const auto data = rarefy::load_safetensors(argv[4]).tensors;
+  for (int i = 0;; ++i) {
+    const std::string number = std::to_string(i);
+    if (!data.contains("x" + number)) {
+      break;
+    }
+    quantizer(data["x" + number]);
+  }
+  TORCH_CHECK(quantizer->calibrated(), "nothing was observed");
+  rarefy::save_safetensors(*quantizer, argv[5]);
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
   if (mode == "--train" && argc == 8) {
-    return train(argv);
+    return train<EveryLayer>(argv);
+  }
+  if (mode == "--train-more" && argc == 8) {
+    return train<MoreLayers>(argv);
   }
   if (mode == "--serve" && argc == 5) {
-    return serve(argv);
+    return serve<EveryLayer>(argv);
+  }
+  if (mode == "--serve-more" && argc == 5) {
+    return serve<MoreLayers>(argv);
   }
   if (mode == "--continue" && argc == 5) {
     return continue_checkpoint(argv);
@@ -260,12 +312,15 @@ int main(int argc, char** argv) {
   if (mode == "--losses" && argc == 6) {
     return losses(argv);
   }
+  if (mode == "--observe" && argc == 6) {
+    return observe(argv);
+  }
   if (mode == "--read") {
     return read_all(argc, argv);
   }
   std::cerr
       << "usage: rarefy_parity --train EXECUTION MODEL DATA FIRST LAST OUT | --serve FOLDER DATA OUT | --continue MODEL BATCH OUT | "
          "--pruned FILE BATCH OUT | --distill STUDENT TEACHER DATA OUT | --losses HINT CONTRASTIVE DATA OUT | "
-         "--read FILE...\n";
+         "--observe OBSERVER STATE DATA OUT | --read FILE...\n";
   return 2;
 }

@@ -67,3 +67,48 @@ struct EveryLayerImpl : torch::nn::Module {
   }
 };
 TORCH_MODULE(EveryLayer);
+
+/// The layers that EveryLayer has not: the same words and volumes to scores [N, 3].
+struct MoreLayersImpl : torch::nn::Module {
+  rarefy::nn::Embedding words{nullptr};
+  rarefy::nn::LSTM lstm{nullptr};
+  rarefy::nn::GRU gru{nullptr};
+  rarefy::nn::LSTMCell lstm_cell{nullptr};
+  rarefy::nn::GRUCell gru_cell{nullptr};
+  rarefy::nn::EmbeddingBag bag{nullptr};
+  rarefy::nn::ConvTranspose3d up3{nullptr};
+  rarefy::nn::ConvTranspose2d up2{nullptr};
+  rarefy::nn::ConvTranspose1d up1{nullptr};
+  rarefy::nn::SDPA attention{nullptr};
+  rarefy::nn::LayerNorm norm{nullptr};
+  rarefy::nn::Linear out{nullptr};
+
+  MoreLayersImpl()
+      : words(register_module("words", rarefy::nn::Embedding(7, 4))),
+        lstm(register_module("lstm",
+                             rarefy::nn::LSTM(rarefy::nn::LSTMOptions(4, 3).bidirectional(true).batch_first(true)))),
+        gru(register_module("gru", rarefy::nn::GRU(rarefy::nn::GRUOptions(6, 4).num_layers(2).batch_first(true)))),
+        lstm_cell(register_module("lstm_cell", rarefy::nn::LSTMCell(4, 4))),
+        gru_cell(register_module("gru_cell", rarefy::nn::GRUCell(4, 4))),
+        bag(register_module(
+            "bag", rarefy::nn::EmbeddingBag(rarefy::nn::EmbeddingBagOptions(7, 4).mode(torch::kSum).padding_idx(1)))),
+        up3(register_module("up3", rarefy::nn::ConvTranspose3d(2, 2, torch::ExpandingArray<3>({1, 2, 2})))),
+        up2(register_module("up2", rarefy::nn::ConvTranspose2d(
+                                       rarefy::nn::ConvTranspose2dOptions(8, 4, 3).stride(2).padding(1).groups(2)))),
+        up1(register_module(
+            "up1", rarefy::nn::ConvTranspose1d(rarefy::nn::ConvTranspose1dOptions(4, 4, 4).stride(2).padding(1)))),
+        attention(register_module("attention", rarefy::nn::SDPA())),
+        norm(register_module("norm", rarefy::nn::LayerNorm(torch::nn::LayerNormOptions({4})))),
+        out(register_module("out", rarefy::nn::Linear(12, 3))) {
+    up2->set_relu(true);
+  }
+
+  torch::Tensor forward(const torch::Tensor& ids, const torch::Tensor& volumes) {
+    auto states = std::get<0>(gru(std::get<0>(lstm(words(ids)))));
+    states = norm(attention(states, states, states));
+    const auto a = gru_cell(std::get<0>(lstm_cell(states.select(1, 4))));
+    const auto b = up1(up2(up3(volumes).flatten(1, 2)).mean(3)).mean(2);
+    return out(torch::cat({a, b, bag(ids)}, 1));
+  }
+};
+TORCH_MODULE(MoreLayers);

@@ -122,7 +122,9 @@ def test_stages_see_what_the_model_gives_them(method, propagate):
 
     def solve(weight, hessian):
         if method == "wanda":
-            return core.wanda_weight(weight, hessian.diagonal().sqrt(), core.WandaOptions(0.5, core.parse_pattern("unstructured")))[0]
+            return core.wanda_weight(
+                weight, hessian.diagonal().sqrt(), core.WandaOptions(0.5, core.parse_pattern("unstructured"))
+            )[0]
         options = core.SparseGptOptions(0.5, core.parse_pattern("unstructured"), 128, 0.01, 1.0)
         pruned, mask, *_ = core.sparse_gpt_weight(weight, hessian, options)
         return core.refit_weight(weight, mask, hessian, core.RefitOptions())[0] if method == "refit" else pruned
@@ -257,6 +259,9 @@ def test_blocks_can_be_named():
         rf.pruning.sparse_gpt(model, loader(), 0.5, blocks=["nowhere"])
 
 
+MASK = torch.ones(1)
+
+
 class Counting(Net):
     """Counts how often it runs from its beginning; hands its blocks what `extra` gives beside x."""
 
@@ -281,7 +286,7 @@ class Counting(Net):
     [
         (lambda tokens: {}, True),
         (lambda tokens: {"mask": None, "scale": 2.0}, True),
-        (lambda tokens, mask=torch.ones(1): {"mask": mask}, True),
+        (lambda tokens: {"mask": MASK}, True),
         (lambda tokens: {"cache": object()}, False),  # may have a state
     ],
 )

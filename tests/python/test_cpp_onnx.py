@@ -23,6 +23,9 @@ CASES = [
         for network in ("joined", "joined-linked", "joined-plain-first", "joined-plain-first-linked", "widened")
         for target in ("onnxruntime", "openvino", "qnn")
     ),
+    *(f"decoder-{target}" for target in ("openvino", "tensorrt", "qnn")),
+    "decoder-linked-openvino",
+    *(f"tagger{kind}-{target}" for kind in ("", "-converted") for target in ("onnxruntime", "openvino", "qnn")),
     "bytes",
     "transformer-float-external-onnxruntime",
 ]

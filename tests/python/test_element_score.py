@@ -85,7 +85,8 @@ def test_strides_do_not_matter(criterion):
     assert torch.equal(computed(criterion, last, [gradient.to(memory_format=torch.channels_last)]), expected)
     view = torch.randn(6, 4).t()
     assert torch.equal(
-        computed(criterion, view, [gradient[:, :, 0, 0]]), computed(criterion, view.contiguous(), [gradient[:, :, 0, 0]])
+        computed(criterion, view, [gradient[:, :, 0, 0]]),
+        computed(criterion, view.contiguous(), [gradient[:, :, 0, 0]]),
     )
 
 
@@ -101,7 +102,8 @@ def test_random_is_a_function_of_seed_name_and_index():
     assert torch.equal(scores.element_scores(scores.Random(3), "a", torch.ones(17)), one.flatten()[:17])
     assert not torch.equal(scores.element_scores(scores.Random(4), "a", big), one)
     assert not torch.equal(scores.element_scores(scores.Random(3), "b", big), one)
-    assert 0 <= one.min() and one.max() < 1
+    assert one.min() >= 0
+    assert one.max() < 1
     assert abs(one.mean().item() - 0.5) < 3 * math.sqrt(1 / 12 / one.numel())
     assert abs(one.var().item() - 1 / 12) < 1e-3
     first = scores.element_scores(scores.Random(3), "a", torch.zeros(4, dtype=torch.float64))
@@ -207,6 +209,4 @@ def test_scores_of_a_model_after_backward():
         scores.accumulate(scores.Movement(), layer.weight, layer.weight.grad, accumulated)
         expected -= layer.weight.detach() * layer.weight.grad
     assert not accumulated.requires_grad
-    torch.testing.assert_close(
-        scores.element_scores(scores.Movement(), "weight", layer.weight, accumulated), expected
-    )
+    torch.testing.assert_close(scores.element_scores(scores.Movement(), "weight", layer.weight, accumulated), expected)

@@ -88,9 +88,7 @@ def test_grasp_is_the_change_of_the_gradients_norm(temperature):
     tensors = weights(model)
 
     def squared_norm():
-        total = sum(
-            nn.functional.cross_entropy(model(x) / temperature, y) / len(data) for x, y in data
-        )
+        total = sum(nn.functional.cross_entropy(model(x) / temperature, y) / len(data) for x, y in data)
         return sum(g.square().sum() for g in torch.autograd.grad(total, list(tensors.values()))).item()
 
     for name, index in (("0.weight", (1, 0, 2, 1)), ("0.weight", (3, 1, 0, 0)), ("4.weight", (2, 57))):

@@ -150,7 +150,7 @@ def test_masks_at_every_step_follow_the_reference(scope):
                 flat[order] = False
                 for n, part in zip(group, flat.split([expected[n].numel() for n in group]), strict=True):
                     expected[n] = part.view(expected[n].shape)
-        pruner.step()
+        pruner.step(optimizer)
         for name, mask in expected.items():
             assert torch.equal(kept(model, name), mask), (step, name)
             assert not weights(model)[name][~mask].any()
@@ -425,6 +425,26 @@ def test_report():
     assert repr(pruner).startswith("MagnitudePruner(3 tensors, Magnitude(p=1), unstructured, global, sparsity 0.8")
     with pytest.raises(AttributeError):
         report.step = 3
+
+
+def test_report_of_what_zeros_are_worth():
+    model, _, pruner = run(range(20))
+    model.eval()
+    before = tensors(model)
+    cost = pruner.report(batch(0)[0]).cost
+    assert same(tensors(model), before)
+    size = rf.pruning.sparse_size(model)
+    assert (cost.bytes, cost.dense_bytes) == (size.bytes, size.dense_bytes)
+    per_sample = 3 * 7 * 9 * 36 + 7 * 13 + 13 * 5
+    assert cost.dense_macs == 8 * per_sample
+    assert 0 < cost.macs < 0.5 * cost.dense_macs
+    assert cost.seconds > 0
+    assert cost.dense_seconds > 0
+    assert "bytes in a file: " in repr(pruner.report(batch(0)[0]))
+    assert "bytes in a file: " not in repr(pruner.report())
+    pruner.finalize()
+    assert pruner.report(batch(0)[0]).cost.macs == cost.macs
+    assert pruner.report().cost.macs is None
 
 
 def test_report_says_what_is_odd():

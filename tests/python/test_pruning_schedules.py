@@ -1,6 +1,7 @@
 """Schedules of pruning: formulas, updates, the exact end, values, errors, plots, and what a pruner makes of them."""
 
 import copy
+import itertools
 import math
 import pickle
 import sys
@@ -71,7 +72,7 @@ def test_cyclic_is_its_cycles():
     assert cuts == [2, 7, 13, 19]
     expected = dict.fromkeys(range(3), 0.0)
     updates, releases = set(), set()
-    for first, last in zip(cuts, cuts[1:], strict=False):
+    for first, last in itertools.pairwise(cuts):
         for offset, t in enumerate(range(first + 1, last + 1)):
             expected[t] = 0.8 - 0.8 * (1 - offset / (last - first - 1)) ** 3
             if offset % 2 == 0 or t == last:

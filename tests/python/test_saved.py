@@ -393,7 +393,8 @@ DESCRIPTIONS = {
     ),
     "unknown quantizer": (
         lambda d: d["layers"]["stem"]["quantizers"].update(inputs=d["layers"]["stem"]["quantizers"]["input"]),
-        "layer stem: quantizers must be of input, input0, input1, weight, output, got 'inputs'",
+        "layer stem: quantizers must be of input, input0, input1, weight, output, query, key, probabilities, value, "
+        "got 'inputs'",
     ),
     "unknown target": (
         lambda d: d["layers"]["stem"].update(target="tpu"), "layer stem: target must be one of onnxruntime, .*, got 'tpu'",

@@ -25,6 +25,13 @@ DTYPES = [
 ]  # fmt: skip
 
 
+def no_negative_zero(x: torch.Tensor) -> torch.Tensor:
+    """What a sparse tensor comes back as."""
+    if not x.is_floating_point():
+        return x
+    return torch.where(x.float() == 0, torch.zeros((), dtype=torch.float32).to(x.dtype), x)
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
@@ -34,7 +41,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def sparse(shape, density, dtype=torch.float32, seed=0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < density)
-    return (x * 50).to(dtype) if not dtype.is_floating_point else x.to(dtype)
+    return (x * 50).to(dtype) if not dtype.is_floating_point else no_negative_zero(x.to(dtype))
 
 
 def one_of_four(shape, axis, seed=0) -> torch.Tensor:
@@ -42,7 +49,7 @@ def one_of_four(shape, axis, seed=0) -> torch.Tensor:
     x = torch.randn(shape, generator=generator).movedim(axis, -1)
     score = torch.rand(x.shape, generator=generator).unflatten(-1, (-1, 4))
     kept = (score == score.amax(-1, keepdim=True)).flatten(-2)
-    return (x * kept).movedim(-1, axis).contiguous()
+    return no_negative_zero(x * kept).movedim(-1, axis).contiguous()
 
 
 def header(path) -> tuple[dict, bytes]:
@@ -112,8 +119,28 @@ def test_special_values_keep_their_bits(tmp_path):
     x.view(torch.int32)[7] = 0x7F800001  # a signaling NaN
     x.view(torch.int32)[8] = -1  # a NaN with every bit
     save_sparse({"x": x}, tmp_path / "x")
-    assert header(tmp_path / "x")[0]["x.values"]["shape"] == [8]
-    assert same_bits(load_sparse(tmp_path / "x")["x"], x)
+    assert header(tmp_path / "x")[0]["x.values"]["shape"] == [7]
+    expected = x.clone()
+    expected[1] = 0.0  # -0 is a zero
+    assert same_bits(load_sparse(tmp_path / "x")["x"], expected)
+    dense = torch.tensor([-0.0, 1.0])
+    save_sparse({"x": dense}, tmp_path / "x")
+    assert same_bits(load_sparse(tmp_path / "x")["x"], dense)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.is_floating_point])
+def test_zeros_of_a_product_with_a_mask(tmp_path, dtype):
+    """w * mask is -0 where w is negative, and compresses as if it were not."""
+    x = torch.randn(4096).to(dtype)
+    mask = torch.rand(4096) < 0.1
+    product = (x.float() * mask).to(dtype)
+    report = save_sparse({"x": product}, tmp_path / "x")
+    assert report.tensors[0].kept == int((product.float() != 0).sum())
+    assert same_bits(load_sparse(tmp_path / "x")["x"], no_negative_zero(product))
+    y = torch.where(torch.arange(64) % 4 == 1, -1.0, -0.0).repeat(40)  # 1:4
+    y[1] = -0.0
+    assert save_sparse({"y": y}, tmp_path / "y").tensors[0].form == "1:4"
+    assert same_bits(load_sparse(tmp_path / "y")["y"], no_negative_zero(y))
 
 
 def test_one_of_four_takes_two_bits(tmp_path):
@@ -223,7 +250,7 @@ def test_values_outside_of_the_mask(tmp_path):
     place = int((weight.flatten() == 0).nonzero()[0])
     with torch.no_grad():
         weight.view(-1)[place] = -0.0
-    save_sparse(model, tmp_path / "x")  # what a mask prunes is +0
+    save_sparse(model, tmp_path / "x")
     assert not load_sparse(tmp_path / "x")["4.weight"].view(-1)[place].signbit()
     before = (tmp_path / "x").read_bytes()
     with torch.no_grad():

@@ -15,6 +15,15 @@ from rarefy.pruning.sparsify import is_two_of_four
 QUICK = {"seconds": 1e-3}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A busy machine makes two threads wait for each other, which hides what is measured."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def sparse_model(sparsity: float = 0.98, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 1024, bias=False), nn.Linear(1024, 10))
@@ -91,7 +100,7 @@ class Everything(nn.Module):
         self.unused = nn.Linear(16, 16)
         self.hooked = nn.Linear(16, 16)
         self.hooked.register_forward_hook(lambda *_: None)
-        self.double = nn.Linear(16, 16, dtype=torch.float64)
+        self.wide = nn.Linear(16, 16, dtype=torch.float64)
         self.subclass = nn.modules.linear.NonDynamicallyQuantizableLinear(16, 16)
         self.full = nn.Linear(16, 16)
         self.pruned = nn.Linear(16, 16)
@@ -103,7 +112,7 @@ class Everything(nn.Module):
     def forward(self, x):
         for layer in (self.tied, self.hooked, self.subclass, self.full, self.pruned, self.twice[0], self.again):
             x = layer(x)
-        return self.double(x.double())
+        return self.wide(x.double())
 
 
 def test_why_layers_stay_dense():
@@ -115,7 +124,7 @@ def test_why_layers_stay_dense():
     assert reasons["tied"] == "its weight is also embedding.weight"
     assert reasons["unused"] == "the example does not run it"
     assert reasons["hooked"] == "it has hooks"
-    assert reasons["double"] == "there are kernels for float32 and bfloat16, not for Double"
+    assert reasons["wide"] == "there are kernels for float32 and bfloat16, not for Double"
     assert reasons["subclass"] == "it is a NonDynamicallyQuantizableLinear, not an nn.Linear"
     assert reasons["full"] == "sparsity 0.000 is below 0.5: not measured"
     assert reasons["pruned"] == "a pruner is at work on it: finalize() it first"

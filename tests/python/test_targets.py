@@ -59,8 +59,14 @@ def test_profiles_are_a_table():
         assert pickle.loads(pickle.dumps(profile)).name == name
     assert not target_profile("tensorrt").zero_points
     assert layer_family("TransposedLinear") == "linear"
-    with pytest.raises(ValueError, match=r"\[layer_family\] kind must be .*, got LSTM"):
-        layer_family("LSTM")
+    assert (layer_family("ConvTranspose2d"), layer_family("GRUCell")) == ("conv_transpose", "recurrent")
+    assert (layer_family("EmbeddingBag"), layer_family("GELU"), layer_family("SDPA")) == (
+        "embedding",
+        "boundary",
+        "attention",
+    )
+    with pytest.raises(ValueError, match=r"\[layer_family\] kind must be .*, got RNN"):
+        layer_family("RNN")
 
 
 def test_unknown_target_is_an_error():
@@ -127,7 +133,8 @@ def test_an_override_is_checked_too():
         rf.quantization.prepare(Block(), config)
     config = QConfig.int8(target="tensorrt", overrides={rf.nn.Mul: QConfig.int8(target="tensorrt")})
     with pytest.raises(
-        ValueError, match=r"layer gate must have .*tensorrt runs linear, conv, add in integers, got Mul"
+        ValueError,
+        match=r"layer gate must have .*tensorrt runs linear, conv, add, recurrent, conv_transpose in integers, got Mul",
     ):
         rf.quantization.prepare(Block(), config)
     with pytest.raises(ValueError, match=r"an override must be for the same target \('tensorrt'\), got 'qnn' for fc"):

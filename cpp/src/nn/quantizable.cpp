@@ -48,7 +48,7 @@ quantization::FakeQuantizerImpl* QuantStateImpl::find(const std::string& name) c
 
 bool QuantStateImpl::has_bytes(const std::string& name) const {
   const auto* quantizer = find(name);
-  return quantizer != nullptr && quantizer->options.scheme.bits <= 8;
+  return quantizer != nullptr && quantizer->options.scheme.is_plain() && quantizer->options.scheme.bits <= 8;
 }
 
 ops::ByteGrid QuantStateImpl::grid(const std::string& name) const {

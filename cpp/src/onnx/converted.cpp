@@ -1,5 +1,6 @@
 // What becomes of layers that compute in integers (rarefy/ops/quantized.h): the float layer between its quantizers.
 #include <ATen/ops/zeros_like.h>
+#include <rarefy/ops/conv_transpose.h>
 
 #include "onnx/translate.h"
 
@@ -98,6 +99,39 @@ std::vector<Value*> convolution(const Call& c) {
   return finish(c, y, c.flag("relu"));
 }
 
+std::vector<Value*> transposed_convolution(const Call& c) {
+  auto values = c.constant("weight");
+  auto scale = c.constant("weight_scale");
+  if (!values.defined() || !scale.defined() || values.scalar_type() != at::kChar) {
+    c.refuse("weight and weight_scale must be constants, and the weight int8");
+  }
+  const auto groups = c.integer("groups");
+  const bool per_channel = scale.numel() > 1;
+  scale = scale.reshape(per_channel ? at::IntArrayRef({-1}) : at::IntArrayRef());
+  // Only with all output channels on one axis can each have a scale.
+  values = per_channel ? ops::weight_by_channel(values, groups) : values;
+  const auto axis = per_channel ? std::optional<int64_t>(1) : std::nullopt;
+  auto* weight = c.t.weight(
+      {values, {scale, at::zeros_like(scale, at::TensorOptions().dtype(at::kChar)), axis, -128, 127}}, "weight");
+  weight = per_channel ? by_group(c.t, weight, values.sizes().vec(), groups) : weight;
+  const auto sizes = values.sizes();
+  const auto padding = c.integers("padding");
+  auto pads = padding;
+  pads.insert(pads.end(), padding.begin(), padding.end());
+  std::vector<Value*> inputs{read(c, "x", kInput), weight};
+  if (auto* bias = c.optional_tensor("bias")) {
+    inputs.push_back(bias);
+  }
+  auto* y = c.t.emit("ConvTranspose", inputs,
+                     {{"kernel_shape", sizes.slice(2).vec()},
+                      {"strides", c.integers("stride")},
+                      {"pads", pads},
+                      {"output_padding", c.integers("output_padding")},
+                      {"dilations", c.integers("dilation")},
+                      {"group", groups}});
+  return finish(c, y, c.flag("relu"));
+}
+
 std::vector<Value*> add(const Call& c) {
   auto* a = read(c, "a", {"a_scale", "a_zero_point", "a_qmin", "a_qmax"});
   auto* b = read(c, "b", {"b_scale", "b_zero_point", "b_qmin", "b_qmax"});
@@ -113,6 +147,7 @@ std::vector<Value*> requantize(const Call& c) {
 void add_converted_rules(Rules& rules) {
   rules["rarefy::quantized_linear"] = linear;
   rules["rarefy::quantized_conv"] = convolution;
+  rules["rarefy::quantized_conv_transpose"] = transposed_convolution;
   rules["rarefy::quantized_add"] = add;
   rules["rarefy::requantize"] = requantize;
 }

@@ -79,7 +79,7 @@ struct NamedQuantizer {
   std::string name;
   std::shared_ptr<torch::nn::Module> module;  // keeps it alive
   FakeQuantizerImpl* quantizer;
-  bool is_weight() const { return std::holds_alternative<quantization::Latest>(quantizer->options.observer); }
+  bool is_weight() const { return quantizer->is_weight(); }
 };
 
 std::vector<NamedQuantizer> quantizers_of(const torch::nn::Module& model) {
@@ -103,6 +103,11 @@ void check_quantizers(const std::vector<NamedQuantizer>& quantizers, const quant
     TORCH_CHECK_VALUE(wrong.empty(), "[export_onnx] every quantizer must ", rule, ", got ", wrong.size(), " of ",
                       quantizers.size(), ": ", fmt::format("{}", fmt::join(wrong, ", ")));
   };
+  for (const auto& item : quantizers) {
+    TORCH_CHECK_VALUE(item.quantizer->options.scheme.is_plain(),
+                      "[export_onnx] a file holds integers with one observed scale per tensor or channel, got ",
+                      item.quantizer->options.scheme.str(), " in ", item.name);
+  }
   // A weight is observed when the model runs.
   refuse("have observed data (train a step, or calibrate), but these have not", [](const auto& item) {
     return !item.quantizer->calibrated() && !(item.is_weight() && item.quantizer->observe);

@@ -3,6 +3,8 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 
@@ -76,10 +78,31 @@ Rule convolution(size_t dims) {
   };
 }
 
+/// The integers of a weight with scales per channel of several groups: they are rounded as [in / groups, out, kernel...]
+/// (ops::weight_by_channel), and what the layer reads was moved since. Null for other weights.
+Value* grouped_weight(const Call& c) {
+  constexpr std::array<std::string_view, 6> kMoves{"aten::flatten", "aten::reshape",   "aten::view",
+                                                   "aten::clone",   "aten::transpose", "aten::unflatten"};
+  const auto groups = c.integer("groups");
+  const auto* made_by = c.t.maker(c.node().input(1));
+  if (groups == 1 || !c.constant("weight").defined()) {
+    return nullptr;
+  }
+  while (made_by != nullptr && std::find(kMoves.begin(), kMoves.end(), made_by->op.name) != kMoves.end()) {
+    const auto source = made_by->input(0);
+    if (const auto weight = c.t.integers(source); weight.has_value() && weight->grid.axis == 1) {
+      return by_group(c.t, c.t.weight(*weight, "weight"), weight->values.sizes().vec(), groups);
+    }
+    made_by = c.t.maker(source);
+  }
+  return nullptr;
+}
+
 Rule transposed_convolution(size_t dims) {
   return [dims](const Call& c) -> std::vector<Value*> {
     require_batch(c, "input", dims);
-    std::vector<Value*> inputs{c.tensor("input"), c.tensor("weight")};
+    auto* grouped = grouped_weight(c);
+    std::vector<Value*> inputs{c.tensor("input"), grouped != nullptr ? grouped : c.tensor("weight")};
     if (auto* bias = c.optional_tensor("bias")) {
       inputs.push_back(bias);
     }
@@ -339,6 +362,21 @@ std::vector<Value*> attention(const Call& c) {
 }
 
 }  // namespace
+
+Value* by_group(Translator& t, Value* weight, const std::vector<int64_t>& sizes, int64_t groups) {
+  if (groups == 1) {
+    return weight;
+  }
+  std::vector<int64_t> split{sizes[0], groups, sizes[1] / groups}, order{1, 0},
+      merged{sizes[0] * groups, sizes[1] / groups};
+  for (size_t i = 2; i <= sizes.size(); ++i) {
+    order.push_back(static_cast<int64_t>(i));
+  }
+  split.insert(split.end(), sizes.begin() + 2, sizes.end());
+  merged.insert(merged.end(), sizes.begin() + 2, sizes.end());
+  auto* moved = t.emit("Transpose", {t.reshape(weight, fixed(split))}, {{"perm", order}});
+  return t.reshape(moved, fixed(merged));
+}
 
 void add_layer_rules(Rules& rules) {
   rules["conv1d"] = convolution(1);

@@ -114,6 +114,9 @@ class Call {
 using Rule = std::function<std::vector<Value*>(const Call&)>;
 using Rules = std::unordered_map<std::string_view, Rule>;
 
+/// A weight [in / groups, out, kernel...], which has an axis of all output channels, as [in, out / groups, kernel...].
+Value* by_group(Translator& t, Value* weight, const std::vector<int64_t>& sizes, int64_t groups);
+
 // The table, by operator name without "aten::"; the rule of "relu" is that of "relu_" too.
 void add_elementwise_rules(Rules& rules);
 void add_movement_rules(Rules& rules);

@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 #include <rarefy/ops/mask.h>
 #include <rarefy/pruning/element_score.h>
+#include <rarefy/pruning/enforce.h>
 #include <rarefy/pruning/state.h>
 
 #include <algorithm>
@@ -108,8 +109,8 @@ at::Tensor growth_gradient(const MaskedParameter& parameter) {
   TORCH_CHECK_VALUE(gradient.defined(), "[Pruner.step] RigL needs the gradient of '", parameter.name,
                     "' at this step, got none: call step() after the backward pass and before zero_grad()");
   gradient = gradient.layout() == at::kStrided ? gradient : gradient.to_dense();
-  TORCH_CHECK_VALUE(gradient.isfinite().all().item<bool>(), "[Pruner.step] RigL needs finite gradients, got others for '",
-                    parameter.name, "'");
+  TORCH_CHECK_VALUE(gradient.isfinite().all().item<bool>(),
+                    "[Pruner.step] RigL needs finite gradients, got others for '", parameter.name, "'");
   return gradient.abs();
 }
 
@@ -205,7 +206,8 @@ void accumulate_gradients(PruningState& state, const PrunerOptions& options) {
     gradients.push_back(!gradient.defined() || gradient.layout() == at::kStrided ? gradient : gradient.to_dense());
     has_gradient = has_gradient || gradient.defined();
   }
-  TORCH_CHECK_VALUE(has_gradient, "[Pruner.accumulate] needs gradients of the pruned parameters, got none: call it after ",
+  TORCH_CHECK_VALUE(has_gradient,
+                    "[Pruner.accumulate] needs gradients of the pruned parameters, got none: call it after ",
                     "the backward pass and before optimizer.step()");
   for (size_t i = 0; i < gradients.size(); ++i) {
     TORCH_CHECK_VALUE(soft == nullptr || soft->decay == 0.0 || !gradients[i].defined() ||
@@ -295,7 +297,7 @@ StepResult update_masks(PruningState& state, const PrunerOptions& options) {
 
 StepResult advance(PruningState& state, const PrunerOptions& options) {
   const auto result = update_masks(state, options);
-  apply_masks(state);
+  apply_values(state);  // gradients are spent by now
   return result;
 }
 

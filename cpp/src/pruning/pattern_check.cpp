@@ -17,9 +17,7 @@ at::Tensor padded(const at::Tensor& x, int64_t dim, int64_t size) {
 }
 
 /// True when each row is all true or all false.
-bool is_whole(const at::Tensor& rows) {
-  return rows.size(1) == 0 || rows.all(1).eq(rows.any(1)).all().item<bool>();
-}
+bool is_whole(const at::Tensor& rows) { return rows.size(1) == 0 || rows.all(1).eq(rows.any(1)).all().item<bool>(); }
 
 struct Holds {
   at::Tensor kept;

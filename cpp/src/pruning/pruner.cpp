@@ -167,9 +167,10 @@ Pruner::Pruner(torch::nn::Module& model, PrunerOptions options) : options_(check
 
 Pruner::Pruner(const std::vector<NamedParameter>& parameters, PrunerOptions options)
     : options_(checked(std::move(options))) {
-  TORCH_CHECK_VALUE(!options_.include.has_value() && options_.exclude.empty(),
-                    "[Pruner] include and exclude must be unset for an explicit list of parameters, which is the selection "
-                    "itself");
+  TORCH_CHECK_VALUE(
+      !options_.include.has_value() && options_.exclude.empty(),
+      "[Pruner] include and exclude must be unset for an explicit list of parameters, which is the selection "
+      "itself");
   std::vector<std::string> names;
   for (const auto& parameter : parameters) {
     TORCH_CHECK_VALUE(parameter.value.defined() && parameter.value.is_floating_point(),
@@ -238,8 +239,10 @@ void Pruner::check_active(const char* function) const {
 }
 
 void Pruner::check_accumulated() const {
-  TORCH_CHECK(accumulated_ || !needs_accumulate(), "[Pruner.step] needs accumulate() between the backward pass and "
-              "optimizer.step() for ", is_soft(state_, options_) ? "soft masks" : criterion_text(options_));
+  TORCH_CHECK(accumulated_ || !needs_accumulate(),
+              "[Pruner.step] needs accumulate() between the backward pass and "
+              "optimizer.step() for ",
+              is_soft(state_, options_) ? "soft masks" : criterion_text(options_));
 }
 
 bool Pruner::needs_accumulate() const {
@@ -313,9 +316,12 @@ PruningReport Pruner::report() const {
 
 PruningReport Pruner::report(const SparseReport& measured) const {
   auto report = this->report();
-  report.cost = {measured.file.dense_bytes,          measured.file.bytes,
-                 measured.macs,                      measured.effective_macs,
-                 measured.dense_milliseconds / 1e3, measured.sparse_milliseconds / 1e3};
+  report.cost = {measured.file.dense_bytes,
+                 measured.file.bytes,
+                 measured.macs,
+                 measured.effective_macs,
+                 measured.dense_milliseconds / 1e3,
+                 measured.sparse_milliseconds / 1e3};
   return report;
 }
 

@@ -14,8 +14,8 @@ void check_exchange(const char* type, const Exchange& exchange) {
   TORCH_CHECK_VALUE(exchange.end > exchange.begin, "[", type, "] end must be larger than begin, got begin ",
                     exchange.begin, " and end ", exchange.end);
   TORCH_CHECK_VALUE(exchange.every > 0, "[", type, "] every must be positive, got ", exchange.every);
-  TORCH_CHECK_VALUE(exchange.fraction > 0.0 && exchange.fraction <= 1.0, "[", type, "] fraction must be in (0, 1], got ",
-                    exchange.fraction);
+  TORCH_CHECK_VALUE(exchange.fraction > 0.0 && exchange.fraction <= 1.0, "[", type,
+                    "] fraction must be in (0, 1], got ", exchange.fraction);
 }
 
 template <typename Exchange>
@@ -25,8 +25,7 @@ bool exchanges_at(const Exchange& exchange, int64_t step) {
 
 template <typename Exchange>
 double exchanged_at(const Exchange& exchange, int64_t step) {
-  const double x =
-      static_cast<double>(step - exchange.begin) / static_cast<double>(exchange.end - exchange.begin);
+  const double x = static_cast<double>(step - exchange.begin) / static_cast<double>(exchange.end - exchange.begin);
   switch (exchange.decay) {
     case Decay::constant:
       return exchange.fraction;
@@ -69,8 +68,8 @@ std::string RigL::to_string() const { return exchange_text("RigL", *this) + ")";
 void StraightThrough::validate() const {
   TORCH_CHECK_VALUE(end > 0, "[StraightThrough] end must be positive, got ", end);
   TORCH_CHECK_VALUE(every > 0, "[StraightThrough] every must be positive, got ", every);
-  TORCH_CHECK_VALUE(decay >= 0.0 && std::isfinite(decay), "[StraightThrough] decay must be finite and not negative, got ",
-                    decay);
+  TORCH_CHECK_VALUE(decay >= 0.0 && std::isfinite(decay),
+                    "[StraightThrough] decay must be finite and not negative, got ", decay);
 }
 
 bool StraightThrough::updates_at(int64_t step) const {

@@ -135,9 +135,8 @@ std::string CosineSchedule::to_string() const { return rising_text("CosineSchedu
 void ExponentialSchedule::validate() const { check_rising("ExponentialSchedule", *this); }
 
 double ExponentialSchedule::sparsity_at(int64_t step, double final_sparsity) const {
-  return rise(*this, step, final_sparsity, [&](double x) {
-    return 1.0 - (1.0 - initial) * std::pow((1.0 - final_sparsity) / (1.0 - initial), x);
-  });
+  return rise(*this, step, final_sparsity,
+              [&](double x) { return 1.0 - (1.0 - initial) * std::pow((1.0 - final_sparsity) / (1.0 - initial), x); });
 }
 
 bool ExponentialSchedule::updates_at(int64_t step) const { return rising_updates_at(*this, step); }
@@ -184,7 +183,8 @@ bool CyclicSchedule::releases_at(int64_t step) const {
 }
 
 std::string CyclicSchedule::to_string() const {
-  return fmt::format("CyclicSchedule(begin={}, end={}, cycles={}, every={}, power={})", begin, end, cycles, every, power);
+  return fmt::format("CyclicSchedule(begin={}, end={}, cycles={}, every={}, power={})", begin, end, cycles, every,
+                     power);
 }
 
 // --- ACDC ------------------------------------------------------------------------------------------------------------
@@ -238,9 +238,7 @@ void Iterative::validate() const {
 }
 
 int64_t Iterative::round_at(int64_t step) const {
-  return step < steps_per_round
-             ? 0
-             : std::min(rounds, 1 + (step - steps_per_round) / (steps_per_round - rewind_to));
+  return step < steps_per_round ? 0 : std::min(rounds, 1 + (step - steps_per_round) / (steps_per_round - rewind_to));
 }
 
 double Iterative::sparsity_at(int64_t step, double final_sparsity) const {
@@ -282,14 +280,12 @@ double CustomSchedule::sparsity_at(int64_t step, double final_sparsity) const {
     return final_sparsity;
   }
   const double sparsity = (*function)(step);
-  TORCH_CHECK_VALUE(sparsity >= 0.0 && sparsity < 1.0, "[CustomSchedule] the function must give a sparsity in [0, 1), got ",
-                    sparsity, " at step ", step);
+  TORCH_CHECK_VALUE(sparsity >= 0.0 && sparsity < 1.0,
+                    "[CustomSchedule] the function must give a sparsity in [0, 1), got ", sparsity, " at step ", step);
   return sparsity;
 }
 
-bool CustomSchedule::updates_at(int64_t step) const {
-  return std::binary_search(updates.begin(), updates.end(), step);
-}
+bool CustomSchedule::updates_at(int64_t step) const { return std::binary_search(updates.begin(), updates.end(), step); }
 
 std::string CustomSchedule::to_string() const {
   return fmt::format("CustomSchedule({} updates from {} to {}, regrow={})", updates.size(), updates.front(),

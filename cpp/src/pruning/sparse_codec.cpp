@@ -42,6 +42,12 @@ bool has_negative_zero(at::ScalarType type) {
          type == at::kFloat8_e4m3fn || type == at::kFloat8_e5m2;
 }
 
+/// The bits of a word that say whether an element is zero: all but the sign where that alone means -0.
+template <typename Word>
+Word magnitude_bits(at::ScalarType type) {
+  return has_negative_zero(type) ? static_cast<Word>(static_cast<Word>(~Word{0}) >> 1) : static_cast<Word>(~Word{0});
+}
+
 /// Calls body(i) for each element that is kept, in order.
 template <typename Body>
 void for_each_kept(const uint8_t* bits, int64_t n, const Body& body) {
@@ -129,12 +135,13 @@ at::Tensor bits_of(const at::Tensor& x) {
   auto* bits = out.mutable_data_ptr<uint8_t>();
   with_words(x, [&](auto type) {
     using Word = decltype(type);
+    const Word magnitude = magnitude_bits<Word>(x.scalar_type());
     const auto* words = static_cast<const Word*>(x.const_data_ptr());
     for (int64_t first = 0; first < n; first += kWord) {
       uint64_t packed = 0;
       const int64_t count = std::min(kWord, n - first);
       for (int64_t i = 0; i < count; ++i) {
-        packed |= static_cast<uint64_t>(words[first + i] != 0) << i;
+        packed |= static_cast<uint64_t>((words[first + i] & magnitude) != 0) << i;
       }
       std::memcpy(bits + first / 8, &packed, sizeof packed);
     }
@@ -159,15 +166,14 @@ int64_t first_outside(const at::Tensor& x, const uint8_t* bits) {
   const int64_t n = x.numel();
   return with_words(x, [&](auto type) -> int64_t {
     using Word = decltype(type);
-    const Word sign =
-        has_negative_zero(x.scalar_type()) ? static_cast<Word>(Word{1} << (8 * sizeof(Word) - 1)) : Word{0};
+    const Word magnitude = magnitude_bits<Word>(x.scalar_type());
     const auto* words = static_cast<const Word*>(x.const_data_ptr());
     for (int64_t first = 0; first < n; first += kWord) {
       const int64_t count = std::min(kWord, n - first);
       const uint64_t valid = count == kWord ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
       for (uint64_t rest = ~word_at(bits, first / kWord) & valid; rest != 0; rest &= rest - 1) {
         const int64_t i = first + std::countr_zero(rest);
-        if (words[i] != 0 && words[i] != sign) {
+        if ((words[i] & magnitude) != 0) {
           return i;
         }
       }
@@ -254,13 +260,16 @@ at::Tensor bits_of_indices(at::IntArrayRef shape, int64_t axis, const uint8_t* i
   return out;
 }
 
-void gather_groups(const at::Tensor& x, int64_t axis, const uint8_t* indices, const Sink& sink) {
+void gather_groups(const at::Tensor& x, int64_t axis, const uint8_t* indices, bool keep_negative_zero,
+                   const Sink& sink) {
   with_words(x, [&](auto type) {
     using Word = decltype(type);
     const auto* words = static_cast<const Word*>(x.const_data_ptr());
+    const Word magnitude = keep_negative_zero ? static_cast<Word>(~Word{0}) : magnitude_bits<Word>(x.scalar_type());
     Writer<Word> writer(sink);
     for_each_group(x.sizes(), axis, [&](int64_t group, int64_t first, int64_t step) {
-      writer.add(words[first + index_of(indices, group) * step]);
+      const Word word = words[first + index_of(indices, group) * step];
+      writer.add((word & magnitude) != 0 ? word : Word{0});
       return true;
     });
     writer.flush();

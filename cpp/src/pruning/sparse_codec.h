@@ -1,5 +1,5 @@
 // Sparse tensors as bytes: packed bits or 2-bit indices, and the values that they keep. Elements are words of 1, 2, 4 or 8
-// bytes, of which zero means +0.
+// bytes; 0 and -0 are zero.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,7 +16,7 @@ using Sink = std::function<void(const void*, size_t)>;
 /// Gives the next bytes of what is being decoded.
 using Source = std::function<void(void*, size_t)>;
 
-/// The packed mask of the elements that are not +0. `x` is contiguous and on the CPU, as in all functions here.
+/// The packed mask of the elements that are not zero. `x` is contiguous and on the CPU, as in all functions here.
 at::Tensor bits_of(const at::Tensor& x);
 
 /// How many elements the packed mask `bits` of n elements keeps; -1 when its padding is not zero.
@@ -44,8 +44,9 @@ inline int64_t index_bytes(int64_t n) { return (n / 4 + 3) / 4; }
 /// The packed mask that indices stand for: one bit in every group.
 at::Tensor bits_of_indices(at::IntArrayRef shape, int64_t axis, const uint8_t* indices);
 
-/// Writes one element of each group, that of its index.
-void gather_groups(const at::Tensor& x, int64_t axis, const uint8_t* indices, const Sink& sink);
+/// Writes one element of each group, that of its index; -0 as it is, or as +0.
+void gather_groups(const at::Tensor& x, int64_t axis, const uint8_t* indices, bool keep_negative_zero,
+                   const Sink& sink);
 /// Reads them into `x`, which is zero.
 void scatter_groups(const at::Tensor& x, int64_t axis, const uint8_t* indices, const Source& source);
 

@@ -3,6 +3,7 @@
 #include <rarefy/pruning/state.h>
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <set>
 #include <utility>
@@ -47,6 +48,9 @@ class Planner {
     std::set<std::string> absorbed;  // masks that are the bits of their tensor
     for (const auto& item : tensors_) {
       const auto& [name, tensor] = std::pair(item.key(), item.value());
+      if (is_mask_of_another(name)) {
+        continue;  // below, when it is known which are absorbed
+      }
       dense.push_back(safetensors::item_of(name, tensor, function_));
       if (tensor.numel() > 0) {
         if (const auto record = compress(name, tensor)) {
@@ -62,12 +66,15 @@ class Planner {
       plan_.report.tensors.push_back(
           {name, tensor.sizes().vec(), SparseForm::dense, tensor.numel(), tensor.numel(), bytes, bytes});
     }
-    for (auto& item : dense) {
-      if (absorbed.count(item.name) == 0) {
-        plan_.items.push_back(std::move(item));
+    for (const auto& item : tensors_) {
+      if (is_mask_of_another(item.key()) && absorbed.count(item.key()) == 0) {
+        dense.push_back(safetensors::item_of(item.key(), item.value(), function_));
+        const auto bytes = static_cast<int64_t>(item.value().nbytes());
+        plan_.report.tensors.push_back({item.key(), item.value().sizes().vec(), SparseForm::dense, item.value().numel(),
+                                        item.value().numel(), bytes, bytes});
       }
     }
-    std::erase_if(plan_.report.tensors, [&](const auto& tensor) { return absorbed.count(tensor.name) != 0; });
+    std::move(dense.begin(), dense.end(), std::back_inserter(plan_.items));
     check_names();
     plan_.metadata.emplace(kSparseKey, to_json(records_));
     for (const auto& tensor : plan_.report.tensors) {
@@ -78,6 +85,12 @@ class Planner {
   }
 
  private:
+  /// Whether a tensor is the mask of one that is there.
+  bool is_mask_of_another(const std::string& name) const {
+    static const std::string suffix = mask_key("");
+    return name.ends_with(suffix) && tensors_.contains(name.substr(0, name.size() - suffix.size()));
+  }
+
   /// The pruner's mask of a tensor, on the CPU; undefined when it has none.
   at::Tensor mask_of(const std::string& name, const at::Tensor& host) const {
     const auto* mask = tensors_.find(mask_key(name));
@@ -133,8 +146,8 @@ class Planner {
       const auto indices = std::make_shared<std::vector<uint8_t>>(indices_of(host.sizes(), record.axis, packed));
       add(".indices", at::kByte, static_cast<int64_t>(indices->size()),
           [indices](PendingFile& file) { file.write(indices->data(), indices->size()); });
-      add(".values", host.scalar_type(), kept, [tensor, indices, axis = record.axis](PendingFile& file) {
-        gather_groups(on_host(tensor), axis, indices->data(),
+      add(".values", host.scalar_type(), kept, [tensor, indices, record](PendingFile& file) {
+        gather_groups(on_host(tensor), record.axis, indices->data(), record.is_mask,
                       [&](const void* data, size_t size) { file.write(data, size); });
       });
     }

@@ -75,7 +75,7 @@ int64_t effective_macs(const graph::Graph& graph) {
       if (input < 0) {
         continue;
       }
-      const auto& value = graph.values.at(static_cast<size_t>(input));
+      const auto& value = graph.values.at(static_cast<size_t>(whole_of(graph, input)));
       const bool is_weight = value.origin == graph::Origin::parameter || value.origin == graph::Origin::buffer;
       if (is_weight && value.sizes.size() >= 2 && value.numel() > 0 && value.tensor.defined()) {
         const auto [position, is_new] = densities.emplace(input, 0.0);

@@ -105,15 +105,27 @@ void SparsifyOptions::validate() const {
   }
 }
 
+int64_t whole_of(const graph::Graph& graph, int64_t value) {
+  const auto& view = graph.values.at(static_cast<size_t>(value));
+  if (view.memory < 0) {
+    return value;
+  }
+  return graph.values.at(static_cast<size_t>(view.memory)).numel() == view.numel() ? view.memory : value;
+}
+
 std::map<std::string, std::vector<int64_t>> linear_samples(const graph::Graph& graph) {
   std::map<std::string, std::vector<int64_t>> out;
   for (const int64_t id : graph.schedule) {
     const auto& node = graph.nodes.at(static_cast<size_t>(id));
-    if (graph::kind_of(node.op) != graph::Kind::linear || node.input(0) < 0 || node.input(1) < 0) {
+    // LibTorch's linear layers are addmm(bias, x, weight.t()) for matrices.
+    const auto kind = graph::kind_of(node.op);
+    const size_t first = kind == graph::Kind::addmm ? 1 : 0;
+    if ((kind != graph::Kind::linear && kind != graph::Kind::addmm) || node.input(first) < 0 ||
+        node.input(first + 1) < 0) {
       continue;
     }
-    const auto& x = graph.values.at(static_cast<size_t>(node.input(0)));
-    const auto& weight = graph.values.at(static_cast<size_t>(node.input(1)));
+    const auto& x = graph.values.at(static_cast<size_t>(node.input(first)));
+    const auto& weight = graph.values.at(static_cast<size_t>(whole_of(graph, node.input(first + 1))));
     if (weight.origin == graph::Origin::parameter && !x.sizes.empty() && x.sizes.back() > 0) {
       out[weight.name].push_back(x.numel() / x.sizes.back());
     }

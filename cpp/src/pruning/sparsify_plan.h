@@ -11,6 +11,9 @@
 
 namespace rarefy::pruning {
 
+/// The value that another is a view of all elements of, such as the weight of weight.t(); itself otherwise.
+int64_t whole_of(const graph::Graph& graph, int64_t value);
+
 class SparsifyPlan {
  public:
   /// Runs the model, and measures its linear layers. See sparsify().

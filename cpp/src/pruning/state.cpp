@@ -54,8 +54,8 @@ void check_regrowth(const PrunerOptions& options) {
 }
 
 void check_like(const at::Tensor& kept, const std::string& key, const at::Tensor& value) {
-  TORCH_CHECK_VALUE(kept.defined() && kept.sizes() == value.sizes() && kept.device() == value.device(), "[Pruner] '", key,
-                    "' must have shape ", value.sizes(), " on ", value.device(), ", got ",
+  TORCH_CHECK_VALUE(kept.defined() && kept.sizes() == value.sizes() && kept.device() == value.device(), "[Pruner] '",
+                    key, "' must have shape ", value.sizes(), " on ", value.device(), ", got ",
                     kept.defined() ? c10::str(kept.sizes(), " on ", kept.device()) : std::string("none"));
 }
 
@@ -65,8 +65,8 @@ void PrunerOptions::validate() const {
   TORCH_CHECK_VALUE(sparsity >= 0.0 && sparsity < 1.0, "[Pruner] sparsity must be in [0, 1), got ", sparsity);
   pruning::validate(schedule);
   const double initial = initial_of(schedule);
-  TORCH_CHECK_VALUE(initial <= sparsity, "[Pruner] sparsity must not be below the schedule's initial ", initial, ", got ",
-                    sparsity);
+  TORCH_CHECK_VALUE(initial <= sparsity, "[Pruner] sparsity must not be below the schedule's initial ", initial,
+                    ", got ", sparsity);
   pruning::validate(criterion);
   MaskChoice{.sparsity = sparsity, .scope = scope, .pattern = pattern, .layers = layers}.validate();
   for (const auto& [pattern_of, own] : layers) {
@@ -136,10 +136,11 @@ void check_names(const PrunerOptions& options, const std::vector<std::string>& p
     }
   }
   for (const auto& layer : options.layers) {
-    TORCH_CHECK_VALUE(std::any_of(parameters.begin(), parameters.end(),
-                                  [&](const auto& name) { return matches_parameter(layer.first, name); }),
-                      "[Pruner] every name in layers must be that of a parameter that is pruned or of its module, got '",
-                      layer.first, "'");
+    TORCH_CHECK_VALUE(
+        std::any_of(parameters.begin(), parameters.end(),
+                    [&](const auto& name) { return matches_parameter(layer.first, name); }),
+        "[Pruner] every name in layers must be that of a parameter that is pruned or of its module, got '", layer.first,
+        "'");
   }
 }
 
@@ -151,17 +152,19 @@ bool check_existing(const std::vector<std::string>& existing, const std::vector<
   std::set<std::string> found(existing.begin(), existing.end());
   for (const auto& parameter : parameters) {
     TORCH_CHECK_VALUE(found.erase(mask_key(parameter)) == 1,
-                      "[Pruner] a model that has masks must have them for the parameters chosen, got none for '", parameter,
-                      "'; finalize() its pruner first, or choose the same parameters");
+                      "[Pruner] a model that has masks must have them for the parameters chosen, got none for '",
+                      parameter, "'; finalize() its pruner first, or choose the same parameters");
   }
-  TORCH_CHECK_VALUE(found.erase(kStepKey) == 1, "[Pruner] a model that has masks must have ", kStepKey, " too, got none");
+  TORCH_CHECK_VALUE(found.erase(kStepKey) == 1, "[Pruner] a model that has masks must have ", kStepKey,
+                    " too, got none");
   for (const auto& key : others) {
     TORCH_CHECK_VALUE(found.erase(key) == 1, "[Pruner] a model that has masks must have '", key,
                       "' too for these options, got none; finalize() its pruner first, or use its options");
   }
-  TORCH_CHECK_VALUE(
-      found.empty(), "[Pruner] a model that has masks must have them for the parameters chosen only, got '",
-      found.empty() ? "" : *found.begin(), "' too; finalize() its pruner first, or choose the same parameters and options");
+  TORCH_CHECK_VALUE(found.empty(),
+                    "[Pruner] a model that has masks must have them for the parameters chosen only, got '",
+                    found.empty() ? "" : *found.begin(),
+                    "' too; finalize() its pruner first, or choose the same parameters and options");
   return true;
 }
 
@@ -176,8 +179,9 @@ void check_state(const PruningState& state) {
     TORCH_CHECK_VALUE(mask.device() == value.device(), "[Pruner] the mask of '", name,
                       "' must be on the parameter's device ", value.device(), ", got ", mask.device());
   }
-  TORCH_CHECK_VALUE(state.step.defined() && state.step.scalar_type() == at::kLong && state.step.numel() == 1, "[Pruner] ",
-                    kStepKey, " must be one int64, got ", state.step.numel(), " of ", state.step.scalar_type());
+  TORCH_CHECK_VALUE(state.step.defined() && state.step.scalar_type() == at::kLong && state.step.numel() == 1,
+                    "[Pruner] ", kStepKey, " must be one int64, got ", state.step.numel(), " of ",
+                    state.step.scalar_type());
   TORCH_CHECK_VALUE(state.step.item<int64_t>() >= 0, "[Pruner] ", kStepKey, " must not be negative, got ",
                     state.step.item<int64_t>());
 }
@@ -208,8 +212,8 @@ std::vector<at::Tensor> pack_masks(const std::vector<std::string>& names, const 
     TORCH_CHECK_TYPE(is_packed || mask.scalar_type() == at::kBool, "[Pruner.from_masks] the mask of '", names[i],
                      "' must be bool, or uint8 where it is packed, got ", mask.scalar_type());
     TORCH_CHECK_VALUE(is_packed ? mask.dim() == 1 && mask.numel() == bytes : mask.sizes() == values[i].sizes(),
-                      "[Pruner.from_masks] the mask of '", names[i], "' must be bool of shape ", values[i].sizes(), " or ",
-                      bytes, " bytes (uint8), got ", mask.scalar_type(), " of ", mask.sizes());
+                      "[Pruner.from_masks] the mask of '", names[i], "' must be bool of shape ", values[i].sizes(),
+                      " or ", bytes, " bytes (uint8), got ", mask.scalar_type(), " of ", mask.sizes());
     const auto placed = mask.to(values[i].device());
     out.push_back(is_packed ? ops::pack_mask(ops::unpack_mask(placed, values[i].sizes())) : ops::pack_mask(placed));
   }

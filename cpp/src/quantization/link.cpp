@@ -2,6 +2,7 @@
 
 #include <ATen/ops/equal.h>
 #include <rarefy/graph/record.h>
+#include <rarefy/nn/boundaries.h>
 #include <rarefy/nn/quantizable.h>
 
 #include <algorithm>
@@ -52,7 +53,8 @@ struct Operand {
 
 /// The operands of the operators of converted layers; empty for other operators.
 std::vector<Operand> operands_of(const Node& node) {
-  if (node.op.name == "rarefy::quantized_linear" || node.op.name == "rarefy::quantized_conv") {
+  if (node.op.name == "rarefy::quantized_linear" || node.op.name == "rarefy::quantized_conv" ||
+      node.op.name == "rarefy::quantized_conv_transpose") {
     return {{0, 4}};
   }
   if (node.op.name == "rarefy::quantized_add") {
@@ -193,11 +195,14 @@ class Linker {
 
   const FakeQuantizerImpl& grid_of_readers(const std::string& name, const Quantizable& layer) const {
     const auto& quant = *layer.quant_state();
-    if (layer.kind() == "Embedding") {
+    if (layer.kind() == "Embedding" || layer.kind() == "EmbeddingBag") {
       throw NotLinked{"a table's rows lie on grids of their own"};
     }
-    if (layer.kind() == "Mul") {
+    if (layer.kind() == "Mul" || layer.kind() == "SDPA") {
       throw NotLinked{"there is no integer product of two activations"};
+    }
+    if (dynamic_cast<const nn::Boundary*>(&layer) != nullptr) {
+      throw NotLinked{"it computes in floating point"};
     }
     const bool on_bytes =
         layer.kind() == "Add" ? quant.has_bytes("input0") && quant.has_bytes("input1") : quant.has_bytes("input");

@@ -1,6 +1,7 @@
 #include <fmt/ranges.h>
 #include <rarefy/masks.h>
 #include <rarefy/nn/add.h>
+#include <rarefy/nn/boundaries.h>
 #include <rarefy/nn/quantizable.h>
 #include <rarefy/quantization/prepare.h>
 #include <rarefy/quantization/target.h>
@@ -208,6 +209,11 @@ void prepare_layers(const char* function, torch::nn::Module& model, const QConfi
   for (auto& [candidate, layer_config] : todo) {
     if (candidate->floating != nullptr) {
       candidate->layer = candidate->floating->make();
+    }
+    if (profile != nullptr && !profile->scales_of_groups && candidate->layer->has_scales_of_groups()) {
+      layer_config.weight->granularity = PerTensor{};
+    }
+    if (candidate->floating != nullptr) {
       candidate->layer->prepare(layer_config, default_observer);
     }
   }
@@ -216,6 +222,9 @@ void prepare_layers(const char* function, torch::nn::Module& model, const QConfi
       if (auto* add = dynamic_cast<nn::AddImpl*>(candidate->layer.get())) {
         add->quantized_inputs = {"input1"};
       }
+    }
+    if (auto* boundary = dynamic_cast<nn::Boundary*>(candidate->layer.get())) {
+      boundary->set_quantizes_input(profile != nullptr && profile->boundary_inputs);
     }
     if (candidate->floating != nullptr) {
       candidate->floating->insert();
@@ -231,7 +240,7 @@ void prepare_layers(const char* function, torch::nn::Module& model, const QConfi
     for (const auto& [name, quantizer] : state->quantizers()) {
       quantizer->name = candidate->name + ".quant." + name;
       if (!quantize) {
-        quantizer->quantize = std::holds_alternative<Latest>(quantizer->options.observer);
+        quantizer->quantize = quantizer->is_weight();
         quantizer->observe = quantizer->quantize;
       }
     }
@@ -260,6 +269,7 @@ void calibrate(torch::nn::Module& model, const std::function<void()>& run) {
     bool observe, quantize, is_weight;
     std::function<void(torch::Tensor&)> all_reduce_max;
     std::vector<torch::Tensor> state;
+    std::map<std::string, torch::Tensor> statistics;
   };
   const auto state_of = [](FakeQuantizerImpl& q) {
     return std::vector<torch::Tensor>{q.min_val, q.max_val, q.scale, q.zero_point, q.skipped};
@@ -273,11 +283,20 @@ void calibrate(torch::nn::Module& model, const std::function<void()>& run) {
                         quantizer,
                         quantizer->observe,
                         quantizer->quantize,
-                        std::holds_alternative<Latest>(quantizer->options.observer),
+                        quantizer->is_weight(),
                         quantizer->all_reduce_max,
+                        {},
                         {}});
       for (const auto& tensor : state_of(*quantizer)) {
         before.back().state.push_back(tensor.clone());
+      }
+      if (auto& statistics = quantizer->statistics) {
+        for (const auto& [key, tensor] : statistics->tensors()) {
+          before.back().statistics[key] = tensor.clone();
+        }
+        if (quantizer->all_reduce_max) {
+          statistics->clear();  // those of before are of all processes already
+        }
       }
       quantizer->all_reduce_max = nullptr;  // the processes meet once, at the end
       if (!before.back().is_weight) {
@@ -296,6 +315,10 @@ void calibrate(torch::nn::Module& model, const std::function<void()>& run) {
       for (size_t i = 0; i < state.size(); ++i) {
         state[i].copy_(item.state[i]);
       }
+      for (const auto& [key, tensor] : item.statistics) {
+        item.quantizer->statistics->tensors().at(key).copy_(tensor);
+      }
+      item.quantizer->refresh();
     }
     model.train(training);
   };
@@ -307,6 +330,9 @@ void calibrate(torch::nn::Module& model, const std::function<void()>& run) {
       item.quantizer->all_reduce_max = item.all_reduce_max;
       if (item.all_reduce_max && !item.is_weight) {
         item.quantizer->merge_over_processes();
+        if (auto& statistics = item.quantizer->statistics) {
+          statistics->add(item.statistics);
+        }
       }
       const auto skipped = item.quantizer->skipped.item<int64_t>() - item.state.back().item<int64_t>();
       if (!item.quantizer->calibrated()) {
@@ -340,7 +366,7 @@ void convert(torch::nn::Module& model, const std::function<std::vector<torch::Te
   for (const auto& layer : layers) {
     for (const auto& [name, quantizer] : quantizers_of(layer)) {
       // A weight is observed when it is converted.
-      if (!std::holds_alternative<Latest>(quantizer->options.observer) && !quantizer->calibrated()) {
+      if (!quantizer->is_weight() && !quantizer->calibrated()) {
         missed.push_back(name);
       }
     }
@@ -358,6 +384,9 @@ void convert(torch::nn::Module& model, const std::function<std::vector<torch::Te
   remove_masks(model);  // the zeros are integers from now on, and nothing writes those
   for (const auto& layer : layers) {
     layer.layer->convert();
+    for (const auto& [name, quantizer] : quantizers_of(layer)) {
+      quantizer->drop_statistics();
+    }
   }
   remove_spent_batch_norms(model);
   if (forward != nullptr) {

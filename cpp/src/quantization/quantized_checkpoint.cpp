@@ -11,6 +11,7 @@
 #include <limits>
 #include <optional>
 #include <sstream>
+#include <string_view>
 #include <utility>
 
 #include "checkpoint_state.h"
@@ -32,7 +33,19 @@ constexpr uint64_t kFormat = 1;
 constexpr const char* kDescription = "quantization.json";
 constexpr const char* kTensors = "model.safetensors";
 constexpr const char* kMode = "converted";
-constexpr std::array kQuantizers = {"input", "input0", "input1", "weight", "output"};
+constexpr std::array kQuantizers = {"input", "input0", "input1",        "weight", "output",
+                                    "query", "key",    "probabilities", "value"};
+
+bool is_weight(const std::string& quantizer, bool several) {
+  return several ? quantizer.starts_with("weight_") : quantizer == "weight";
+}
+
+bool is_known(const std::string& quantizer, bool several) {
+  if (several) {
+    return is_weight(quantizer, true) || quantizer.starts_with("input") || quantizer.starts_with("hidden");
+  }
+  return std::find(kQuantizers.begin(), kQuantizers.end(), quantizer) != kQuantizers.end();
+}
 
 std::string described(const torch::Tensor& tensor) {
   std::ostringstream text;
@@ -45,6 +58,9 @@ const char* boolean(bool value) { return value ? "true" : "false"; }
 // ---- writing ----
 
 void append_scheme(std::string& json, const Scheme& scheme) {
+  TORCH_CHECK_VALUE(scheme.is_plain(),
+                    "[save_quantized] a folder holds integers with one observed scale per tensor or channel, got ",
+                    scheme.str());
   const auto axis = scheme.axis();
   json += fmt::format(
       R"({{"bits": {}, "symmetric": {}, "signed": {}, "narrow_range": {}, "qmin": {}, "qmax": {}, "axis": {}}})",
@@ -255,9 +271,12 @@ class LayerCheck {
       : tensors_(tensors), name_(name), context_(std::move(context)) {}
 
   void operator()(const SavedLayer& layer) const {
-    int64_t channels = 1;
-    if (const auto weight = layer.quantizers.find("weight"); weight != layer.quantizers.end()) {
-      channels = check_weight(weight->second);
+    std::map<std::string, int64_t> channels;
+    const bool several = has_several_weights(layer.kind);
+    for (const auto& [quantizer, scheme] : layer.quantizers) {
+      if (is_weight(quantizer, several)) {
+        channels[quantizer] = check_weight(quantizer, scheme, layer.kind.starts_with("ConvTranspose"));
+      }
     }
     const auto targets = target_names();
     require(layer.target.empty() || std::find(targets.begin(), targets.end(), layer.target) != targets.end(),
@@ -265,11 +284,12 @@ class LayerCheck {
     require(!layer.next.has_value() || layer.quantizers.count("output") == 0,
             "a layer that hands on bytes must have no quant.output, which they would not pass");
     for (const auto& [quantizer, scheme] : layer.quantizers) {
-      require(std::find(kQuantizers.begin(), kQuantizers.end(), quantizer) != kQuantizers.end(),
-              "quantizers must be of ", fmt::format("{}", fmt::join(kQuantizers, ", ")), ", got '", quantizer, "'");
-      require(quantizer == "weight" || !scheme.axis().has_value(), "quant.", quantizer, " must have one scale, got ",
+      require(is_known(quantizer, several), "quantizers must be of ", fmt::format("{}", fmt::join(kQuantizers, ", ")),
+              ", got '", quantizer, "'");
+      const auto weight = channels.find(quantizer);
+      require(weight != channels.end() || !scheme.axis().has_value(), "quant.", quantizer, " must have one scale, got ",
               scheme.str());
-      const int64_t size = quantizer == "weight" && scheme.axis().has_value() ? channels : 1;
+      const int64_t size = weight != channels.end() && scheme.axis().has_value() ? weight->second : 1;
       const std::string prefix = "quant." + quantizer + ".";
       check_grid(prefix, {scheme.qmin(), scheme.qmax()}, size);
       check_shape(prefix + "min_val", tensor(prefix + "min_val", torch::kFloat32), size);
@@ -294,25 +314,36 @@ class LayerCheck {
     return *found;
   }
 
-  /// The number of output channels.
-  int64_t check_weight(const Scheme& scheme) const {
-    const auto weight = tensor("weight", torch::kInt8);
+  /// The number of output channels. The weight of a transposed convolution, [in, out / groups, kernel...], has as many as it
+  /// has scales: those of each group.
+  int64_t check_weight(const std::string& name, const Scheme& scheme, bool transposed_conv) const {
+    const auto weight = tensor(name, torch::kInt8);
     require(scheme.symmetric && scheme.bits <= 8, "weights must be symmetric and of 8 bits or fewer, got ",
             scheme.str());
-    require(tensor("quant.weight.zero_point", torch::kInt32).eq(0).all().item<bool>(),
-            "the zero points of quant.weight must be 0, which integer kernels take them for");
+    const auto quantizer = "quant." + name;
+    require(tensor(quantizer + ".zero_point", torch::kInt32).eq(0).all().item<bool>(), "the zero points of ", quantizer,
+            " must be 0, which integer kernels take them for");
     require(weight.dim() >= 2 && weight.numel() > 0, "weight must have two or more dimensions and values, got shape ",
             weight.sizes());
     const int64_t axis = scheme.axis().value_or(0);
-    require(axis >= 0 && axis < weight.dim(), "the axis of quant.weight must be a dimension of the weight, got ", axis,
-            " for shape ", weight.sizes());
+    require(axis >= 0 && axis < weight.dim(), "the axis of ", quantizer, " must be a dimension of the weight, got ",
+            axis, " for shape ", weight.sizes());
     const auto low = weight.min().item<int64_t>(), high = weight.max().item<int64_t>();
     require(low >= scheme.qmin() && high <= scheme.qmax(), "integers must be in [", scheme.qmin(), ", ", scheme.qmax(),
             "], got ", low, " to ", high);
-    if (tensors_.contains(name_ + ".bias")) {
-      const auto bias = tensor("bias", torch::kFloat32);
+    const auto bias_name = "bias" + name.substr(std::string_view("weight").size());
+    if (tensors_.contains(name_ + "." + bias_name)) {
+      const auto bias = tensor(bias_name, torch::kFloat32);
       require(bias.dim() == 1, "bias must have one dimension, got shape ", bias.sizes());
       require(at::isfinite(bias).all().item<bool>(), "bias must be finite, but is not");
+    }
+    if (transposed_conv && scheme.axis().has_value()) {
+      const auto count = tensor("quant.weight.scale", torch::kFloat32).numel();
+      require(axis == 1 && count > 0 && count % weight.size(1) == 0 && weight.size(0) % (count / weight.size(1)) == 0,
+              "quant.weight must have a scale for each of ", weight.size(1),
+              " channels of every group, and groups that divide ", weight.size(0), " input channels, got ", count,
+              " scales on axis ", axis);
+      return count;
     }
     return weight.size(axis);
   }
@@ -339,6 +370,10 @@ class LayerCheck {
 };
 
 }  // namespace
+
+bool has_several_weights(const std::string& kind) {
+  return kind == "LSTM" || kind == "GRU" || kind == "LSTMCell" || kind == "GRUCell";
+}
 
 void QuantizedCheckpoint::validate(const std::string& context) const {
   TORCH_CHECK_VALUE(!layers.empty(), context, "there must be a converted layer, got none");

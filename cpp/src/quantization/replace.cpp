@@ -2,6 +2,7 @@
 
 #include <rarefy/nn/conv.h>
 #include <rarefy/nn/conv_bn.h>
+#include <rarefy/nn/conv_transpose.h>
 #include <rarefy/nn/embedding.h>
 #include <rarefy/nn/linear.h>
 #include <rarefy/ops/quantized.h>
@@ -103,16 +104,19 @@ struct FloatTypes;
 template <>
 struct FloatTypes<1> {
   using Conv = torch::nn::Conv1dImpl;
+  using ConvTranspose = torch::nn::ConvTranspose1dImpl;
   using BatchNorm = torch::nn::BatchNorm1dImpl;
 };
 template <>
 struct FloatTypes<2> {
   using Conv = torch::nn::Conv2dImpl;
+  using ConvTranspose = torch::nn::ConvTranspose2dImpl;
   using BatchNorm = torch::nn::BatchNorm2dImpl;
 };
 template <>
 struct FloatTypes<3> {
   using Conv = torch::nn::Conv3dImpl;
+  using ConvTranspose = torch::nn::ConvTranspose3dImpl;
   using BatchNorm = torch::nn::BatchNorm3dImpl;
 };
 
@@ -126,6 +130,18 @@ nn::ConvOptions<D> conv_options(const typename FloatTypes<D>::Conv& module) {
       .groups(o.groups())
       .bias(o.bias())
       .padding_mode(o.padding_mode());
+}
+
+template <size_t D>
+nn::ConvTransposeOptions<D> transposed_options(const typename FloatTypes<D>::ConvTranspose& module) {
+  const auto& o = module.options;
+  return nn::ConvTransposeOptions<D>(o.in_channels(), o.out_channels(), o.kernel_size())
+      .stride(o.stride())
+      .padding(std::get<torch::ExpandingArray<D>>(o.padding()))
+      .output_padding(o.output_padding())
+      .dilation(o.dilation())
+      .groups(o.groups())
+      .bias(o.bias());
 }
 
 class Finder {
@@ -142,8 +158,10 @@ class Finder {
       FloatLayer layer;
       layer.name = item.key();
       if (describe<torch::nn::LinearImpl>(item.value(), "Linear", layer) ||
-          describe<torch::nn::EmbeddingImpl>(item.value(), "Embedding", layer) || conv<1>(item.value(), layer) ||
-          conv<2>(item.value(), layer) || conv<3>(item.value(), layer)) {
+          describe<torch::nn::EmbeddingImpl>(item.value(), "Embedding", layer) ||
+          describe<torch::nn::EmbeddingBagImpl>(item.value(), "EmbeddingBag", layer) || conv<1>(item.value(), layer) ||
+          conv<2>(item.value(), layer) || conv<3>(item.value(), layer) || transposed<1>(item.value(), layer) ||
+          transposed<2>(item.value(), layer) || transposed<3>(item.value(), layer)) {
         found.push_back(std::move(layer));
       }
     }
@@ -197,6 +215,13 @@ class Finder {
         return plan->layer;
       };
       layer.make_alone = layer.make;
+    } else if constexpr (std::is_same_v<Float, torch::nn::EmbeddingBagImpl>) {
+      layer.reason = nn::EmbeddingBagImpl::unsupported(typed->options).value_or("");
+      layer.make = [plan, typed] {
+        set(*plan, std::make_shared<nn::EmbeddingBagImpl>(typed->options, typed->weight), *typed);
+        return plan->layer;
+      };
+      layer.make_alone = layer.make;
     }
     finish(module, layer, plan, nullptr, relu);
     return true;
@@ -243,6 +268,37 @@ class Finder {
       return plan->layer;
     };
     finish(module, layer, plan, bn, relu);
+    return true;
+  }
+
+  template <size_t D>
+  bool transposed(const std::shared_ptr<Module>& module, FloatLayer& layer) {
+    using Float = typename FloatTypes<D>::ConvTranspose;
+    const std::string kind = "ConvTranspose" + std::to_string(D) + "d";
+    if (!describe<Float>(module, kind.c_str(), layer)) {
+      return false;
+    }
+    if (!layer.reason.empty()) {
+      return true;
+    }
+    const auto typed = std::dynamic_pointer_cast<Float>(module);
+    const auto relu = only_after<torch::nn::ReLUImpl>(module);
+    const auto plan = std::make_shared<Plan>();
+    const auto twin_of = [typed] {
+      return std::make_shared<nn::ConvTransposeImpl<D>>(transposed_options<D>(*typed), typed->weight, typed->bias);
+    };
+    layer.make_alone = [plan, typed, twin_of] {
+      set(*plan, twin_of(), *typed);
+      return plan->layer;
+    };
+    layer.make = [plan, typed, twin_of, fused = relu != nullptr] {
+      auto twin = twin_of();
+      twin->set_relu(fused);
+      set(*plan, twin, *typed);
+      plan->fuses_relu = fused;
+      return plan->layer;
+    };
+    finish(module, layer, plan, nullptr, relu);
     return true;
   }
 

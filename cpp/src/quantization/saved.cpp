@@ -1,7 +1,7 @@
 #include <fmt/format.h>
+#include <rarefy/masks.h>
 #include <rarefy/nn/conv_bn.h>
 #include <rarefy/nn/quantizable.h>
-#include <rarefy/masks.h>
 #include <rarefy/quantization/saved.h>
 
 #include <algorithm>
@@ -135,13 +135,37 @@ class Loader {
     }
     require(saved_kind(kind) == saved.kind, "layer ", name, " must be a ", saved.kind, " in the model, got a ", kind);
     check_tensors(step, *module->second);
-    if (const auto weight = own_tensor(*module->second, "weight"); weight.defined()) {
-      step.device = weight.device();
+    if (const auto parameters = module->second->parameters(/*recurse=*/false); !parameters.empty()) {
+      step.device = parameters.front().device();
     }
     steps_.push_back(std::move(step));
   }
 
+  /// Of a layer with several weights: the model's own tensors, all of them and no other.
+  void check_several(const Step& step, const Module& module) const {
+    for (const auto& item : module.named_parameters(/*recurse=*/false)) {
+      const auto given = saved_tensor(step.name + "." + item.key());
+      require(given.defined() && given.sizes() == item.value().sizes(), item.key(), " of layer ", step.name,
+              " must have the model's shape ", item.value().sizes(), ", got ",
+              given.defined() ? c10::str(given.sizes()) : "nothing");
+    }
+    for (const auto& item : checkpoint_.tensors) {
+      if (is_below(item.key(), step.name) && !is_below(item.key(), step.name + ".quant")) {
+        require(own_tensor(module, item.key().substr(step.name.size() + 1)).defined(), "layer ", step.name, " has no ",
+                item.key(), " in the model");
+      }
+    }
+    for (const auto& item : module.named_parameters(/*recurse=*/false)) {
+      require(!item.key().starts_with("weight_") || step.saved->quantizers.count(item.key()) == 1, "layer ", step.name,
+              " must have a grid for ", item.key());
+    }
+  }
+
   void check_tensors(const Step& step, const Module& module) const {
+    if (step.layer != nullptr && !step.layer->tensor_names().empty()) {
+      check_several(step, module);
+      return;
+    }
     const auto weight = own_tensor(module, "weight"), integers = saved_tensor(step.name + ".weight");
     const bool has_integers = step.saved->quantizers.count("weight") == 1;
     require(weight.defined() == has_integers, "layer ", step.name, " (", step.saved->kind, ") must have ",
@@ -151,14 +175,19 @@ class Loader {
     }
     require(weight.sizes() == integers.sizes(), "the weight of layer ", step.name, " must have the model's shape ",
             weight.sizes(), ", got ", integers.sizes());
-    const auto axis = step.saved->quantizers.at("weight").axis().value_or(0);
-    require(axis == 0, "the weight of layer ", step.name, " must have its output channels first, got axis ", axis);
+    const bool transposed = step.saved->kind.starts_with("ConvTranspose");
+    const int64_t expected = transposed ? 1 : 0;
+    const auto axis = step.saved->quantizers.at("weight").axis().value_or(expected);
+    require(axis == expected, "the weight of layer ", step.name, " must have its output channels on axis ", expected,
+            ", got axis ", axis);
     const auto bias = own_tensor(module, "bias"), given = saved_tensor(step.name + ".bias");
-    const bool folds = step.saved->kind.starts_with("Conv");  // a batch normalization that is folded gives a bias
+    // A batch normalization that is folded gives a bias.
+    const bool folds = step.saved->kind.starts_with("Conv") && !transposed;
     require(bias.defined() == given.defined() || (folds && given.defined()), "layer ", step.name, " must have ",
             bias.defined() ? "a" : "no", " bias, as in the model");
-    require(!given.defined() || given.size(0) == weight.size(0), "the bias of layer ", step.name, " must have ",
-            weight.size(0), " elements, got ", given.defined() ? given.size(0) : 0);
+    const auto channels = transposed && bias.defined() ? bias.size(0) : weight.size(expected);
+    require(!given.defined() || given.size(0) == channels, "the bias of layer ", step.name, " must have ", channels,
+            " elements, got ", given.defined() ? given.size(0) : 0);
   }
 
   void add_batch_norm(const std::string& name) {
@@ -197,6 +226,9 @@ class Loader {
     for (const auto& item : checkpoint_.tensors) {
       const auto is_of = [&](const auto& layer) {
         const auto& name = layer.first;
+        if (has_several_weights(layer.second.kind) && is_below(item.key(), name)) {
+          return true;
+        }
         return is_below(item.key(), name + ".quant") || item.key() == name + ".weight" || item.key() == name + ".bias";
       };
       if (std::none_of(checkpoint_.layers.begin(), checkpoint_.layers.end(), is_of)) {
@@ -229,7 +261,10 @@ class Loader {
     nn::ConvertedState state;
     // The class may have the ReLU, where the model that was saved computed it beside the layer.
     state.relu = step.saved->relu || step.layer->relu();
-    if (auto weight = saved_tensor(step.name + ".weight"); weight.defined()) {
+    for (const auto& own : step.layer->tensor_names()) {
+      state.tensors.emplace_back(own, saved_tensor(step.name + "." + own).to(step.device));
+    }
+    if (auto weight = saved_tensor(step.name + ".weight"); weight.defined() && state.tensors.empty()) {
       state.weight = weight.to(step.device)
                          .contiguous(step.saved->channels_last && weight.dim() == 4 ? c10::MemoryFormat::ChannelsLast
                                                                                     : c10::MemoryFormat::Contiguous);
@@ -237,8 +272,8 @@ class Loader {
       state.bias = bias.defined() ? bias.to(step.device) : bias;
     }
     for (const auto& [name, scheme] : step.saved->quantizers) {
-      const int64_t channels = scheme.axis().has_value() ? state.weight.size(*scheme.axis()) : 1;
-      const bool is_weight = name == "weight";
+      const int64_t channels = saved_tensor(fmt::format("{}.quant.{}.scale", step.name, name)).size(0);
+      const bool is_weight = name.starts_with("weight");
       state.quantizers.push_back({name, {scheme, is_weight ? Observer(Latest{}) : Observer(MinMax{}), channels}});
     }
     if (const auto& next = step.saved->next) {

@@ -7,7 +7,13 @@
 namespace rarefy::quantization {
 namespace {
 
-const std::vector<std::string> kEveryFamily = {"linear", "conv", "embedding", "add", "mul", "cat"};
+const std::vector<std::string> kEveryFamily = {"linear", "conv",      "embedding", "add",      "mul",
+                                               "cat",    "recurrent", "boundary",  "attention"};
+
+std::vector<std::string> with(std::vector<std::string> families, const std::string& family) {
+  families.push_back(family);
+  return families;
+}
 
 const std::vector<TargetProfile>& profiles() {
   static const std::vector<TargetProfile> table = {
@@ -15,7 +21,9 @@ const std::vector<TargetProfile>& profiles() {
       // with uint8 activations; a ReLU goes only where the zero point is the smallest integer.
       {.name = "onnxruntime",
        .families = kEveryFamily,
-       .per_channel = {"linear", "conv", "embedding"},
+       .stored = {"conv_transpose"},
+       .per_channel = {"linear", "conv", "embedding", "recurrent", "conv_transpose"},
+       .scales_of_groups = true,
        .activation_bits = {5, 6, 7, 8},
        .narrow_grids = true,
        .int4_weights = true,
@@ -26,8 +34,9 @@ const std::vector<TargetProfile>& profiles() {
       // Grids of 255 or 256 levels; quantizers to 16 bits do not saturate (2026.4.1). A weight's zero point, even of zeros,
       // costs it the int4 kernels.
       {.name = "openvino",
-       .families = kEveryFamily,
-       .per_channel = {"linear", "conv", "embedding"},
+       .families = with(kEveryFamily, "conv_transpose"),
+       .per_channel = {"linear", "conv", "embedding", "recurrent", "conv_transpose"},
+       .scales_of_groups = true,
        .activation_bits = {8},
        .wide_activations = false,
        .narrow_grids = true,
@@ -36,8 +45,8 @@ const std::vector<TargetProfile>& profiles() {
       // Explicit quantization: quantizers on what weighted operators read and nowhere else, but for the identity branch
       // of a residual. TensorRT 10.0 reads operator sets up to 20.
       {.name = "tensorrt",
-       .families = {"linear", "conv", "add"},
-       .per_channel = {"linear", "conv"},
+       .families = {"linear", "conv", "add", "recurrent", "conv_transpose"},
+       .per_channel = {"linear", "conv", "recurrent", "conv_transpose"},
        .activation_bits = {8},
        .wide_activations = false,
        .unsigned_activations = false,
@@ -48,9 +57,10 @@ const std::vector<TargetProfile>& profiles() {
        .default_opset = 19},
       // Every operator between quantizers; scales per channel for convolutions alone.
       {.name = "qnn",
-       .families = kEveryFamily,
-       .per_channel = {"conv"},
+       .families = with(kEveryFamily, "conv_transpose"),
+       .per_channel = {"conv", "conv_transpose"},
        .activation_bits = {8, 16},
+       .boundary_inputs = true,
        .clipping = Clipping::saturate,
        .pools_means = true,
        .dynamic_shapes = false},
@@ -69,11 +79,26 @@ std::string layer_family(const std::string& kind) {
   if (kind == "Linear" || kind == "TransposedLinear") {
     return "linear";
   }
+  if (kind.starts_with("ConvTranspose") && kind.ends_with("d")) {
+    return "conv_transpose";
+  }
+  for (const auto* boundary : {"LayerNorm", "GroupNorm", "RMSNorm", "GELU", "SiLU", "Hardswish", "Softmax"}) {
+    if (kind == boundary) {
+      return "boundary";
+    }
+  }
+  if (kind == "LSTM" || kind == "GRU" || kind == "LSTMCell" || kind == "GRUCell") {
+    return "recurrent";
+  }
   if (kind.starts_with("Conv") && kind.ends_with("d")) {  // Conv1d, ConvBn1d, ...
     return "conv";
   }
-  for (const auto& [name, family] :
-       {std::pair("Embedding", "embedding"), {"Add", "add"}, {"Mul", "mul"}, {"Cat", "cat"}}) {
+  for (const auto& [name, family] : {std::pair("Embedding", "embedding"),
+                                     {"EmbeddingBag", "embedding"},
+                                     {"Add", "add"},
+                                     {"Mul", "mul"},
+                                     {"Cat", "cat"},
+                                     {"SDPA", "attention"}}) {
     if (kind == name) {
       return family;
     }
@@ -85,16 +110,24 @@ std::string layer_family(const std::string& kind) {
 
 bool TargetProfile::executes(const std::string& kind) const { return contains(families, layer_family(kind)); }
 
+bool TargetProfile::stores(const std::string& kind) const {
+  return executes(kind) || contains(stored, layer_family(kind));
+}
+
 bool TargetProfile::has_per_channel(const std::string& kind) const { return contains(per_channel, layer_family(kind)); }
 
 LayerConfig TargetProfile::adapt(LayerConfig config, const std::string& kind) const {
-  if (config.weight.has_value() && !has_per_channel(kind)) {
+  if (config.weight.has_value() && config.weight->axis().has_value() && !has_per_channel(kind)) {
     config.weight->granularity = PerTensor{};
   }
   return config;
 }
 
 std::optional<std::string> TargetProfile::why_not_written(const Scheme& activation) const {
+  if (!activation.is_plain()) {
+    return fmt::format("{} holds integers with one observed scale per tensor or channel, got {}", name,
+                       activation.str());
+  }
   if (activation.axis().has_value()) {
     return fmt::format("{} has one scale per activation, got {}", name, activation.str());
   }
@@ -116,8 +149,12 @@ std::optional<std::string> TargetProfile::why_not_written(const Scheme& activati
 }
 
 std::optional<std::string> TargetProfile::why_not(const LayerConfig& config, const std::string& kind) const {
-  if (!executes(kind)) {
+  if (!stores(kind)) {
     return fmt::format("{} runs {} in integers, got {}", name, fmt::join(families, ", "), kind);
+  }
+  if (config.weight.has_value() && !config.weight->is_plain()) {
+    return fmt::format("{} holds integers with one scale per tensor or channel, got the weight {}", name,
+                       config.weight->str());
   }
   if (!config.activation.has_value() || layer_family(kind) == "embedding") {
     return std::nullopt;

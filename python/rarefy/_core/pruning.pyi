@@ -11,6 +11,7 @@ import torch
 import typing
 
 __all__: list[str] = [
+    "ACDC",
     "Activation",
     "Baseline",
     "BatchNormScale",
@@ -24,28 +25,35 @@ __all__: list[str] = [
     "ChoiceOptions",
     "Column",
     "ConstantSchedule",
+    "CosineSchedule",
     "Cost",
     "Counts",
+    "CustomSchedule",
     "Cut",
+    "CyclicSchedule",
+    "ExponentialSchedule",
     "Filter",
     "Fisher",
     "FisherAccumulator",
+    "FixedSchedule",
     "Fold",
     "GeometricMedian",
     "Group",
+    "GroupOrder",
     "GroupOutcome",
     "GroupScore",
     "Head",
     "HessianAccumulator",
+    "Iterative",
     "Lamp",
     "LatencyResult",
     "LatencyTable",
     "LatencyTry",
     "LayerShape",
     "LeftAlone",
+    "LinearSchedule",
     "Macs",
     "Magnitude",
-    "MagnitudePrunerOptions",
     "MaskChoice",
     "MaskRefit",
     "Member",
@@ -53,18 +61,33 @@ __all__: list[str] = [
     "NM",
     "OperatorTime",
     "Parameters",
+    "PermutationOptions",
+    "PermutationReport",
     "Pinned",
     "Plan",
     "PolynomialSchedule",
     "PrunedTensor",
+    "PrunerOptions",
+    "PruningCost",
     "PruningReport",
     "PruningState",
     "Random",
     "RefitOptions",
     "Resize",
+    "RigL",
     "Row",
+    "SET",
     "STEP_KEY",
+    "Snapshot",
+    "SparseFileReport",
+    "SparseFileTensor",
     "SparseGptOptions",
+    "SparseReport",
+    "SparsifiedLayer",
+    "SparsifyOptions",
+    "SparsifyReport",
+    "StepResult",
+    "StraightThrough",
     "Structure",
     "StructuredOptions",
     "StructuredReport",
@@ -74,46 +97,83 @@ __all__: list[str] = [
     "Unstructured",
     "WandaOptions",
     "accumulate",
+    "accumulate_gradients",
     "advance",
     "apply_masks",
+    "apply_values",
     "at_step",
     "check_existing",
+    "check_masks",
+    "check_names",
     "choose",
     "choose_masks",
     "choose_parameters",
+    "choose_sparse",
     "choose_widths",
+    "compare_times",
     "count",
     "custom_importance",
+    "effective_macs",
     "element_scores",
+    "enforce",
     "erk_sparsities",
+    "export_torch_pruning",
+    "find_nm_permutation",
     "find_structure",
     "full_mask",
     "grasp",
     "implied_sparsity",
+    "import_torch_pruning",
     "importance",
     "input_rows",
+    "is_pruning_key",
+    "is_pruning_state",
+    "is_soft",
+    "latent_key",
     "left_alone",
+    "linear_samples",
     "make_report",
+    "mask_gradients",
     "mask_key",
     "masked_fraction",
+    "masks_of",
+    "may_regrow",
     "misfit",
+    "names_of",
+    "needs_accumulate",
     "needs_gradients",
+    "needs_growth",
     "new_accumulator",
+    "new_buffers",
+    "nm_kept_magnitude",
+    "pack_masks",
     "parse_pattern",
+    "permute_for_nm",
     "prune_calibrated",
     "reach_latency",
     "read_pruned",
+    "read_sparse",
     "refit_weight",
     "relative_error",
+    "reorders",
+    "rewind_key",
+    "score_key",
     "select_parameters",
     "snip",
     "sparse_gpt_weight",
+    "sparse_size",
+    "stray_values",
     "synflow",
+    "to_dense_weight",
+    "to_sparse_weight",
+    "update_masks",
     "useful_widths",
     "validate_element_criterion",
+    "values_of",
     "wanda_weight",
     "widths_for_latency",
     "write_pruned",
+    "write_sparse",
 ]
 
 class Cut:
@@ -155,6 +215,685 @@ class Surgery:
         The indices that stay; None when all do.
         """
     def rollback(self) -> None: ...
+
+class ConstantSchedule:
+    """
+    The final sparsity from step `begin` on, 0 before it: one mask update ("one-shot").
+    """
+    def __eq__(self, arg0: ConstantSchedule) -> bool: ...
+    def __getstate__(self) -> tuple[int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self, begin: typing.SupportsInt | typing.SupportsIndex = 0) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    def last_update(self) -> int:
+        """
+        The last step with an update of masks; -1 without any.
+        """
+    def releases_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when what is pruned competes again at this update: never.
+        """
+    def sparsity_at(
+        self, step: typing.SupportsInt | typing.SupportsIndex, final: typing.SupportsFloat | typing.SupportsIndex
+    ) -> float:
+        """
+        The sparsity at a step, for a schedule that ends at `final`.
+        """
+    def updates_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when masks are updated at this step.
+        """
+    @property
+    def begin(self) -> int: ...
+
+class FixedSchedule:
+    """
+    Masks are never updated: those that the model has, or is loaded with, hold.
+    """
+    def __eq__(self, arg0: FixedSchedule) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    def last_update(self) -> int:
+        """
+        The last step with an update of masks; -1 without any.
+        """
+    def releases_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when what is pruned competes again at this update: never.
+        """
+    def sparsity_at(
+        self, step: typing.SupportsInt | typing.SupportsIndex, final: typing.SupportsFloat | typing.SupportsIndex
+    ) -> float:
+        """
+        The sparsity at a step, for a schedule that ends at `final`.
+        """
+    def updates_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when masks are updated at this step.
+        """
+
+class LinearSchedule:
+    """
+    A sparsity that rises evenly:
+
+        s(t) = initial + (final - initial) * x
+
+    Masks are updated every `every` steps from `begin` on and always at `end`, where the final sparsity is reached
+    exactly. Steps count completed optimizer steps; x = (t - begin) / (end - begin).
+    """
+    def __eq__(self, arg0: LinearSchedule) -> bool: ...
+    def __getstate__(self) -> tuple[int, int, int, float]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        begin: typing.SupportsInt | typing.SupportsIndex,
+        end: typing.SupportsInt | typing.SupportsIndex,
+        every: typing.SupportsInt | typing.SupportsIndex = 1,
+        initial: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    def last_update(self) -> int:
+        """
+        The last step with an update of masks; -1 without any.
+        """
+    def releases_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when what is pruned competes again at this update: never.
+        """
+    def sparsity_at(
+        self, step: typing.SupportsInt | typing.SupportsIndex, final: typing.SupportsFloat | typing.SupportsIndex
+    ) -> float:
+        """
+        The sparsity at a step, for a schedule that ends at `final`.
+        """
+    def updates_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when masks are updated at this step.
+        """
+    @property
+    def begin(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def every(self) -> int: ...
+    @property
+    def initial(self) -> float: ...
+
+class PolynomialSchedule:
+    """
+    A sparsity that rises along a polynomial, fast first and slowly at the end:
+
+        s(t) = final + (initial - final) * (1 - x) ** power
+
+    (automated gradual pruning, Zhu & Gupta, 2017, arXiv:1710.01878).
+
+    Masks are updated every `every` steps from `begin` on and always at `end`, where the final sparsity is reached
+    exactly. Steps count completed optimizer steps; x = (t - begin) / (end - begin).
+    """
+    def __eq__(self, arg0: PolynomialSchedule) -> bool: ...
+    def __getstate__(self) -> tuple[int, int, int, float, float]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        begin: typing.SupportsInt | typing.SupportsIndex,
+        end: typing.SupportsInt | typing.SupportsIndex,
+        every: typing.SupportsInt | typing.SupportsIndex = 1,
+        initial: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+        power: typing.SupportsFloat | typing.SupportsIndex = 3.0,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    def last_update(self) -> int:
+        """
+        The last step with an update of masks; -1 without any.
+        """
+    def releases_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when what is pruned competes again at this update: never.
+        """
+    def sparsity_at(
+        self, step: typing.SupportsInt | typing.SupportsIndex, final: typing.SupportsFloat | typing.SupportsIndex
+    ) -> float:
+        """
+        The sparsity at a step, for a schedule that ends at `final`.
+        """
+    def updates_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when masks are updated at this step.
+        """
+    @property
+    def begin(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def every(self) -> int: ...
+    @property
+    def initial(self) -> float: ...
+    @property
+    def power(self) -> float: ...
+
+class CosineSchedule:
+    """
+    A sparsity that rises slowly at both ends:
+
+        s(t) = final + (initial - final) * (1 + cos(pi * x)) / 2
+
+    Masks are updated every `every` steps from `begin` on and always at `end`, where the final sparsity is reached
+    exactly. Steps count completed optimizer steps; x = (t - begin) / (end - begin).
+    """
+    def __eq__(self, arg0: CosineSchedule) -> bool: ...
+    def __getstate__(self) -> tuple[int, int, int, float]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        begin: typing.SupportsInt | typing.SupportsIndex,
+        end: typing.SupportsInt | typing.SupportsIndex,
+        every: typing.SupportsInt | typing.SupportsIndex = 1,
+        initial: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    def last_update(self) -> int:
+        """
+        The last step with an update of masks; -1 without any.
+        """
+    def releases_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when what is pruned competes again at this update: never.
+        """
+    def sparsity_at(
+        self, step: typing.SupportsInt | typing.SupportsIndex, final: typing.SupportsFloat | typing.SupportsIndex
+    ) -> float:
+        """
+        The sparsity at a step, for a schedule that ends at `final`.
+        """
+    def updates_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when masks are updated at this step.
+        """
+    @property
+    def begin(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def every(self) -> int: ...
+    @property
+    def initial(self) -> float: ...
+
+class ExponentialSchedule:
+    """
+    A sparsity that takes the same fraction of what is left in equal times:
+
+        1 - s(t) = (1 - initial) * ((1 - final) / (1 - initial)) ** x
+
+    Masks are updated every `every` steps from `begin` on and always at `end`, where the final sparsity is reached
+    exactly. Steps count completed optimizer steps; x = (t - begin) / (end - begin).
+    """
+    def __eq__(self, arg0: ExponentialSchedule) -> bool: ...
+    def __getstate__(self) -> tuple[int, int, int, float]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        begin: typing.SupportsInt | typing.SupportsIndex,
+        end: typing.SupportsInt | typing.SupportsIndex,
+        every: typing.SupportsInt | typing.SupportsIndex = 1,
+        initial: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    def last_update(self) -> int:
+        """
+        The last step with an update of masks; -1 without any.
+        """
+    def releases_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when what is pruned competes again at this update: never.
+        """
+    def sparsity_at(
+        self, step: typing.SupportsInt | typing.SupportsIndex, final: typing.SupportsFloat | typing.SupportsIndex
+    ) -> float:
+        """
+        The sparsity at a step, for a schedule that ends at `final`.
+        """
+    def updates_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when masks are updated at this step.
+        """
+    @property
+    def begin(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def every(self) -> int: ...
+    @property
+    def initial(self) -> float: ...
+
+class CyclicSchedule:
+    """
+    Gradual pruning again and again: the steps after `begin` up to `end` are split into `cycles` of equal length; each
+    begins dense and ends at the final sparsity, along the curve of PolynomialSchedule. What one cycle pruned starts
+    the next one from zero (Srinivas et al., 2022, arXiv:2202.01290). Updates come at the first step of a cycle, every
+    `every` after that, and always at its last.
+    """
+    def __eq__(self, arg0: CyclicSchedule) -> bool: ...
+    def __getstate__(self) -> tuple[int, int, int, int, float]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        begin: typing.SupportsInt | typing.SupportsIndex,
+        end: typing.SupportsInt | typing.SupportsIndex,
+        cycles: typing.SupportsInt | typing.SupportsIndex,
+        every: typing.SupportsInt | typing.SupportsIndex = 1,
+        power: typing.SupportsFloat | typing.SupportsIndex = 3.0,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    def last_update(self) -> int:
+        """
+        The last step with an update of masks; -1 without any.
+        """
+    def releases_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when what is pruned competes again at this update.
+        """
+    def sparsity_at(
+        self, step: typing.SupportsInt | typing.SupportsIndex, final: typing.SupportsFloat | typing.SupportsIndex
+    ) -> float:
+        """
+        The sparsity at a step, for a schedule that ends at `final`.
+        """
+    def updates_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when masks are updated at this step.
+        """
+    @property
+    def begin(self) -> int: ...
+    @property
+    def cycles(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def every(self) -> int: ...
+    @property
+    def power(self) -> float: ...
+
+class ACDC:
+    """
+    Alternating compressed and decompressed training (Peste et al., 2021, arXiv:2106.12379): from `begin` on, `sparse`
+    steps at the final sparsity and `dense` steps without masks take turns; from `end` on the model stays sparse. The
+    masks of a sparse phase are chosen at its first step, from the dense weights.
+    """
+    def __eq__(self, arg0: ACDC) -> bool: ...
+    def __getstate__(self) -> tuple[int, int, int, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        begin: typing.SupportsInt | typing.SupportsIndex,
+        end: typing.SupportsInt | typing.SupportsIndex,
+        sparse: typing.SupportsInt | typing.SupportsIndex,
+        dense: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    def last_update(self) -> int:
+        """
+        The last step with an update of masks; -1 without any.
+        """
+    def releases_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when what is pruned competes again at this update.
+        """
+    def sparsity_at(
+        self, step: typing.SupportsInt | typing.SupportsIndex, final: typing.SupportsFloat | typing.SupportsIndex
+    ) -> float:
+        """
+        The sparsity at a step, for a schedule that ends at `final`.
+        """
+    def updates_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when masks are updated at this step.
+        """
+    @property
+    def begin(self) -> int: ...
+    @property
+    def dense(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def sparse(self) -> int: ...
+
+class Iterative:
+    """
+    Train, prune, rewind, again: `rounds` updates, each of which prunes the same fraction of what is left. The first
+    comes at `steps_per_round`, the end of the training schedule. With `rewind`, training then is at step `rewind_to` of
+    its schedule again, and the next update comes when it is back at the end. "weights" sets all parameters and
+    buffers of the model to what they were after step `rewind_to` (Frankle et al., 2020, arXiv:1912.05671);
+    "learning_rate" leaves them (Renda et al., 2020, arXiv:2003.02389). Set the learning rate by
+    Pruner.training_step.
+    """
+    def __eq__(self, arg0: Iterative) -> bool: ...
+    def __getstate__(self) -> tuple[int, int, str, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        rounds: typing.SupportsInt | typing.SupportsIndex,
+        steps_per_round: typing.SupportsInt | typing.SupportsIndex,
+        rewind: str | None = None,
+        rewind_to: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    def last_update(self) -> int:
+        """
+        The last step with an update of masks; -1 without any.
+        """
+    def releases_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when what is pruned competes again at this update: never.
+        """
+    def sparsity_at(
+        self, step: typing.SupportsInt | typing.SupportsIndex, final: typing.SupportsFloat | typing.SupportsIndex
+    ) -> float:
+        """
+        The sparsity at a step, for a schedule that ends at `final`.
+        """
+    def training_step(self, step: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Where training is in its own schedule after `step` steps.
+        """
+    def updates_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when masks are updated at this step.
+        """
+    @property
+    def rewind(self) -> str: ...
+    @property
+    def rewind_to(self) -> int: ...
+    @property
+    def rounds(self) -> int: ...
+    @property
+    def steps_per_round(self) -> int: ...
+
+class CustomSchedule:
+    """
+    A sparsity that a function of the step gives, at the ascending steps `updates`. The last of them has exactly the
+    final sparsity, whatever the function says. With `regrow`, what is pruned competes again at each update, so that
+    the sparsity may fall; without, masks only grow.
+    """
+    def __eq__(self, arg0: CustomSchedule) -> bool: ...
+    def __getstate__(self) -> tuple[collections.abc.Callable, list[int], bool]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        function: collections.abc.Callable,
+        updates: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        regrow: bool = False,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    def last_update(self) -> int:
+        """
+        The last step with an update of masks; -1 without any.
+        """
+    def releases_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when what is pruned competes again at this update.
+        """
+    def sparsity_at(
+        self, step: typing.SupportsInt | typing.SupportsIndex, final: typing.SupportsFloat | typing.SupportsIndex
+    ) -> float:
+        """
+        The sparsity at a step, for a schedule that ends at `final`.
+        """
+    def updates_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when masks are updated at this step.
+        """
+    @property
+    def function(self) -> collections.abc.Callable: ...
+    @property
+    def regrow(self) -> bool: ...
+    @property
+    def updates(self) -> tuple: ...
+
+class SET:
+    """
+    Sparse evolutionary training (Mocanu et al., 2018, arXiv:1707.04780): at begin + every, begin + 2 * every, ...
+    before `end`, each tensor drops a fraction of its kept weights, those with the lowest scores, and grows as many at
+    random from zero. `decay` ("cosine", "linear", "constant") is how the fraction falls from begin to end. Random
+    numbers depend on seed, step, the parameter's name and the element alone.
+    """
+    def __eq__(self, arg0: SET) -> bool: ...
+    def __getstate__(self) -> tuple[int, int, int, float, str, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        begin: typing.SupportsInt | typing.SupportsIndex,
+        end: typing.SupportsInt | typing.SupportsIndex,
+        every: typing.SupportsInt | typing.SupportsIndex = 100,
+        fraction: typing.SupportsFloat | typing.SupportsIndex = 0.3,
+        decay: str = "cosine",
+        seed: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    def fraction_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> float:
+        """
+        The fraction that is exchanged at a step.
+        """
+    def updates_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when masks are updated at this step.
+        """
+    @property
+    def begin(self) -> int: ...
+    @property
+    def decay(self) -> str: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def every(self) -> int: ...
+    @property
+    def fraction(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+
+class RigL:
+    """
+    The rigged lottery (Evci et al., 2020, arXiv:1911.11134): as SET, but what grows has the largest gradients of the
+    step. The paper: end = 3/4 of training.
+    """
+    def __eq__(self, arg0: RigL) -> bool: ...
+    def __getstate__(self) -> tuple[int, int, int, float, str]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        begin: typing.SupportsInt | typing.SupportsIndex,
+        end: typing.SupportsInt | typing.SupportsIndex,
+        every: typing.SupportsInt | typing.SupportsIndex = 100,
+        fraction: typing.SupportsFloat | typing.SupportsIndex = 0.3,
+        decay: str = "cosine",
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    def fraction_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> float:
+        """
+        The fraction that is exchanged at a step.
+        """
+    def updates_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when masks are updated at this step.
+        """
+    @property
+    def begin(self) -> int: ...
+    @property
+    def decay(self) -> str: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def every(self) -> int: ...
+    @property
+    def fraction(self) -> float: ...
+
+class StraightThrough:
+    """
+    Soft masks: up to `end` the optimizer works on dense weights, the forward pass sees w * mask, and the gradient with
+    respect to w * mask is taken for that of w, so pruned weights go on learning. Masks are chosen anew every `every`
+    steps and at `end`, from where on they are fixed. `decay` adds decay * w to the gradients of pruned weights (SR-STE,
+    Zhou et al., 2021, arXiv:2102.04010).
+    """
+    def __eq__(self, arg0: StraightThrough) -> bool: ...
+    def __getstate__(self) -> tuple[int, int, float]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        end: typing.SupportsInt | typing.SupportsIndex,
+        every: typing.SupportsInt | typing.SupportsIndex = 1,
+        decay: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    def updates_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        True when masks are updated at this step.
+        """
+    @property
+    def decay(self) -> float: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def every(self) -> int: ...
+
+class PrunedTensor:
+    """
+    One pruned parameter.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def elements(self) -> int: ...
+    @property
+    def has_pattern(self) -> bool:
+        """
+        The mask has the pattern that was asked for.
+        """
+    @property
+    def name(self) -> str: ...
+    @property
+    def note(self) -> str: ...
+    @property
+    def pruned(self) -> int:
+        """
+        Values that the mask holds at zero.
+        """
+    @property
+    def shape(self) -> tuple: ...
+    @property
+    def sparsity(self) -> float: ...
+    @property
+    def zeros(self) -> int:
+        """
+        Values that are zero.
+        """
+
+class LeftAlone:
+    """
+    One parameter that the pruner does not touch, and why.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def elements(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+
+class PruningCost:
+    """
+    What a pruned model costs beside the dense one; None where not measured.
+    """
+    def __init__(self) -> None: ...
+    @property
+    def bytes(self) -> int | None:
+        """
+        The same with zeros left out.
+        """
+    @bytes.setter
+    def bytes(self, arg0: typing.SupportsInt | typing.SupportsIndex | None) -> None: ...
+    @property
+    def dense_bytes(self) -> int | None:
+        """
+        Bytes of the model in a file.
+        """
+    @dense_bytes.setter
+    def dense_bytes(self, arg0: typing.SupportsInt | typing.SupportsIndex | None) -> None: ...
+    @property
+    def dense_macs(self) -> int | None:
+        """
+        Multiply-accumulates of one forward pass.
+        """
+    @dense_macs.setter
+    def dense_macs(self, arg0: typing.SupportsInt | typing.SupportsIndex | None) -> None: ...
+    @property
+    def dense_seconds(self) -> float | None:
+        """
+        Time of one forward pass.
+        """
+    @dense_seconds.setter
+    def dense_seconds(self, arg0: typing.SupportsFloat | typing.SupportsIndex | None) -> None: ...
+    @property
+    def macs(self) -> int | None:
+        """
+        Those whose weight is not zero.
+        """
+    @macs.setter
+    def macs(self, arg0: typing.SupportsInt | typing.SupportsIndex | None) -> None: ...
+    @property
+    def seconds(self) -> float | None:
+        """
+        The same as it would be run.
+        """
+    @seconds.setter
+    def seconds(self, arg0: typing.SupportsFloat | typing.SupportsIndex | None) -> None: ...
+
+class PruningReport:
+    """
+    What was pruned, what was left alone, and why. Prints as a table.
+    """
+    def __copy__(self) -> PruningReport: ...
+    def __repr__(self) -> str: ...
+    def _repr_html_(self) -> str: ...
+    @property
+    def cost(self) -> PruningCost:
+        """
+        For measurements to fill in.
+        """
+    @cost.setter
+    def cost(self, arg0: PruningCost) -> None: ...
+    @property
+    def elements(self) -> int: ...
+    @property
+    def finalized(self) -> bool: ...
+    @property
+    def left_alone(self) -> tuple: ...
+    @property
+    def pattern(self) -> str: ...
+    @property
+    def pruned(self) -> int: ...
+    @property
+    def sparsity(self) -> float: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def target(self) -> float: ...
+    @property
+    def tensors(self) -> tuple: ...
+    @property
+    def zeros(self) -> int: ...
 
 class Unstructured:
     """
@@ -318,170 +1057,6 @@ class MaskChoice:
     @property
     def sparsity(self) -> float: ...
 
-class ConstantSchedule:
-    """
-    The final sparsity from step `begin` on, 0 before it: one mask update.
-    """
-    def __eq__(self, arg0: ConstantSchedule) -> bool: ...
-    def __getstate__(self) -> tuple[int]: ...
-    def __hash__(self) -> int: ...
-    def __init__(self, begin: typing.SupportsInt | typing.SupportsIndex = 0) -> None: ...
-    def __repr__(self) -> str: ...
-    def __setstate__(self, arg0: tuple) -> None: ...
-    def sparsity_at(
-        self, step: typing.SupportsInt | typing.SupportsIndex, final: typing.SupportsFloat | typing.SupportsIndex
-    ) -> float:
-        """
-        The sparsity at a step, for a schedule that ends at `final`.
-        """
-    def updates_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
-        """
-        True when masks are updated at this step.
-        """
-    @property
-    def begin(self) -> int: ...
-
-class PolynomialSchedule:
-    """
-    A sparsity that rises along a polynomial, fast first and slowly at the end:
-
-        s(t) = final + (initial - final) * (1 - (t - begin) / (end - begin)) ** power
-
-    Masks are updated every `every` steps from `begin` on and always at `end`, where the final sparsity is reached
-    exactly (Zhu & Gupta, 2017, arXiv:1710.01878). Steps count completed optimizer steps.
-    """
-    def __eq__(self, arg0: PolynomialSchedule) -> bool: ...
-    def __getstate__(self) -> tuple[int, int, int, float, float]: ...
-    def __hash__(self) -> int: ...
-    def __init__(
-        self,
-        begin: typing.SupportsInt | typing.SupportsIndex,
-        end: typing.SupportsInt | typing.SupportsIndex,
-        every: typing.SupportsInt | typing.SupportsIndex = 1,
-        initial: typing.SupportsFloat | typing.SupportsIndex = 0.0,
-        power: typing.SupportsFloat | typing.SupportsIndex = 3.0,
-    ) -> None: ...
-    def __repr__(self) -> str: ...
-    def __setstate__(self, arg0: tuple) -> None: ...
-    def sparsity_at(
-        self, step: typing.SupportsInt | typing.SupportsIndex, final: typing.SupportsFloat | typing.SupportsIndex
-    ) -> float:
-        """
-        The sparsity at a step, for a schedule that ends at `final`.
-        """
-    def updates_at(self, step: typing.SupportsInt | typing.SupportsIndex) -> bool:
-        """
-        True when masks are updated at this step.
-        """
-    @property
-    def begin(self) -> int: ...
-    @property
-    def end(self) -> int: ...
-    @property
-    def every(self) -> int: ...
-    @property
-    def initial(self) -> float: ...
-    @property
-    def power(self) -> float: ...
-
-class PrunedTensor:
-    """
-    One pruned parameter.
-    """
-    def __repr__(self) -> str: ...
-    @property
-    def elements(self) -> int: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def note(self) -> str: ...
-    @property
-    def pruned(self) -> int:
-        """
-        Values that the mask holds at zero.
-        """
-    @property
-    def shape(self) -> tuple: ...
-    @property
-    def sparsity(self) -> float: ...
-    @property
-    def zeros(self) -> int:
-        """
-        Values that are zero.
-        """
-
-class LeftAlone:
-    """
-    One parameter that the pruner does not touch, and why.
-    """
-    def __repr__(self) -> str: ...
-    @property
-    def elements(self) -> int: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def reason(self) -> str: ...
-
-class PruningReport:
-    """
-    What was pruned, what was left alone, and why. Prints as a table.
-    """
-    def __repr__(self) -> str: ...
-    def _repr_html_(self) -> str: ...
-    @property
-    def elements(self) -> int: ...
-    @property
-    def finalized(self) -> bool: ...
-    @property
-    def left_alone(self) -> tuple: ...
-    @property
-    def pruned(self) -> int: ...
-    @property
-    def sparsity(self) -> float: ...
-    @property
-    def step(self) -> int: ...
-    @property
-    def target(self) -> float: ...
-    @property
-    def tensors(self) -> tuple: ...
-    @property
-    def zeros(self) -> int: ...
-
-class MagnitudePrunerOptions:
-    """
-    Checked options of a magnitude pruner.
-    """
-    def __init__(
-        self,
-        sparsity: typing.SupportsFloat | typing.SupportsIndex,
-        scope: str,
-        schedule: ConstantSchedule | PolynomialSchedule,
-        include: collections.abc.Sequence[str] | None,
-        exclude: collections.abc.Sequence[str],
-    ) -> None: ...
-    @property
-    def exclude(self) -> list[str]: ...
-    @property
-    def include(self) -> list[str] | None: ...
-    @property
-    def schedule(self) -> ConstantSchedule | PolynomialSchedule: ...
-    @property
-    def scope(self) -> str: ...
-    @property
-    def sparsity(self) -> float: ...
-
-class PruningState:
-    """
-    Parameters with their masks, and the step counter.
-    """
-    def __init__(
-        self,
-        names: collections.abc.Sequence[str],
-        values: collections.abc.Sequence[torch.Tensor],
-        masks: collections.abc.Sequence[torch.Tensor],
-        step: torch.Tensor,
-    ) -> None: ...
-
 class Member:
     """
     A dimension of a parameter or buffer that shrinks when units are removed.
@@ -600,6 +1175,88 @@ class Structure:
     def groups(self) -> tuple: ...
     @property
     def pinned(self) -> tuple: ...
+
+class PermutationOptions:
+    """
+    Checked options of a channel permutation.
+    """
+    def __init__(
+        self,
+        pattern: NM,
+        include: collections.abc.Sequence[str] | None = None,
+        exclude: collections.abc.Sequence[str] = [],
+        escapes: typing.SupportsInt | typing.SupportsIndex = 16,
+        effort: typing.SupportsFloat | typing.SupportsIndex = 20000000000.0,
+        seed: typing.SupportsInt | typing.SupportsIndex = 0,
+        tolerance: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+    ) -> None: ...
+
+class GroupOrder:
+    """
+    The order of a group's units.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def after(self) -> float: ...
+    @property
+    def before(self) -> float:
+        """
+        The magnitude that N:M keeps of these weights.
+        """
+    @property
+    def name(self) -> str:
+        """
+        Of the group.
+        """
+    @property
+    def order(self) -> tuple:
+        """
+        For each place the unit that comes to it; empty when all stay.
+        """
+    @property
+    def reason(self) -> str:
+        """
+        Why all stay; empty when they do not.
+        """
+    @property
+    def units(self) -> int: ...
+    @property
+    def weights(self) -> tuple:
+        """
+        Whose N:M masks depend on the order.
+        """
+
+class PermutationReport:
+    """
+    What a channel permutation did, or would do.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def after(self) -> float: ...
+    @property
+    def attempts(self) -> int:
+        """
+        Comparisons of outputs.
+        """
+    @property
+    def before(self) -> float:
+        """
+        What N:M keeps of it.
+        """
+    @property
+    def difference(self) -> float:
+        """
+        Largest difference of the outputs, over the largest output.
+        """
+    @property
+    def groups(self) -> tuple: ...
+    @property
+    def pattern(self) -> NM: ...
+    @property
+    def total(self) -> float:
+        """
+        The magnitude of all weights that count.
+        """
 
 class Magnitude:
     """
@@ -1203,6 +1860,268 @@ class StructuredTransaction:
     @property
     def steps_done(self) -> int: ...
 
+class PrunerOptions:
+    """
+    Checked options of a pruner.
+    """
+    def __init__(
+        self,
+        sparsity: typing.SupportsFloat | typing.SupportsIndex,
+        scope: str,
+        schedule: ConstantSchedule
+        | FixedSchedule
+        | LinearSchedule
+        | PolynomialSchedule
+        | CosineSchedule
+        | ExponentialSchedule
+        | CyclicSchedule
+        | ACDC
+        | Iterative
+        | CustomSchedule,
+        pattern: Unstructured | NM | Block | Row | Column | Filter | Head,
+        criterion: Magnitude | Random | Movement | Taylor | Fisher | Lamp | Activation,
+        layers: collections.abc.Sequence[tuple[str, typing.SupportsFloat | typing.SupportsIndex]],
+        regrowth: SET | RigL | StraightThrough | None,
+        include: collections.abc.Sequence[str] | None,
+        exclude: collections.abc.Sequence[str],
+        scores: collections.abc.Mapping[str, torch.Tensor] | None,
+    ) -> None: ...
+    def forget_scores(self) -> None:
+        """
+        Drop given scores, which are buffers of the model by now.
+        """
+    def training_step(self, step: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    @property
+    def criterion(self) -> Magnitude | Random | Movement | Taylor | Fisher | Lamp | Activation: ...
+    @property
+    def exclude(self) -> list[str]: ...
+    @property
+    def has_scores(self) -> bool: ...
+    @property
+    def include(self) -> list[str] | None: ...
+    @property
+    def keeps_latent(self) -> bool: ...
+    @property
+    def keeps_scores(self) -> bool: ...
+    @property
+    def keeps_snapshots(self) -> bool: ...
+    @property
+    def layers(self) -> list[tuple[str, float]]: ...
+    @property
+    def pattern(self) -> Unstructured | NM | Block | Row | Column | Filter | Head: ...
+    @property
+    def regrowth(self) -> SET | RigL | StraightThrough | None: ...
+    @property
+    def schedule(
+        self,
+    ) -> (
+        ConstantSchedule
+        | FixedSchedule
+        | LinearSchedule
+        | PolynomialSchedule
+        | CosineSchedule
+        | ExponentialSchedule
+        | CyclicSchedule
+        | ACDC
+        | Iterative
+        | CustomSchedule
+    ): ...
+    @property
+    def scope(self) -> str: ...
+    @property
+    def sparsity(self) -> float: ...
+
+class Snapshot:
+    """
+    A tensor of the model that rewinding sets back, and what it was.
+    """
+    def __init__(self, name: str, value: torch.Tensor, saved: torch.Tensor) -> None: ...
+
+class PruningState:
+    """
+    Parameters with their masks and what else is kept; the step counter.
+    """
+    def __init__(
+        self,
+        names: collections.abc.Sequence[str],
+        values: collections.abc.Sequence[torch.Tensor],
+        masks: collections.abc.Sequence[torch.Tensor],
+        step: torch.Tensor,
+        scores: collections.abc.Sequence[torch.Tensor] = [],
+        latents: collections.abc.Sequence[torch.Tensor] = [],
+        growth: collections.abc.Sequence[torch.Tensor] = [],
+        snapshots: collections.abc.Sequence[Snapshot] = [],
+    ) -> None: ...
+
+class StepResult:
+    """
+    What a step did.
+    """
+    @property
+    def rewound(self) -> bool: ...
+    @property
+    def updated(self) -> bool: ...
+
+class SparseFileTensor:
+    """
+    One tensor of a compressed file.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def dense_bytes(self) -> int: ...
+    @property
+    def elements(self) -> int: ...
+    @property
+    def form(self) -> str:
+        """
+        'dense', 'bitmask' or '1:4'.
+        """
+    @property
+    def kept(self) -> int:
+        """
+        Values that are stored.
+        """
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> list[int]: ...
+
+class SparseFileReport:
+    """
+    What a compressed file holds. Prints as a table.
+    """
+    def __repr__(self) -> str: ...
+    def _repr_html_(self) -> str: ...
+    @property
+    def bytes(self) -> int:
+        """
+        Of the file, header included.
+        """
+    @property
+    def dense_bytes(self) -> int:
+        """
+        Of the tensors, each in full.
+        """
+    @property
+    def ratio(self) -> float:
+        """
+        bytes / dense_bytes.
+        """
+    @property
+    def tensors(self) -> tuple: ...
+
+class SparsifiedLayer:
+    """
+    What became of one linear layer.
+    """
+    def __init__(
+        self,
+        name: str,
+        samples: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        elements: typing.SupportsInt | typing.SupportsIndex = 0,
+        reason: str = "",
+        sparse: bool = False,
+        sparsity: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+        milliseconds: tuple[
+            typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex
+        ] = (0.0, 0.0),
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    @property
+    def block(self) -> tuple[int, int]:
+        """
+        Of the fastest form that was measured; (0, 0) without one.
+        """
+    @property
+    def dense_milliseconds(self) -> float:
+        """
+        0 where it was not measured.
+        """
+    @property
+    def elements(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def reason(self) -> str:
+        """
+        Why it is sparse, or stays dense.
+        """
+    @property
+    def samples(self) -> list[int]:
+        """
+        Rows of the inputs that the model gave it, call by call.
+        """
+    @property
+    def sparse(self) -> bool: ...
+    @property
+    def sparse_milliseconds(self) -> float: ...
+    @property
+    def sparsity(self) -> float: ...
+
+class SparsifyReport:
+    """
+    Which linear layers are sparse, and why. Prints as a table.
+    """
+    def __init__(self, layers: collections.abc.Sequence[SparsifiedLayer]) -> None: ...
+    def __repr__(self) -> str: ...
+    def _repr_html_(self) -> str: ...
+    @property
+    def layers(self) -> tuple: ...
+    @property
+    def sparse(self) -> int:
+        """
+        How many layers are sparse.
+        """
+
+class SparsifyOptions:
+    """
+    Checked options of sparsify.
+    """
+    def __init__(
+        self,
+        gain: typing.SupportsFloat | typing.SupportsIndex,
+        seconds: typing.SupportsFloat | typing.SupportsIndex,
+        least_sparsity: typing.SupportsFloat | typing.SupportsIndex,
+        blocks: collections.abc.Sequence[
+            tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]
+        ],
+    ) -> None: ...
+
+class SparseReport:
+    """
+    Bytes on disk, multiply-accumulates, measured time. Prints as a table.
+    """
+    def __init__(
+        self,
+        file: SparseFileReport,
+        macs: typing.SupportsInt | typing.SupportsIndex,
+        effective_macs: typing.SupportsInt | typing.SupportsIndex,
+        milliseconds: tuple[typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex],
+        layers: SparsifyReport,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def _repr_html_(self) -> str: ...
+    @property
+    def dense_milliseconds(self) -> float: ...
+    @property
+    def effective_macs(self) -> int:
+        """
+        Of those, with a weight that is not zero.
+        """
+    @property
+    def file(self) -> SparseFileReport:
+        """
+        What save_sparse would write.
+        """
+    @property
+    def layers(self) -> SparsifyReport: ...
+    @property
+    def macs(self) -> int: ...
+    @property
+    def sparse_milliseconds(self) -> float: ...
+
 class OperatorTime:
     """
     The time of one operator as a function of the widths of groups.
@@ -1321,14 +2240,24 @@ def accumulate(
     Add what one backward pass says about a parameter, in place.
     """
 
-def advance(state: PruningState, options: MagnitudePrunerOptions) -> None:
+def accumulate_gradients(state: PruningState, options: PrunerOptions) -> None:
     """
-    One step: grow the masks when the schedule says so, apply them, count.
+    Add gradients to scores, and bring back the dense weights of soft masks.
+    """
+
+def advance(state: PruningState, options: PrunerOptions) -> StepResult:
+    """
+    One step: make masks when the schedule says so, apply them, count.
     """
 
 def apply_masks(state: PruningState) -> None:
     """
     Set what the masks prune to zero, in values and gradients.
+    """
+
+def apply_values(state: PruningState) -> None:
+    """
+    Set values, and nothing else, to zero where masks prune.
     """
 
 def at_step(
@@ -1340,9 +2269,24 @@ def at_step(
     The target after `step` of `steps` equal steps.
     """
 
-def check_existing(existing: collections.abc.Sequence[str], parameters: collections.abc.Sequence[str]) -> bool:
+def check_existing(
+    existing: collections.abc.Sequence[str],
+    parameters: collections.abc.Sequence[str],
+    others: collections.abc.Sequence[str] = [],
+) -> bool:
     """
-    True when a model's pruning buffers are those of the parameters, False when it has none; ValueError otherwise.
+    True when a model's pruning buffers are those of the parameters and `others`, False when it has none; ValueError
+    otherwise.
+    """
+
+def check_masks(state: PruningState, function: str) -> None:
+    """
+    Raise ValueError when values left their mask.
+    """
+
+def check_names(options: PrunerOptions, parameters: collections.abc.Sequence[str]) -> None:
+    """
+    ValueError for scores and layers that name none of the parameters.
     """
 
 def choose(
@@ -1371,6 +2315,13 @@ def choose_parameters(
     Indices of the parameters to prune, and what is left alone.
     """
 
+def choose_sparse(
+    layer: SparsifiedLayer, weight: torch.Tensor, bias: torch.Tensor | None, options: SparsifyOptions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """
+    Measures a layer and fills in what was found; the sparse weight where it is faster.
+    """
+
 def choose_widths(
     structure: Structure,
     shapes: collections.abc.Mapping[str, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]],
@@ -1380,6 +2331,15 @@ def choose_widths(
 ) -> Choice:
     """
     The units to remove so that each group keeps its width.
+    """
+
+def compare_times(
+    first: collections.abc.Callable[[], None],
+    second: collections.abc.Callable[[], None],
+    seconds: typing.SupportsFloat | typing.SupportsIndex,
+) -> tuple[float, float]:
+    """
+    Milliseconds of two calls that take turns.
     """
 
 def count(
@@ -1398,6 +2358,11 @@ def custom_importance(
     One GroupScore per group from a callable that gives one value per unit.
     """
 
+def effective_macs(graph: rarefy._core.graph.Graph) -> int:
+    """
+    The multiply-accumulates of a recording whose weight is not zero.
+    """
+
 def element_scores(
     criterion: Magnitude | Random | Movement | Taylor | Fisher | Lamp | Activation,
     name: str,
@@ -1409,6 +2374,15 @@ def element_scores(
     A score per element, larger = kept.
     """
 
+def enforce(
+    state: PruningState,
+    owners: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    moments: collections.abc.Sequence[torch.Tensor],
+) -> None:
+    """
+    Set values, dense gradients and moments to zero where masks prune; owners are positions of parameters.
+    """
+
 def erk_sparsities(
     shapes: collections.abc.Sequence[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]],
     sparsity: typing.SupportsFloat | typing.SupportsIndex,
@@ -1416,6 +2390,21 @@ def erk_sparsities(
     """
     The fraction of each tensor to prune (Erdos-Renyi-Kernel, Evci et al., 2020, arXiv:1911.11134), so that all
     together have exactly round(sparsity * elements) zeros.
+    """
+
+def export_torch_pruning(names: collections.abc.Sequence[str], values: collections.abc.Sequence[torch.Tensor]) -> dict:
+    """
+    x and x_mask_bits become x_orig and x_mask.
+    """
+
+def find_nm_permutation(
+    structure: Structure,
+    names: collections.abc.Sequence[str],
+    values: collections.abc.Sequence[torch.Tensor],
+    options: PermutationOptions,
+) -> PermutationReport:
+    """
+    Orders of groups in which N:M keeps more; nothing is changed.
     """
 
 def find_structure(graph: rarefy._core.graph.Graph) -> Structure:
@@ -1438,6 +2427,11 @@ def implied_sparsity(pattern: Unstructured | NM | Block | Row | Column | Filter 
     1 - n / m for N:M, the largest sparsity that it has; None for other patterns.
     """
 
+def import_torch_pruning(names: collections.abc.Sequence[str], values: collections.abc.Sequence[torch.Tensor]) -> dict:
+    """
+    x_orig and x_mask become x and x_mask_bits.
+    """
+
 def importance(
     structure: Structure,
     parameters: collections.abc.Mapping[str, torch.Tensor],
@@ -1455,17 +2449,44 @@ def input_rows(layer: LayerShape, input: torch.Tensor) -> torch.Tensor:
     The inputs of a layer as a matrix per group: [groups, samples, features].
     """
 
+def is_pruning_key(key: str) -> bool:
+    """
+    True for the last component of a key of pruning.
+    """
+
+def is_pruning_state(name: str) -> bool:
+    """
+    Whether a name is one of a pruner's state.
+    """
+
+def is_soft(state: PruningState, options: PrunerOptions) -> bool:
+    """
+    True while the optimizer works on dense weights.
+    """
+
+def latent_key(parameter: str) -> str:
+    """
+    The key of what soft masks prune of a parameter.
+    """
+
 def left_alone(name: str, elements: typing.SupportsInt | typing.SupportsIndex, reason: str) -> LeftAlone:
     """
     One parameter that is not touched, and why.
     """
 
+def linear_samples(graph: rarefy._core.graph.Graph) -> dict[str, list[int]]:
+    """
+    The rows of the input of every linear operator, by the name of its weight.
+    """
+
 def make_report(
-    state: PruningState,
-    options: MagnitudePrunerOptions,
-    left_alone: collections.abc.Sequence[LeftAlone],
-    finalized: bool,
+    state: PruningState, options: PrunerOptions, left_alone: collections.abc.Sequence[LeftAlone], finalized: bool
 ) -> PruningReport: ...
+def mask_gradients(state: PruningState) -> bool:
+    """
+    Set dense gradients to zero where masks prune; False when some gradient is sparse and was left as it is.
+    """
+
 def mask_key(parameter: str) -> str:
     """
     The key of a parameter's mask.
@@ -1476,6 +2497,16 @@ def masked_fraction(state: PruningState) -> float:
     The fraction of elements that the masks prune.
     """
 
+def masks_of(state: PruningState) -> list[torch.Tensor]:
+    """
+    Their packed masks.
+    """
+
+def may_regrow(state: PruningState, options: PrunerOptions) -> bool:
+    """
+    True when the step that comes next may let pruned elements come back.
+    """
+
 def misfit(
     pattern: Unstructured | NM | Block | Row | Column | Filter | Head,
     shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
@@ -1484,14 +2515,44 @@ def misfit(
     Why a weight of this shape cannot have the pattern; '' when it can.
     """
 
+def names_of(state: PruningState) -> list[str]: ...
+def needs_accumulate(state: PruningState, options: PrunerOptions) -> bool:
+    """
+    True when the step that comes next needs accumulate().
+    """
+
 def needs_gradients(criterion: Magnitude | Random | Movement | Taylor | Fisher | Lamp | Activation) -> bool:
     """
     True for Movement, Taylor and Fisher.
     """
 
+def needs_growth(state: PruningState, options: PrunerOptions) -> bool:
+    """
+    True when the step that comes next reads the dense gradients of this step.
+    """
+
 def new_accumulator(value: torch.Tensor) -> torch.Tensor:
     """
     Zeros that accumulate() adds to.
+    """
+
+def new_buffers(options: PrunerOptions, name: str, value: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """
+    The buffers of a parameter in a new pruner, by key.
+    """
+
+def nm_kept_magnitude(weight: torch.Tensor, pattern: NM) -> float:
+    """
+    The sum of |w| that an N:M mask along dimension 1 keeps.
+    """
+
+def pack_masks(
+    names: collections.abc.Sequence[str],
+    values: collections.abc.Sequence[torch.Tensor],
+    masks: collections.abc.Mapping[str, torch.Tensor],
+) -> list[torch.Tensor]:
+    """
+    Packed masks of boolean or packed ones, in the order of the names.
     """
 
 def parse_pattern(
@@ -1500,6 +2561,19 @@ def parse_pattern(
     """
     The pattern of a text: 'unstructured', '2:4', '4x1', 'row', 'column', 'filter' or 'head:64'. A pattern is returned
     as it is. Raises ValueError for anything else.
+    """
+
+def permute_for_nm(
+    record: collections.abc.Callable[[], tuple[rarefy._core.graph.Graph, str]],
+    tensors: collections.abc.Sequence[rarefy._core.graph.NamedTensor],
+    parameters: collections.abc.Sequence[str],
+    state_names: collections.abc.Sequence[str],
+    state: collections.abc.Sequence[torch.Tensor],
+    also: collections.abc.Callable[[collections.abc.Sequence[Cut]], list[Cut]],
+    options: PermutationOptions,
+) -> PermutationReport:
+    """
+    The transaction that both languages share.
     """
 
 def prune_calibrated(
@@ -1542,6 +2616,11 @@ def read_pruned(path: os.PathLike | str | bytes) -> tuple:
     Tensors, records and attributes of a file.
     """
 
+def read_sparse(path: os.PathLike | str | bytes) -> tuple[dict, dict[str, str]]:
+    """
+    Tensors and metadata of a compressed file.
+    """
+
 def refit_weight(
     weight: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, options: RefitOptions, name: str = "weight"
 ) -> tuple: ...
@@ -1550,10 +2629,23 @@ def relative_error(weight: torch.Tensor, pruned: torch.Tensor, hessian: torch.Te
     The fraction of the output's energy that a pruned weight loses: ||(W - W') X||^2 / ||W X||^2.
     """
 
+def reorders(structure: Structure, report: PermutationReport) -> list[tuple[str, int, list[int]]]:
+    """
+    Tensor, dimension and source indices of what an order changes.
+    """
+
+def rewind_key(tensor: str) -> str:
+    """
+    The key of what rewinding sets a tensor to.
+    """
+
+def score_key(parameter: str) -> str:
+    """
+    The key of a parameter's scores.
+    """
+
 def select_parameters(
-    names: collections.abc.Sequence[str],
-    values: collections.abc.Sequence[torch.Tensor],
-    options: MagnitudePrunerOptions,
+    names: collections.abc.Sequence[str], values: collections.abc.Sequence[torch.Tensor], options: PrunerOptions
 ) -> tuple[list[int], list[LeftAlone]]:
     """
     Indices of the parameters to prune, and what is left alone.
@@ -1567,6 +2659,20 @@ def snip(
 def sparse_gpt_weight(
     weight: torch.Tensor, hessian: torch.Tensor, options: SparseGptOptions, name: str = "weight"
 ) -> tuple: ...
+def sparse_size(
+    names: collections.abc.Sequence[str],
+    values: collections.abc.Sequence[torch.Tensor],
+    metadata: collections.abc.Mapping[str, str],
+) -> SparseFileReport:
+    """
+    What write_sparse would write.
+    """
+
+def stray_values(state: PruningState) -> list[tuple[str, int, int]]:
+    """
+    Parameters with values that left their mask, how many, and the first flat index.
+    """
+
 def synflow(
     names: collections.abc.Sequence[str],
     values: collections.abc.Sequence[torch.Tensor],
@@ -1574,6 +2680,30 @@ def synflow(
     sparsity: typing.SupportsFloat | typing.SupportsIndex,
     rounds: typing.SupportsInt | typing.SupportsIndex,
 ) -> dict[str, torch.Tensor]: ...
+def to_dense_weight(
+    values: torch.Tensor,
+    columns: torch.Tensor,
+    row_offsets: torch.Tensor,
+    in_features: typing.SupportsInt | typing.SupportsIndex,
+) -> torch.Tensor:
+    """
+    The dense weight [out, in].
+    """
+
+def to_sparse_weight(
+    weight: torch.Tensor,
+    height: typing.SupportsInt | typing.SupportsIndex = 1,
+    width: typing.SupportsInt | typing.SupportsIndex = 1,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Values, columns and row offsets of a dense weight [out, in].
+    """
+
+def update_masks(state: PruningState, options: PrunerOptions) -> StepResult:
+    """
+    The same without applying the masks at the end.
+    """
+
 def useful_widths(table: LatencyTable) -> list[list[int]]:
     """
     The widths of each group that are faster than the next larger one by more than noise, and the full one.
@@ -1582,6 +2712,11 @@ def useful_widths(table: LatencyTable) -> list[list[int]]:
 def validate_element_criterion(criterion: Magnitude | Random | Movement | Taylor | Fisher | Lamp | Activation) -> None:
     """
     ValueError when a criterion cannot score single weights.
+    """
+
+def values_of(state: PruningState) -> list[torch.Tensor]:
+    """
+    The parameters themselves.
     """
 
 def wanda_weight(weight: torch.Tensor, norms: torch.Tensor, options: WandaOptions, name: str = "weight") -> tuple: ...
@@ -1612,6 +2747,16 @@ def write_pruned(
 ) -> None:
     """
     Writes tensors with what was removed from them: original shapes, kept indices by dimension.
+    """
+
+def write_sparse(
+    names: collections.abc.Sequence[str],
+    values: collections.abc.Sequence[torch.Tensor],
+    path: os.PathLike | str | bytes,
+    metadata: collections.abc.Mapping[str, str],
+) -> SparseFileReport:
+    """
+    Writes tensors, sparse ones compressed.
     """
 
 STEP_KEY: str = "pruning_step"

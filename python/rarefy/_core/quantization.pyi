@@ -10,58 +10,70 @@ import torch
 import typing
 
 __all__: list[str] = [
+    "Binary",
+    "Codebook",
+    "HalfQuadratic",
+    "Histogram",
+    "Integer",
     "LONGEST_INTEGER_SUM",
     "Latest",
+    "MSE",
+    "MX",
+    "MeanNoOutliers",
     "MinMax",
+    "Minifloat",
     "MovingAverage",
+    "NF4",
+    "NVFP4",
+    "PerBlock",
     "PerChannel",
+    "PerGroup",
     "PerTensor",
+    "PerToken",
+    "Percentile",
     "QATScheduleOptions",
+    "QuantizedTensorParts",
+    "QuantizerStatistics",
+    "SQNR",
     "SavedLayer",
     "Scheme",
     "TargetProfile",
+    "Ternary",
     "averaging_constant",
     "clear_packed_weights",
+    "follows_latest",
     "has_exact_integer_products",
+    "histogram_bins",
     "layer_family",
     "packed_weight_count",
+    "quantize_to",
     "read_quantized",
+    "read_statistics",
+    "statistics_for",
     "target_names",
     "target_profile",
     "validate_layer_config",
     "why_not_integer",
     "write_quantized",
+    "write_statistics",
 ]
-
-class PerTensor:
-    """
-    One scale and zero point for the whole tensor.
-    """
-    def __eq__(self, arg0: PerTensor) -> bool: ...
-    def __getstate__(self) -> tuple: ...
-    def __hash__(self) -> int: ...
-    def __init__(self) -> None: ...
-    def __repr__(self) -> str: ...
-    def __setstate__(self, arg0: tuple) -> None: ...
-
-class PerChannel:
-    """
-    One scale and zero point per index of `axis`.
-    """
-    def __eq__(self, arg0: PerChannel) -> bool: ...
-    def __getstate__(self) -> tuple[int]: ...
-    def __hash__(self) -> int: ...
-    def __init__(self, axis: typing.SupportsInt | typing.SupportsIndex = 0) -> None: ...
-    def __repr__(self) -> str: ...
-    def __setstate__(self, arg0: tuple) -> None: ...
-    @property
-    def axis(self) -> int: ...
 
 class MinMax:
     """
     Running minimum and maximum of everything seen.
     """
     def __eq__(self, arg0: MinMax) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
+class Latest:
+    """
+    The range of the latest tensor alone: what a weight wants.
+    """
+    def __eq__(self, arg0: Latest) -> bool: ...
     def __getstate__(self) -> tuple: ...
     def __hash__(self) -> int: ...
     def __init__(self) -> None: ...
@@ -81,73 +93,573 @@ class MovingAverage:
     @property
     def constant(self) -> float: ...
 
-class Latest:
+class Histogram:
     """
-    The range of the latest tensor alone: what a weight wants.
+    A histogram of everything seen, and the range that a search finds in it.
+
+    bins: 16 to 65536. Their width is a power of two and grows with the range; no count is lost, and more than half are used.
+    search: "mse" for the least mean |x - x_hat|**norm, "kl" for the least divergence of the clipped histogram from the
+        quantized one (TensorRT), None for the values seen.
+    norm: of "mse", in [1, 8].
     """
-    def __eq__(self, arg0: Latest) -> bool: ...
+    def __eq__(self, arg0: Histogram) -> bool: ...
+    def __getstate__(self) -> tuple[int, str | None, float]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        bins: typing.SupportsInt | typing.SupportsIndex = 2048,
+        search: str | None = "mse",
+        norm: typing.SupportsFloat | typing.SupportsIndex = 2.0,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def bins(self) -> int: ...
+    @property
+    def norm(self) -> float: ...
+    @property
+    def search(self) -> str | None: ...
+
+class Percentile:
+    """
+    The values at `percentile` and 100 - percentile percent of everything seen; of magnitudes for a symmetric range.
+    """
+    def __eq__(self, arg0: Percentile) -> bool: ...
+    def __getstate__(self) -> tuple[float, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        percentile: typing.SupportsFloat | typing.SupportsIndex = 99.99,
+        bins: typing.SupportsInt | typing.SupportsIndex = 2048,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def bins(self) -> int: ...
+    @property
+    def percentile(self) -> float: ...
+
+class SQNR:
+    """
+    The scale and offset of the greatest signal-to-noise ratio, from a histogram.
+
+    clip_weight: how many times the error of clamped values counts, at least 1 (AIMET takes 3).
+    """
+    def __eq__(self, arg0: SQNR) -> bool: ...
+    def __getstate__(self) -> tuple[float, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        clip_weight: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+        bins: typing.SupportsInt | typing.SupportsIndex = 2048,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def bins(self) -> int: ...
+    @property
+    def clip_weight(self) -> float: ...
+
+class MeanNoOutliers:
+    """
+    The mean of the batches' ranges without outliers.
+
+    sigma: what is farther from the mean than so many standard deviations is left out; 3 where quantile is not set either.
+    quantile: what is beyond this quantile on either side is left out; in [0, 0.5).
+    batches: most ranges that are kept, an even number; of more batches every second, fourth, ... one counts.
+    """
+    def __eq__(self, arg0: MeanNoOutliers) -> bool: ...
+    def __getstate__(self) -> tuple[float | None, float | None, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        sigma: typing.SupportsFloat | typing.SupportsIndex | None = None,
+        quantile: typing.SupportsFloat | typing.SupportsIndex | None = None,
+        batches: typing.SupportsInt | typing.SupportsIndex = 1024,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def batches(self) -> int: ...
+    @property
+    def quantile(self) -> float | None: ...
+    @property
+    def sigma(self) -> float | None: ...
+
+class MSE:
+    """
+    The range of a weight that gives it the least error, from a search on the weight itself.
+
+    norm: of the error |w - w_hat|**norm, in [1, 8].
+    steps: ranges of the first round of the search.
+    bins: rows of 16 * bins values and more are searched on a histogram; 0: never.
+    """
+    def __eq__(self, arg0: MSE) -> bool: ...
+    def __getstate__(self) -> tuple[float, int, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        norm: typing.SupportsFloat | typing.SupportsIndex = 2.0,
+        steps: typing.SupportsInt | typing.SupportsIndex = 100,
+        bins: typing.SupportsInt | typing.SupportsIndex = 2048,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def bins(self) -> int: ...
+    @property
+    def norm(self) -> float: ...
+    @property
+    def steps(self) -> int: ...
+
+class HalfQuadratic:
+    """
+    Scale and zero point of a weight, together, by half-quadratic splitting.
+
+    norm: of the error |w - w_hat|**norm, in (0, 1].
+    beta, kappa: weight of the split, and its growth per iteration.
+    iterations: at most so many.
+    """
+    def __eq__(self, arg0: HalfQuadratic) -> bool: ...
+    def __getstate__(self) -> tuple[float, float, float, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        norm: typing.SupportsFloat | typing.SupportsIndex = 0.7,
+        beta: typing.SupportsFloat | typing.SupportsIndex = 10.0,
+        kappa: typing.SupportsFloat | typing.SupportsIndex = 1.01,
+        iterations: typing.SupportsInt | typing.SupportsIndex = 20,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def beta(self) -> float: ...
+    @property
+    def iterations(self) -> int: ...
+    @property
+    def kappa(self) -> float: ...
+    @property
+    def norm(self) -> float: ...
+
+class QuantizerStatistics:
+    """
+    What a file of statistics holds of one quantizer.
+    """
+    def __init__(
+        self,
+        observer: str,
+        scheme: str,
+        axis: typing.SupportsInt | typing.SupportsIndex | None,
+        tensors: collections.abc.Mapping[str, torch.Tensor],
+    ) -> None: ...
+    @property
+    def axis(self) -> int | None: ...
+    @property
+    def observer(self) -> str:
+        """
+        How they were gathered.
+        """
+    @property
+    def scheme(self) -> str:
+        """
+        The grid that they were gathered for.
+        """
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]: ...
+
+class PerTensor:
+    """
+    One scale and zero point for the whole tensor: [1].
+    """
+    def __eq__(self, arg0: PerTensor) -> bool: ...
     def __getstate__(self) -> tuple: ...
     def __hash__(self) -> int: ...
     def __init__(self) -> None: ...
     def __repr__(self) -> str: ...
     def __setstate__(self, arg0: tuple) -> None: ...
 
-class Scheme:
+class PerChannel:
     """
-    How a tensor maps onto integers: the grid, without the values of scale and zero point.
-
-    bits: width of the integers: 2 to 8, or 16 (activations alone, which compute in floating point then).
-    symmetric: the zero point is fixed in the middle of the range; otherwise it follows the data.
-    signed: None means signed when symmetric, unsigned otherwise.
-    narrow_range: leave out the lowest integer ([-127, 127]).
-    granularity: PerTensor() or PerChannel(axis).
-
-    Raises ValueError for bits other than 2 to 8 and 16.
+    One scale and zero point per index of `axis`: [size of axis].
     """
-    def __eq__(self, arg0: Scheme) -> bool: ...
-    def __getstate__(self) -> tuple[int, bool, bool, bool, PerTensor | PerChannel]: ...
+    def __eq__(self, arg0: PerChannel) -> bool: ...
+    def __getstate__(self) -> tuple[int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self, axis: typing.SupportsInt | typing.SupportsIndex = 0) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def axis(self) -> int: ...
+
+class PerGroup:
+    """
+    One scale per `size` neighbours along `axis`, the last group shorter: the shape with ceil(n / size) in place of n.
+    """
+    def __eq__(self, arg0: PerGroup) -> bool: ...
+    def __getstate__(self) -> tuple[int, int]: ...
     def __hash__(self) -> int: ...
     def __init__(
         self,
-        bits: typing.SupportsInt | typing.SupportsIndex = 8,
-        symmetric: bool = True,
-        signed: bool | None = None,
-        narrow_range: bool = False,
-        granularity: PerTensor | PerChannel = ...,
+        size: typing.SupportsInt | typing.SupportsIndex = 128,
+        axis: typing.SupportsInt | typing.SupportsIndex = -1,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def axis(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+class PerBlock:
+    """
+    One scale per block of `rows` by `columns` of the last two axes: [..., ceil(R / rows), ceil(C / columns)].
+    """
+    def __eq__(self, arg0: PerBlock) -> bool: ...
+    def __getstate__(self) -> tuple[int, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        rows: typing.SupportsInt | typing.SupportsIndex = 128,
+        columns: typing.SupportsInt | typing.SupportsIndex = 128,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+
+class PerToken:
+    """
+    One scale per index of all axes but the last, from the tensor itself: [..., 1].
+    """
+    def __eq__(self, arg0: PerToken) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
+class Integer:
+    """
+    Integers of Scheme.bits bits with a scale and a zero point.
+    """
+    def __eq__(self, arg0: Integer) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
+class Binary:
+    """
+    -1 and 1, times the mean of |w| (XNOR-Net, arXiv:1603.05279). Weights alone.
+    """
+    def __eq__(self, arg0: Binary) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
+class Ternary:
+    """
+    -1, 0 and 1, times the mean of |w| over what is above threshold * mean |w| (TWN, arXiv:1605.04711). Weights alone.
+    """
+    def __eq__(self, arg0: Ternary) -> bool: ...
+    def __getstate__(self) -> tuple[float]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.7) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def threshold(self) -> float: ...
+
+class Minifloat:
+    """
+    Floating point of at most 8 bits: a sign, an exponent, a mantissa, with denormals.
+
+    exponent_bits: 1 to 7. mantissa_bits: 0 to 6.
+    bias: None is 2^(exponent_bits - 1) - 1.
+    specials: "none" (every code is a number: FP6, FP4), "nan" (the largest code is NaN: E4M3) or "ieee" (the largest exponent
+        is infinity and NaN: E5M2).
+    saturate: what is beyond the largest number becomes that number; otherwise infinity or NaN.
+    """
+    @staticmethod
+    def e2m1() -> Minifloat:
+        """
+        FP4: 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+        """
+    @staticmethod
+    def e2m3() -> Minifloat:
+        """
+        FP6: up to 7.5.
+        """
+    @staticmethod
+    def e3m2() -> Minifloat:
+        """
+        FP6: up to 28.
+        """
+    @staticmethod
+    def e4m3() -> Minifloat:
+        """
+        FP8 for values: up to 448, NaN, no infinity.
+        """
+    @staticmethod
+    def e5m2() -> Minifloat:
+        """
+        FP8 for gradients: up to 57344, NaN and infinity.
+        """
+    def __eq__(self, arg0: Minifloat) -> bool: ...
+    def __getstate__(self) -> tuple[int, int, int, str, bool]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        exponent_bits: typing.SupportsInt | typing.SupportsIndex,
+        mantissa_bits: typing.SupportsInt | typing.SupportsIndex,
+        bias: typing.SupportsInt | typing.SupportsIndex | None = None,
+        specials: str = "none",
+        saturate: bool = True,
     ) -> None: ...
     def __repr__(self) -> str: ...
     def __setstate__(self, arg0: tuple) -> None: ...
     def __str__(self) -> str: ...
     @property
+    def bias(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def exponent_bits(self) -> int: ...
+    @property
+    def greatest(self) -> float:
+        """
+        The largest number.
+        """
+    @property
+    def mantissa_bits(self) -> int: ...
+    @property
+    def saturate(self) -> bool: ...
+    @property
+    def specials(self) -> str: ...
+
+class MX:
+    """
+    Blocks whose elements share a power of two (OCP MX v1.0, arXiv:2310.10537).
+
+    element: "e4m3", "e5m2", "e3m2", "e2m3", "e2m1" or "int8".
+    """
+    def __eq__(self, arg0: MX) -> bool: ...
+    def __getstate__(self) -> tuple[str]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self, element: str = "e4m3") -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def element(self) -> str: ...
+
+class NVFP4:
+    """
+    FP4 in blocks with a scale each in E4M3, and one float32 scale for the tensor.
+    """
+    def __eq__(self, arg0: NVFP4) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
+class NF4:
+    """
+    4-bit NormalFloat (QLoRA, arXiv:2305.14314): 16 quantiles of the normal distribution.
+
+    double_quantized: the scales are stored in 8 bits, in blocks of scale_block.
+    """
+    def __eq__(self, arg0: NF4) -> bool: ...
+    def __getstate__(self) -> tuple[bool, int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self, double_quantized: bool = False, scale_block: typing.SupportsInt | typing.SupportsIndex = 256
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def double_quantized(self) -> bool: ...
+    @property
+    def scale_block(self) -> int: ...
+
+class Codebook:
+    """
+    The nearest of `entries` (2 to 256) values that k-means chose.
+    """
+    def __eq__(self, arg0: Codebook) -> bool: ...
+    def __getstate__(self) -> tuple[int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self, entries: typing.SupportsInt | typing.SupportsIndex = 16) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def entries(self) -> int: ...
+
+class Scheme:
+    """
+    What a tensor is quantized to: the elements and what shares a scale, without the values of the scale.
+
+    bits: width of an element: 2 to 16 for integers (8 when None; layers with integer kernels take 2 to 8), that of the format
+        otherwise.
+    symmetric: the zero point is fixed in the middle of the range; otherwise it follows the data. Integers alone.
+    signed: None means signed when symmetric, unsigned otherwise.
+    narrow_range: leave out the lowest integer ([-127, 127]).
+    granularity: PerTensor(), PerChannel(axis), PerGroup(size, axis), PerBlock(rows, columns) or PerToken(). None: per tensor, and for
+        MX, NVFP4 and NF4 groups of 32, 16 and 64.
+    format: Integer(), Minifloat(...), MX(...), NVFP4(), NF4(...), Codebook(...), Binary(), Ternary(...).
+    dynamic: the scale is taken from the very tensor that is rounded. None: where the format or PerToken wants it.
+    power_of_two: scales are powers of two, rounded up. Integers (symmetric) and minifloats.
+    rounding: "nearest_even" or "stochastic" (integers and minifloats), with `seed`.
+    straight_through: "clipped": no gradient where the value was clamped; "pass": the gradient passes everywhere.
+
+    Raises ValueError, with the rule and the value, for a combination that does not exist.
+    """
+    @staticmethod
+    def from_json(json: str) -> Scheme:
+        """
+        The scheme of to_json(). Raises ValueError.
+        """
+    def __eq__(self, arg0: Scheme) -> bool: ...
+    def __getstate__(self) -> tuple[str]: ...
+    def __hash__(self) -> int: ...
+    def __init__(
+        self,
+        bits: typing.SupportsInt | typing.SupportsIndex | None = None,
+        symmetric: bool = True,
+        signed: bool | None = None,
+        narrow_range: bool = False,
+        granularity: PerTensor | PerChannel | PerGroup | PerBlock | PerToken | None = None,
+        format: Integer | Binary | Ternary | Minifloat | MX | NVFP4 | NF4 | Codebook = ...,
+        dynamic: bool | None = None,
+        power_of_two: bool = False,
+        rounding: str = "nearest_even",
+        seed: typing.SupportsInt | typing.SupportsIndex = 0,
+        straight_through: str = "clipped",
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    def __str__(self) -> str: ...
+    def scale_shape(self, shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> list[int]:
+        """
+        The shape of the scales of a tensor.
+        """
+    def to_json(self) -> str:
+        """
+        One line of JSON.
+        """
+    def why_not_integer(self) -> str | None:
+        """
+        Why no integer kernel computes with it, or None.
+        """
+    def with_granularity(self, granularity: PerTensor | PerChannel | PerGroup | PerBlock | PerToken) -> Scheme:
+        """
+        The same with other values sharing a scale. Raises ValueError as the constructor.
+        """
+    @property
     def axis(self) -> int | None:
         """
-        The channel axis, None for PerTensor.
+        The channel axis, None unless PerChannel.
         """
     @property
     def bits(self) -> int: ...
     @property
-    def dtype(self) -> torch.dtype:
+    def block(self) -> list[int]:
         """
-        The type that stores the integers: torch.int8 or torch.uint8, torch.int16 or torch.uint16.
+        Sizes of what shares a scale, as torch.ops.rarefy takes them.
         """
     @property
-    def granularity(self) -> PerTensor | PerChannel: ...
+    def block_axis(self) -> int | None:
+        """
+        The axis that goes with block, None per tensor.
+        """
+    @property
+    def dtype(self) -> torch.dtype:
+        """
+        The type that stores the integers: torch.int8 or torch.uint8, torch.int16 or torch.uint16. Raises ValueError for formats without integers.
+        """
+    @property
+    def dynamic(self) -> bool: ...
+    @property
+    def format(self) -> Integer | Binary | Ternary | Minifloat | MX | NVFP4 | NF4 | Codebook: ...
+    @property
+    def granularity(self) -> PerTensor | PerChannel | PerGroup | PerBlock | PerToken: ...
+    @property
+    def is_plain(self) -> bool:
+        """
+        Whether it is a grid of integers with one observed scale for the tensor or each channel.
+        """
     @property
     def narrow_range(self) -> bool: ...
     @property
+    def needs_range(self) -> bool:
+        """
+        Whether a range has to be observed beforehand.
+        """
+    @property
+    def observed_range(self) -> tuple[int, int]:
+        """
+        The integers that an observer chooses its parameters for; (-1, 1) for formats without any.
+        """
+    @property
+    def power_of_two(self) -> bool: ...
+    @property
     def qmax(self) -> int:
         """
-        Largest integer of the range.
+        Largest integer. Raises ValueError for formats without integers.
         """
     @property
     def qmin(self) -> int:
         """
-        Smallest integer of the range.
+        Smallest integer. Raises ValueError for formats without integers.
         """
+    @property
+    def rounding(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
     @property
     def signed(self) -> bool: ...
     @property
+    def straight_through(self) -> str: ...
+    @property
     def symmetric(self) -> bool: ...
+
+class QuantizedTensorParts:
+    """
+    A tensor as a format stores it: the result of quantize_to.
+
+    tensors has "data" and, as the format wants them, "scale", "zero_point", "tensor_scale", "scale_scale", "scale_mean" and
+    "codebook"; rarefy/quantization/packed.h says what they hold.
+    """
+    def __init__(
+        self,
+        scheme: Scheme,
+        shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        dtype: torch.dtype,
+        tensors: collections.abc.Mapping[str, torch.Tensor],
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def dequantize(self) -> torch.Tensor:
+        """
+        The tensor, in its shape and dtype. Raises ValueError for parts that do not fit.
+        """
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def nbytes(self) -> int:
+        """
+        Bytes of all parts.
+        """
+    @property
+    def scheme(self) -> Scheme: ...
+    @property
+    def shape(self) -> list[int]: ...
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]: ...
 
 class QATScheduleOptions:
     """
@@ -245,6 +757,10 @@ class TargetProfile:
         """
         Whether weights of the kind may have a scale per channel.
         """
+    def stores(self, kind: str) -> bool:
+        """
+        Whether files may hold layers of the kind on their grids.
+        """
     def why_not(self, weight: Scheme | None, activation: Scheme | None, kind: str) -> str | None:
         """
         Why the runtime does not execute such a layer: the rule and the value; None when it does.
@@ -257,6 +773,11 @@ class TargetProfile:
     def activation_bits(self) -> list[int]:
         """
         Widths of activations.
+        """
+    @property
+    def boundary_inputs(self) -> bool:
+        """
+        Whether inputs of normalizations and activation functions get quantizers too.
         """
     @property
     def clipping(self) -> str:
@@ -326,9 +847,19 @@ class TargetProfile:
         Whether a residual before a layer normalization is written as Sum.
         """
     @property
+    def scales_of_groups(self) -> bool:
+        """
+        Whether channels of every group of a transposed convolution may have scales of their own.
+        """
+    @property
     def splits_linear_bias(self) -> bool:
         """
         Whether the bias of a linear layer is written as Gemm or Sum.
+        """
+    @property
+    def stored(self) -> list[str]:
+        """
+        Families that files may hold on their grids, and that the runtime computes in floating point.
         """
     @property
     def unsigned_activations(self) -> bool:
@@ -351,7 +882,9 @@ class TargetProfile:
         Whether zero points other than 0 exist.
         """
 
-def averaging_constant(observer: MinMax | MovingAverage | Latest) -> float | None:
+def averaging_constant(
+    observer: MinMax | MovingAverage | Latest | Histogram | Percentile | SQNR | MeanNoOutliers | MSE | HalfQuadratic,
+) -> float | None:
     """
     The averaging constant that torch.ops.rarefy.observe takes for an observer.
     """
@@ -361,14 +894,28 @@ def clear_packed_weights() -> None:
     Drop the packed forms of all weights; they are made again when they are needed.
     """
 
+def follows_latest(
+    observer: MinMax | MovingAverage | Latest | Histogram | Percentile | SQNR | MeanNoOutliers | MSE | HalfQuadratic,
+) -> bool:
+    """
+    Whether the range is that of the latest tensor alone, as a weight wants it.
+    """
+
 def has_exact_integer_products() -> bool:
     """
     Whether the processor sums products of bytes in 32 bits, without saturating (AVX512-VNNI, AVX-VNNI).
     """
 
+def histogram_bins(
+    observer: MinMax | MovingAverage | Latest | Histogram | Percentile | SQNR | MeanNoOutliers | MSE | HalfQuadratic,
+) -> int | None:
+    """
+    The bins of its histogram; None where it keeps none.
+    """
+
 def layer_family(kind: str) -> str:
     """
-    'linear', 'conv', 'embedding', 'add', 'mul' or 'cat': the family of a kind of layer.
+    'linear', 'conv', 'conv_transpose', 'embedding', 'recurrent', 'boundary', 'attention', 'add', 'mul' or 'cat': the family of a kind of layer.
     """
 
 def packed_weight_count() -> int:
@@ -376,9 +923,33 @@ def packed_weight_count() -> int:
     How many weights of converted layers are kept packed for the CPU's int8 kernels.
     """
 
+def quantize_to(
+    x: torch.Tensor, scheme: Scheme, scale: torch.Tensor | None = None, zero_point: torch.Tensor | None = None
+) -> QuantizedTensorParts:
+    """
+    A tensor in a format: codes as small as they are, and scales. dequantize() gives what simulating the format gives, bit for bit.
+
+    x: floating point, finite. scheme: rounds to nearest.
+    scale, zero_point: of a scheme that observes its range (for a codebook: the codebook); None: those of x itself.
+
+    Raises ValueError for values that are not finite, and whatever the operators of the format raise.
+    """
+
 def read_quantized(folder: os.PathLike | str | bytes) -> tuple:
     """
     Tensors, layers and folded batch normalizations of a folder.
+    """
+
+def read_statistics(path: os.PathLike | str | bytes) -> dict[str, QuantizerStatistics]: ...
+def statistics_for(
+    name: str,
+    saved: QuantizerStatistics,
+    observer: MinMax | MovingAverage | Latest | Histogram | Percentile | SQNR | MeanNoOutliers | MSE | HalfQuadratic,
+    axis: typing.SupportsInt | typing.SupportsIndex | None,
+    rows: typing.SupportsInt | typing.SupportsIndex,
+) -> dict[str, torch.Tensor]:
+    """
+    The buffers that a quantizer with an observer takes from a file's.
     """
 
 def target_names() -> list[str]:
@@ -394,7 +965,26 @@ def target_profile(name: str) -> TargetProfile:
 def validate_layer_config(
     weight: Scheme | None,
     activation: Scheme | None,
-    observer: MinMax | MovingAverage | Latest | None,
+    observer: MinMax
+    | MovingAverage
+    | Latest
+    | Histogram
+    | Percentile
+    | SQNR
+    | MeanNoOutliers
+    | MSE
+    | HalfQuadratic
+    | None,
+    weight_observer: MinMax
+    | MovingAverage
+    | Latest
+    | Histogram
+    | Percentile
+    | SQNR
+    | MeanNoOutliers
+    | MSE
+    | HalfQuadratic
+    | None,
     gradient_dtype: torch.dtype,
 ) -> None:
     """
@@ -416,5 +1006,9 @@ def write_quantized(
     """
     Writes the state of a converted model, with what its layers are.
     """
+
+def write_statistics(
+    statistics: collections.abc.Mapping[str, QuantizerStatistics], path: os.PathLike | str | bytes
+) -> None: ...
 
 LONGEST_INTEGER_SUM: int = 65793

@@ -9,7 +9,7 @@ fake quantizer becomes a quantize and a dequantize operator of the `quantized_de
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy import nn as rnn
-from rarefy.quantization import FakeQuantizer, Latest
+from rarefy.nn.conv_transpose import weight_by_channel, weight_by_group
+from rarefy.nn.sdpa import attention
+from rarefy.quantization import FakeQuantizer
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,13 @@ class _Lowered(nn.Module):
 class _LoweredWeighted(_Lowered):
     """A layer whose weight is an int8 buffer behind a dequantize operator, or a float one behind both operators."""
 
-    def __init__(self, module: nn.Module, form: Form, transposed: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        form: Form,
+        transposed: bool,
+        layout: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__(module, form)
         quantizer = module.quant.weight
         if isinstance(module, rnn.WeightedLayer):
@@ -121,6 +129,8 @@ class _LoweredWeighted(_Lowered):
         if transposed:
             values = values.t()
             self.axis = None if self.axis is None else 1 - self.axis
+        if layout is not None and self.axis is not None:
+            values = layout(values)
         self._buffers["weight"] = values.contiguous().clone()  # register_buffer refuses a name that is a property
         self.limits = (int(quantizer.qmin), int(quantizer.qmax), values.dtype)
         self.quantizes = False
@@ -177,6 +187,23 @@ class _LoweredConv(_LoweredWeighted):
         return self.finish(self.geometry.convolve(self.quant.input(x), self.float_weight(), self.bias))
 
 
+class _LoweredConvTranspose(_LoweredWeighted):
+    """Stores a weight of several groups with scales per channel as [in / groups, out, kernel...], where one axis has them."""
+
+    def __init__(self, module: nn.Module, form: Form) -> None:
+        super().__init__(module, form, transposed=False, layout=lambda values: weight_by_channel(values, module.groups))
+        self.movement = module.movement() if isinstance(module, rnn.ConvTransposeLayer) else module.movement
+        self.kernel_size = module.kernel_size
+
+    @property
+    def weight(self) -> Tensor:
+        return self.float_weight() if self.axis is None else weight_by_group(self.float_weight(), self.movement.groups)
+
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        movement = self.movement.for_size(x, self.kernel_size, output_size)
+        return self.finish(movement.convolve(self.quant.input(x), self.weight, self.bias))
+
+
 class _LoweredEmbedding(_LoweredWeighted):
     def __init__(self, module: nn.Module, form: Form) -> None:
         super().__init__(module, form, transposed=False)
@@ -188,6 +215,32 @@ class _LoweredEmbedding(_LoweredWeighted):
         if self.axis is None:
             return (rows - self.zero_point) * self.scale
         return (rows - self.zero_point[indices].unsqueeze(-1)) * self.scale[indices].unsqueeze(-1)
+
+
+class _LoweredEmbeddingBag(_LoweredEmbedding):
+    """Bags of equal sizes, the rows of a matrix of indices."""
+
+    def __init__(self, module: nn.Module, form: Form) -> None:
+        super().__init__(module, form)
+        self.mode, self.padding_idx = module.mode, module.padding_idx
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        if input.dim() != 2 or offsets is not None:
+            raise ValueError(
+                f"[lower] EmbeddingBag must be given its bags as rows of a matrix to be exported, got an input of shape "
+                f"{tuple(input.shape)}{'' if offsets is None else ' and offsets'}"
+            )
+        rows = super().forward(input)  # [bags, size, embedding_dim]
+        if per_sample_weights is not None:
+            rows = rows * per_sample_weights.to(rows.dtype).unsqueeze(-1)
+        if self.padding_idx is None:
+            return rows.mean(1) if self.mode == "mean" else rows.sum(1) if self.mode == "sum" else rows.amax(1)
+        kept = (input != self.padding_idx).unsqueeze(-1)
+        if self.mode == "max":
+            largest = torch.where(kept, rows, torch.full_like(rows, float("-inf"))).amax(1)
+            return torch.where(kept.any(1), largest, torch.zeros_like(largest))
+        total = (rows * kept.to(rows.dtype)).sum(1)
+        return total if self.mode == "sum" else total / kept.to(rows.dtype).sum(1).clamp(min=1)
 
 
 class _LoweredAdd(_Lowered):
@@ -211,6 +264,73 @@ class _LoweredCat(_Lowered):
         return self.quant.input(torch.cat([self.quant.input(x) for x in tensors], self.dim))
 
 
+class _LoweredSDPA(nn.Module):
+    def __init__(self, module: nn.Module, form: Form) -> None:
+        super().__init__()
+        self.quant = nn.Module()
+        for name in ("query", "key", "probabilities", "value"):
+            self.quant.add_module(name, QuantizeDequantize(module.quant.find(name), form))
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, list(self.quant.children()))
+
+
+class _LoweredLoRA(nn.Module):
+    """The adapters merged into a float base; beside the integers of one in int8."""
+
+    def __init__(self, module: nn.Module, form: Form) -> None:
+        super().__init__()
+        if module.base == "nf4":
+            raise ValueError(
+                "[lower] a LoRALinear with a base in NF4 cannot be exported: no operator of files holds NormalFloat; "
+                "rarefy.nn.merge_lora makes plain linear layers"
+            )
+        self.quantized = module.base == "int8"
+        if not self.quantized:
+            self.linear = module.merged()
+            return
+        for name in ("weight", "weight_scale", "bias", "lora_a", "lora_b"):
+            value = getattr(module, name)
+            self.register_buffer(name, None if value is None else value.detach().clone())
+        self.register_buffer("zero_point", torch.zeros_like(self.weight_scale, dtype=torch.int64))
+        self.scaling = module.scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.quantized:
+            return self.linear(x)
+        dequantize = torch.ops.quantized_decomposed.dequantize_per_channel
+        weight = dequantize(self.weight, self.weight_scale, self.zero_point, 0, -127, 127, torch.int8)
+        y = F.linear(x, weight, self.bias)
+        return y + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scaling
+
+
+class _LoweredBoundary(nn.Module):
+    """torch's own operation between quantizers."""
+
+    def __init__(self, module: nn.Module, form: Form) -> None:
+        super().__init__()
+        kind = next(base for base in type(module).__mro__ if base.__module__.startswith("torch.nn.modules"))
+        self.operation = kind.__new__(kind)
+        self.operation.__dict__ = module.__dict__.copy()
+        self.operation._modules = {}
+        self.quant = nn.Module()
+        for name in ("input", "output"):
+            quantizer = getattr(module.quant, name)
+            self.quant.add_module(name, nn.Identity() if quantizer is None else QuantizeDequantize(quantizer, form))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.quant.output(self.operation(self.quant.input(x)))
+
+
 class _LoweredReLU(nn.ReLU):
     def __init__(self, module: nn.Module, form: Form) -> None:
         super().__init__()
@@ -219,16 +339,23 @@ class _LoweredReLU(nn.ReLU):
 _LOWERED: dict[type[nn.Module], Callable[[nn.Module, Form], nn.Module]] = {
     rnn.ConvLayer: _LoweredConv,
     rnn.QuantizedConv: _LoweredConv,
+    rnn.ConvTransposeLayer: _LoweredConvTranspose,
+    rnn.QuantizedConvTranspose: _LoweredConvTranspose,
     rnn.Linear: _LoweredLinear,
     rnn.TransposedLinear: _LoweredLinear,
     rnn.QuantizedLinear: _LoweredLinear,
     rnn.Embedding: _LoweredEmbedding,
     rnn.QuantizedEmbedding: _LoweredEmbedding,
+    rnn.EmbeddingBag: _LoweredEmbeddingBag,
+    rnn.QuantizedEmbeddingBag: _LoweredEmbeddingBag,
     rnn.Add: _LoweredAdd,
     rnn.QuantizedAdd: _LoweredAdd,
     rnn.Mul: _LoweredMul,
     rnn.Cat: _LoweredCat,
     rnn.QuantizedCat: _LoweredCat,
+    rnn.SDPA: _LoweredSDPA,
+    rnn.LoRALinear: _LoweredLoRA,
+    rnn.BoundaryLayer: _LoweredBoundary,
     rnn.ReLU: _LoweredReLU,
     FakeQuantizer: QuantizeDequantize,
 }
@@ -238,7 +365,8 @@ def check_quantizers(function: str, model: nn.Module) -> None:
     """Whether every fake quantizer of the model can be written.
 
     Raises:
-        ValueError: some have seen no data or are switched off (they are named), or have a scale that is not positive.
+        ValueError: some have seen no data or are switched off (they are named), have a scale that is not positive, or a format
+            that no file here holds.
     """
     quantizers = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantizer)}
 
@@ -249,12 +377,13 @@ def check_quantizers(function: str, model: nn.Module) -> None:
                 f"[{function}] every quantizer must {rule}, got {len(names)} of {len(quantizers)}: {shown}"
             )
 
+    for name, q in quantizers.items():
+        if not q.is_plain:
+            raise ValueError(
+                f"[{function}] a file holds integers with one observed scale per tensor or channel, got {q.scheme} in {name}"
+            )
     # A weight is observed when its integers are read; nobody needs to have run it before.
-    waiting = [
-        name
-        for name, q in quantizers.items()
-        if not q.calibrated and not (q.observe and isinstance(q.observer, Latest))
-    ]
+    waiting = [name for name, q in quantizers.items() if not q.calibrated and not (q.observe and q.is_weight)]
     refuse("have observed data (train a step, or calibrate), but these have not", waiting)
     refuse(
         "quantize (rarefy.quantization.set_state(model, quantize=True)), but these are switched off",
@@ -304,14 +433,17 @@ def lower(
     """
     from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers torch.ops.quantized_decomposed)
 
+    from rarefy.export.lowering_recurrent import LOWERED_RECURRENT
+
     form = Form(unsigned, weights, linear)
+    table = {**_LOWERED, **LOWERED_RECURRENT}
     done: dict[nn.Module, nn.Module] = {}  # a module that occurs twice stays one module
 
     def replace(name: str, module: nn.Module) -> nn.Module:
         if module in done:
             return done[module]
         result = module
-        for kind, lowered in _LOWERED.items():
+        for kind, lowered in table.items():
             if isinstance(module, kind) and not _is_float(module):
                 if type(module).forward not in (kind.forward, rnn.ConvBnLayer.forward):
                     raise TypeError(

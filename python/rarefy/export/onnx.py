@@ -155,6 +155,7 @@ def to_onnx(
         size = sum((stage / file).stat().st_size for file in files)
         stage.commit(*files)
 
+    targets.warn_of_overflow("to_onnx", overflow)
     return ExportReport(
         path=Path(path),
         bytes=size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rarefy import nn as rnn
-from rarefy._core.quantization import Latest, TargetProfile
+from rarefy._core.quantization import TargetProfile, has_exact_integer_products
 from rarefy.export.lowering import QuantizeDequantize, _LoweredConv, _LoweredLinear
 from rarefy.export.report import Overflow
 from rarefy.quantization import FakeQuantizer
@@ -18,11 +19,17 @@ from rarefy.quantization import FakeQuantizer
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (rnn.ConvLayer, "Conv2d"),
     (rnn.QuantizedConv, "Conv2d"),
+    (rnn.ConvTransposeLayer, "ConvTranspose2d"),
+    (rnn.QuantizedConvTranspose, "ConvTranspose2d"),
+    (rnn.RecurrentLayer, "LSTM"),
+    (rnn.QuantizedRecurrent, "LSTM"),
+    (rnn.BoundaryLayer, "LayerNorm"),
+    (rnn.SDPA, "SDPA"),
     (rnn.Linear, "Linear"),
     (rnn.TransposedLinear, "Linear"),
     (rnn.QuantizedLinear, "Linear"),
-    (rnn.Embedding, "Embedding"),
-    (rnn.QuantizedEmbedding, "Embedding"),
+    (rnn.TableLayer, "Embedding"),
+    (rnn.QuantizedTable, "Embedding"),
     (rnn.Add, "Add"),
     (rnn.QuantizedAdd, "Add"),
     (rnn.Mul, "Mul"),
@@ -33,7 +40,7 @@ _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
 
 def _activations(model: nn.Module) -> Iterator[tuple[str, FakeQuantizer]]:
     for name, module in model.named_modules():
-        if isinstance(module, FakeQuantizer) and not isinstance(module.observer, Latest):
+        if isinstance(module, FakeQuantizer) and not module.is_weight:
             yield name, module
 
 
@@ -59,16 +66,25 @@ def check_target(function: str, model: nn.Module, profile: TargetProfile) -> Non
         state = getattr(module, "quant", None)
         if kind is None or not isinstance(state, rnn.QuantState) or not state._modules:
             continue
-        if not profile.executes(kind):
+        if not profile.stores(kind):
             families = ", ".join(profile.families)
             raise ValueError(
                 f"[{function}] layer {name} must be one that the target runs in integers ({profile.name}: {families}), got "
                 f"{type(module).__name__}; {hint}"
             )
-        if state.weight is not None and state.weight.axis is not None and not profile.has_per_channel(kind):
+        transposed = isinstance(module, (rnn.ConvTransposeLayer, rnn.QuantizedConvTranspose))
+        grouped = transposed and module.groups > 1 and state.weight is not None and state.weight.axis is not None
+        if grouped and not profile.scales_of_groups:
+            raise ValueError(
+                f"[{function}] layer {name} must have one scale for its weight ({profile.name} holds none for each channel of "
+                f"several groups), got {state.weight.scheme}; {hint}"  # type: ignore[union-attr]
+            )
+        weights = (q for key, q in state.named_children() if key.startswith("weight") and isinstance(q, FakeQuantizer))
+        per_channel = next((q for q in weights if q.axis is not None), None)
+        if per_channel is not None and not profile.has_per_channel(kind):
             raise ValueError(
                 f"[{function}] layer {name} must have one scale for its weight ({profile.name} has scales per channel for "
-                f"{', '.join(profile.per_channel)}), got {state.weight.scheme}; {hint}"
+                f"{', '.join(profile.per_channel)}), got {per_channel.scheme}; {hint}"
             )
 
 
@@ -76,6 +92,18 @@ def needs_wide_types(model: nn.Module) -> str | None:
     """What in the model needs the integer types of operator set 21, or None."""
     wide = [name for name, quantizer in _activations(model) if quantizer.scheme.bits == 16]
     return f"16-bit activations ({wide[0]})" if wide else None
+
+
+def warn_of_overflow(function: str, overflow: tuple[Overflow, ...]) -> None:
+    """Warns where this very processor adds products of bytes in 16 bits and some activations would saturate."""
+    if overflow and not has_exact_integer_products():
+        pairs = sum(layer.pairs for layer in overflow)
+        warnings.warn(
+            f"[{function}] this processor has no VNNI: sums of uint8 activations and int8 weights may saturate in "
+            f"{len(overflow)} layers ({pairs} pairs of weights), {overflow[0].layer} among them; weights of 7 bits do not: "
+            f"QConfig.int8(reduce_range=True)",
+            stacklevel=3,
+        )
 
 
 def pairwise_overflow(lowered: nn.Module) -> tuple[Overflow, ...]:

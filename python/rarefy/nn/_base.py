@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rarefy._core.quantization import LONGEST_INTEGER_SUM, Latest, PerChannel, Scheme, has_exact_integer_products
+from rarefy._core.quantization import LONGEST_INTEGER_SUM, Latest, PerChannel, has_exact_integer_products
 from rarefy.nn.relu import mark_rectified, rectify
 from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.qconfig import QConfig
@@ -40,7 +40,7 @@ class ByteGrid(nn.Module):
 
 
 class QuantState(nn.Module):
-    """The fake quantizers of one layer: its child ``quant``. A name that is absent stays in floating point.
+    """The fake quantizers of one layer: its child ``quant``. A name that is absent stays in floating point (``find``).
 
     ``next`` is no quantizer, but the grid of the bytes that a converted layer gives; None where it gives floats.
     """
@@ -59,7 +59,14 @@ class QuantState(nn.Module):
                 self.add_module(name, quantizers[name])
             else:
                 self.__dict__[name] = None
+        for name, quantizer in quantizers.items():  # of a layer with several weights: weight_ih_l0, hidden_l0, ...
+            if name not in self._modules:
+                self.add_module(name, quantizer)
         self.__dict__["next"] = None
+
+    def find(self, name: str) -> FakeQuantizer | None:
+        """The quantizer of this name, or None."""
+        return self._modules.get(name)  # type: ignore[return-value]
 
     def set_next(self, grid: ByteGrid | None) -> None:
         """Set or take away ``next``."""
@@ -200,6 +207,8 @@ class WeightedLayer(QuantizableLayer):
 
     #: Where LibTorch has integer kernels for the layer.
     _integer_devices: ClassVar[tuple[str, ...]] = ()
+    #: Whether the layer trains in integers where the configuration leaves it open: where they are not slower.
+    trains_in_integers: ClassVar[bool] = True
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -217,14 +226,21 @@ class WeightedLayer(QuantizableLayer):
         scheme = config.weight
         assert scheme is not None
         if scheme.axis is not None and scheme.axis != self.channel_axis:
-            scheme = Scheme(
-                bits=scheme.bits,
-                symmetric=scheme.symmetric,
-                signed=scheme.signed,
-                narrow_range=scheme.narrow_range,
-                granularity=PerChannel(self.channel_axis),
-            )
-        return FakeQuantizer(scheme, Latest(), self.weight.shape[self.channel_axis])
+            scheme = scheme.with_granularity(PerChannel(self.channel_axis))
+        observer = config.weight_observer or Latest()
+        return FakeQuantizer(scheme, observer, self._channels(), self.weight.shape)
+
+    def _channels(self) -> int:
+        """The number of output channels."""
+        return self.weight.shape[self.channel_axis]
+
+    def _by_channel(self, weight: Tensor) -> Tensor:
+        """The weight with all output channels on ``channel_axis``, for a layer that stores them otherwise."""
+        return weight
+
+    def _as_stored(self, weight: Tensor) -> Tensor:
+        """The inverse of ``_by_channel``."""
+        return weight
 
     def _attach(self, config: QConfig, relu: bool, quantize_output: bool) -> None:
         super()._attach(config, relu, quantize_output)
@@ -234,7 +250,7 @@ class WeightedLayer(QuantizableLayer):
     def _why_never_integer(self, config: QConfig) -> str | None:
         if not self._integer_devices:
             return f"{type(self).__name__} has no integer kernel"
-        products = self.weight.numel() // self.weight.shape[self.channel_axis]
+        products = self.weight.numel() // self._channels()
         if products > LONGEST_INTEGER_SUM:
             return f"int32 does not hold sums of {products} products"
         return config.why_not_integer() or (
@@ -253,9 +269,10 @@ class WeightedLayer(QuantizableLayer):
         weight, bias = self.folded()
         quantizer = self.quant.weight
         assert quantizer is not None
+        laid_out = self._by_channel(weight)
         if quantizer.observe:
-            quantizer(weight)
-        values = quantizer.quantize_to_integer(weight)
+            quantizer(laid_out)
+        values = self._as_stored(quantizer.quantize_to_integer(laid_out))
         bias = None if bias is None else bias.detach().float().clone()
         return IntegerWeight(values, quantizer.scale.clone(), quantizer.zero_point.clone(), quantizer.axis, bias)
 
@@ -277,7 +294,9 @@ class WeightedLayer(QuantizableLayer):
 
     def _runs_in_integers(self, x: Tensor) -> bool:
         weight, input_ = self.quant.weight, self.quant.input
-        if self.execution == "simulated" or weight is None or not weight.quantize:
+        if self.execution == "simulated" or (self.execution is None and not self.trains_in_integers):
+            return False
+        if weight is None or not weight.quantize:
             return False
         if input_ is None or not input_.quantize:
             return False
@@ -293,7 +312,7 @@ class WeightedLayer(QuantizableLayer):
         q, w = self.quant.input, self.quant.weight
         assert q is not None
         assert w is not None
-        return *q.grid(x), q.qmin, q.qmax, *w.grid(weight, factor), w.qmin, w.qmax
+        return *q.grid(x), q.qmin, q.qmax, *w.grid(self._by_channel(weight), factor), w.qmin, w.qmax
 
     def _compute_integer(
         self,

@@ -1,10 +1,11 @@
-"""A lookup table of fake-quantized rows."""
+"""Lookup tables of fake-quantized rows."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.nn._base import WeightedLayer
@@ -15,21 +16,22 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Embedding(WeightedLayer, nn.Embedding):
-    """``torch.nn.Embedding`` in quantization-aware training: indices of any shape to [..., embedding_dim].
+class TableLayer(WeightedLayer):
+    """A lookup table. Only the weight is quantized, per row where the configuration says per channel.
 
-    Only the weight is quantized, per row where the configuration says per channel. Then only the rows that are looked up
-    are rounded and observed, so that a step costs as much as its batch, not as the table.
-    Made by ``rarefy.quantization.prepare_qat`` and ``prepare`` from an ``nn.Embedding``, whose Parameter it keeps.
+    Then only the rows that are looked up are rounded and observed, so that a step costs as much as its batch, not as the
+    table. With a scheme that is not plain (groups, minifloats, codebooks) the whole table is rounded.
     """
 
     fuses_relu = False
     quantizes_output = False  # rows lie on their grids
     bias = None
 
+    embedding_dim: int
+
     @classmethod
     def unsupported(cls, module: nn.Module) -> str | None:
-        """Why an embedding cannot be quantized, or None."""
+        """Why a table cannot be quantized, or None."""
         if module.max_norm is not None:
             return "max_norm is not supported: it rewrites the weight in forward"
         return "sparse gradients are not supported" if module.sparse else None
@@ -51,11 +53,14 @@ class Embedding(WeightedLayer, nn.Embedding):
     def _make_quantizers(self, config: QConfig) -> dict[str, FakeQuantizer]:
         return {"weight": self._weight_quantizer(config)}
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def _on_grid(self, rows: Tensor, indices: Tensor) -> Tensor:
         """The rows of the indices, each on its grid."""
-        rows = nn.Embedding.forward(self, indices)
         quantizer = self.quant.weight
         assert quantizer is not None
+        if not quantizer.is_plain:
+            table = quantizer(self.weight)
+            looked_up = F.embedding(indices, table, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+            return looked_up.view_as(rows)
         if not quantizer.quantize or rows.numel() == 0:
             return rows
         limits = (quantizer.qmin, quantizer.qmax)
@@ -80,3 +85,61 @@ class Embedding(WeightedLayer, nn.Embedding):
         else:
             scale, zero_point = quantizer.scale[index], quantizer.zero_point[index]
         return torch.ops.rarefy.fake_quantize(flat, scale, zero_point, 0, *limits).view_as(rows)
+
+
+class Embedding(TableLayer, nn.Embedding):
+    """``torch.nn.Embedding`` in quantization-aware training: indices of any shape to [..., embedding_dim].
+
+    Made by ``rarefy.quantization.prepare_qat`` and ``prepare`` from an ``nn.Embedding``, whose Parameter it keeps.
+    """
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """The rows of the indices, each on its grid."""
+        return self._on_grid(nn.Embedding.forward(self, indices), indices)
+
+
+class EmbeddingBag(TableLayer, nn.EmbeddingBag):
+    """``torch.nn.EmbeddingBag`` in quantization-aware training: sums, means or largest values of rows on their grids.
+
+    Made by ``rarefy.quantization.prepare_qat`` and ``prepare`` from an ``nn.EmbeddingBag``, whose Parameter it keeps.
+    """
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """As ``nn.EmbeddingBag.forward``: [bags, embedding_dim]."""
+        rows = F.embedding(input.reshape(-1), self.weight, None, scale_grad_by_freq=self.scale_grad_by_freq)
+        return reduce_bags(
+            self._on_grid(rows, input), input, offsets, per_sample_weights, self.mode, self.include_last_offset,
+            self.padding_idx,
+        )  # fmt: skip
+
+
+def reduce_bags(
+    rows: Tensor,
+    input: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    mode: str,
+    include_last_offset: bool,
+    padding_idx: int | None,
+) -> Tensor:
+    """The bags of rows that were looked up.
+
+    Args:
+        rows: [n, embedding_dim], one for each of the n indices.
+        input, offsets, per_sample_weights: as ``nn.EmbeddingBag.forward`` takes them.
+        mode, include_last_offset, padding_idx: of the layer.
+    """
+    flat = input.reshape(-1)
+    index = torch.arange(len(flat), device=rows.device)
+    if padding_idx is not None:  # a row of its own stands for it, which is left out
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        index = torch.where(flat == padding_idx, len(flat), index)
+    return F.embedding_bag(
+        index.view_as(input),
+        rows,
+        offsets,
+        mode=mode,
+        per_sample_weights=None if per_sample_weights is None else per_sample_weights.to(rows.dtype),
+        include_last_offset=include_last_offset,
+        padding_idx=None if padding_idx is None else len(flat),
+    )

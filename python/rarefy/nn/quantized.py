@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rarefy.nn._base import QuantState, WeightedLayer
 from rarefy.nn.conv import ConvLayer
 from rarefy.nn.dequantized import DequantizedWeight
-from rarefy.nn.embedding import Embedding
+from rarefy.nn.embedding import Embedding, EmbeddingBag, TableLayer, reduce_bags
 from rarefy.nn.linear import Linear
 from rarefy.nn.transposed_linear import TransposedLinear
 from rarefy.quantization.fake_quantizer import FakeQuantizer
@@ -176,15 +176,15 @@ class QuantizedConv3d(QuantizedConv):
     """A convolution on int8 kernels: x [N, in, D, H, W] to [N, out, d, h, w]. For inference."""
 
 
-class QuantizedEmbedding(QuantizedLayer):
-    """A table of int8 rows, each with its scale: indices of any shape to [..., embedding_dim] (float32)."""
+class QuantizedTable(QuantizedLayer):
+    """A table of int8 rows, each with its scale."""
 
-    def __init__(self, layer: Embedding) -> None:
+    def __init__(self, layer: TableLayer) -> None:
         super().__init__(layer)
         self.num_embeddings, self.embedding_dim = layer.num_embeddings, layer.embedding_dim
         self.padding_idx = layer.padding_idx
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def _rows(self, indices: Tensor) -> Tensor:
         """The rows of the indices, in floating point."""
         assert self.quant.weight is not None
         scale = self.quant.weight.scale
@@ -195,3 +195,27 @@ class QuantizedEmbedding(QuantizedLayer):
     def extra_repr(self) -> str:
         """Sizes."""
         return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+class QuantizedEmbedding(QuantizedTable):
+    """A table of int8 rows, each with its scale: indices of any shape to [..., embedding_dim] (float32)."""
+
+    def __init__(self, layer: Embedding) -> None:
+        super().__init__(layer)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """The rows of the indices, in floating point."""
+        return self._rows(indices)
+
+
+class QuantizedEmbeddingBag(QuantizedTable):
+    """Sums, means or largest values of int8 rows, each with its scale: [bags, embedding_dim] (float32)."""
+
+    def __init__(self, layer: EmbeddingBag) -> None:
+        super().__init__(layer)
+        self.mode, self.include_last_offset = layer.mode, layer.include_last_offset
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """As ``nn.EmbeddingBag.forward``."""
+        options = (self.mode, self.include_last_offset, self.padding_idx)
+        return reduce_bags(self._rows(input.reshape(-1)), input, offsets, per_sample_weights, *options)

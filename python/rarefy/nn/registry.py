@@ -8,6 +8,7 @@ from torch import nn
 
 from rarefy.nn._base import QuantizableLayer
 from rarefy.nn.add import Add
+from rarefy.nn.boundaries import GELU, GroupNorm, Hardswish, LayerNorm, RMSNorm, SiLU, Softmax
 from rarefy.nn.cat import Cat
 from rarefy.nn.conv import Conv1d, Conv2d, Conv3d
 from rarefy.nn.conv_bn import (
@@ -20,12 +21,29 @@ from rarefy.nn.conv_bn import (
     FoldedBatchNorm2d,
     FoldedBatchNorm3d,
 )
-from rarefy.nn.embedding import Embedding
+from rarefy.nn.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from rarefy.nn.embedding import Embedding, EmbeddingBag
 from rarefy.nn.linear import Linear
 from rarefy.nn.mul import Mul
-from rarefy.nn.quantized import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d, QuantizedEmbedding, QuantizedLinear
+from rarefy.nn.quantized import (
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConv3d,
+    QuantizedEmbedding,
+    QuantizedEmbeddingBag,
+    QuantizedLinear,
+)
+from rarefy.nn.quantized_conv_transpose import (
+    QuantizedConvTranspose1d,
+    QuantizedConvTranspose2d,
+    QuantizedConvTranspose3d,
+)
 from rarefy.nn.quantized_operations import QuantizedAdd, QuantizedCat
+from rarefy.nn.quantized_recurrent import QuantizedGRU, QuantizedGRUCell, QuantizedLSTM, QuantizedLSTMCell
+from rarefy.nn.recurrent import GRU, LSTM, GRUCell, LSTMCell
+from rarefy.nn.sdpa import SDPA
 from rarefy.nn.transposed_linear import TransposedLinear
+from rarefy.quantization.fake_quantizer import FakeQuantizer
 
 
 @dataclass(frozen=True)
@@ -51,15 +69,25 @@ _ROWS = (
     Row(nn.Linear, Linear, QuantizedLinear),
     Row("transformers.pytorch_utils.Conv1D", TransposedLinear, QuantizedLinear),
     Row(nn.Embedding, Embedding, QuantizedEmbedding),
+    Row(nn.EmbeddingBag, EmbeddingBag, QuantizedEmbeddingBag),
     Row(nn.Conv1d, Conv1d, QuantizedConv1d, Fold(nn.BatchNorm1d, FoldedBatchNorm1d, ConvBn1d)),
     Row(nn.Conv2d, Conv2d, QuantizedConv2d, Fold(nn.BatchNorm2d, FoldedBatchNorm2d, ConvBn2d)),
     Row(nn.Conv3d, Conv3d, QuantizedConv3d, Fold(nn.BatchNorm3d, FoldedBatchNorm3d, ConvBn3d)),
+    Row(nn.ConvTranspose1d, ConvTranspose1d, QuantizedConvTranspose1d),
+    Row(nn.ConvTranspose2d, ConvTranspose2d, QuantizedConvTranspose2d),
+    Row(nn.ConvTranspose3d, ConvTranspose3d, QuantizedConvTranspose3d),
+    Row(nn.LSTM, LSTM, QuantizedLSTM),
+    Row(nn.GRU, GRU, QuantizedGRU),
+    Row(nn.LSTMCell, LSTMCell, QuantizedLSTMCell),
+    Row(nn.GRUCell, GRUCell, QuantizedGRUCell),
     Row(ConvBn1d, ConvBn1d, QuantizedConv1d),
     Row(ConvBn2d, ConvBn2d, QuantizedConv2d),
     Row(ConvBn3d, ConvBn3d, QuantizedConv3d),
     Row(Add, Add, QuantizedAdd),
     Row(Mul, Mul),
     Row(Cat, Cat, QuantizedCat),
+    Row(SDPA, SDPA),
+    *(Row(kind, kind) for kind in (LayerNorm, GroupNorm, RMSNorm, GELU, SiLU, Hardswish, Softmax)),
 )
 _BY_TYPE = {row.floating: row for row in _ROWS}
 _INTEGER = {row.layer: row.integer for row in _ROWS}
@@ -70,7 +98,6 @@ _WITHOUT_ROW = (
     nn.RNNBase,
     nn.RNNCellBase,
     nn.MultiheadAttention,
-    nn.EmbeddingBag,
     nn.Bilinear,
 )
 
@@ -114,7 +141,7 @@ def integer_type(layer: QuantizableLayer) -> type[nn.Module] | None:
     if isinstance(layer, Add) and (layer.quant.input0 is None or layer.quant.input1 is None):
         return None  # one of its inputs is floating point
     quant = layer.quant
-    grids = (q for q in (quant.input, quant.input0, quant.input1, quant.weight) if q is not None)
-    if any(q.qmax - q.qmin > 255 for q in grids):
-        return None  # 16 bits: there are no such kernels
+    grids = (q for name, q in quant.named_children() if isinstance(q, FakeQuantizer) and name != "output")
+    if any(not q.is_plain or q.qmax - q.qmin > 255 for q in grids):
+        return None  # other formats, more than 8 bits: there are no such kernels
     return _INTEGER.get(type(layer))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
@@ -32,9 +32,7 @@ def layer_shape(module: nn.Module) -> LayerShape | None:
     if isinstance(module, _CONVOLUTIONS):
         own = isinstance(module.padding, str) or module.padding_mode != "zeros"  # padded by the hook
         padding = [0] * len(module.kernel_size) if own else list(module.padding)
-        return LayerShape(
-            list(module.weight.shape), list(module.stride), padding, list(module.dilation), module.groups
-        )
+        return LayerShape(list(module.weight.shape), list(module.stride), padding, list(module.dilation), module.groups)
     return None
 
 
@@ -235,10 +233,8 @@ class Data:
         try:
             with self.watching(layers, sink):
                 for batch in self._batches:
-                    try:
+                    with suppress(_Stop):
                         feed(self._function, self._model, batch, self._forward)
-                    except _Stop:
-                        pass
         finally:
             if handle is not None:
                 handle.remove()

@@ -47,7 +47,7 @@ def permute_for_nm(
         include: patterns of the weights whose masks count; default: every ``weight`` of 2 or more dimensions.
         exclude: patterns that are taken out again.
         escapes: attempts of each group of channels to leave a local maximum.
-        effort: comparisons that a group may take, about 3e9 a second on one core. The result depends on it, not on time.
+        effort: comparisons that a group may take, about 7e9 a second on one core. The result depends on it, not on time.
         seed: of the random exchanges.
         tolerance: largest difference of the outputs over the largest output; default: 1e-9 for float64, 1e-4 for float32,
             0.05 for 16 bits.

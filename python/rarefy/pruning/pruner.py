@@ -279,10 +279,15 @@ class Pruner:
         """True when the step that comes next needs ``accumulate``."""
         return self._final_report is None and _core.pruning.needs_accumulate(self._state(), self._options)
 
-    def step(self) -> None:
-        """Count one step, make masks when the schedule says so, and zero what they prune.
+    def step(self, *optimizers: Any) -> None:
+        """Count one step, make masks when the schedule says so, and zero the values that they prune.
 
-        Call it after ``optimizer.step()``. Acts on values and on gradients that are defined.
+        Call it after ``optimizer.step()``. Gradients are spent by then, and are left alone, as moments are, unless the
+        optimizers are given. (``attach`` does all of it by hooks, in less time.)
+
+        Args:
+            optimizers: those whose moments are to be masked too, with gradients, so that what comes back has no history;
+                cleared when weights are rewound.
 
         Raises:
             ValueError: NaN in a weight when masks are made, or masks that do not fit (a checkpoint of another model);
@@ -300,8 +305,31 @@ class Pruner:
                 f"[{self._NAME}.step] needs accumulate() between the backward pass and optimizer.step() for "
                 f"{self._what_accumulates(state)}"
             )
-        self._finish(self._update(state))
-        _core.pruning.apply_masks(state)
+        if optimizers:
+            self._keep_growth(state)
+            state = self._state()
+        self._count(state, optimizers)
+        self._growth = []
+        if optimizers and not _core.pruning.is_soft(state, self._options):
+            enforce(state, optimizers)
+        else:
+            _core.pruning.apply_values(state)
+
+    def _count(self, state: PruningState, optimizers: Sequence[Any]) -> bool:
+        """Count a step and make what masks are due; True when something was made anew. Values are not masked yet."""
+        if optimizers and _core.pruning.may_regrow(state, self._options):
+            enforce(state, optimizers)  # what comes back has no history
+        result = self._update(state)
+        if result.rewound and self._options.keeps_snapshots:
+            for optimizer in optimizers:
+                optimizer.state.clear()
+        self._accumulated = False
+        self._rewound = result.rewound
+        return result.updated
+
+    def _what_accumulates(self, state: PruningState) -> str:
+        soft = _core.pruning.is_soft(state, self._options)
+        return "soft masks" if soft else repr(self._options.criterion)
 
     def _update(self, state: PruningState) -> StepResult:
         """Count a step and make what masks are due, the same in all processes."""
@@ -310,14 +338,6 @@ class Pruner:
             places = [self._place(name) for name in self._names]
             same_on_all_ranks([getattr(module, _core.pruning.mask_key(name)) for module, name in places])
         return result
-
-    def _what_accumulates(self, state: PruningState) -> str:
-        soft = _core.pruning.is_soft(state, self._options)
-        return "soft masks" if soft else repr(self._options.criterion)
-
-    def _finish(self, result: StepResult) -> None:
-        self._accumulated = False
-        self._rewound = result.rewound
 
     def attach(self, optimizer: Any, *others: Any) -> None:
         """Do all of this by hooks of the optimizer: no line after ``optimizer.step()`` is needed.
@@ -348,28 +368,24 @@ class Pruner:
         state = self._state()
         if _core.pruning.needs_accumulate(state, self._options) and not self._accumulated:
             self.accumulate()
+        self._keep_growth(state)
+        return _core.pruning.is_soft(state, self._options)
+
+    def _keep_growth(self, state: PruningState) -> None:
+        """Copy the gradients that RigL reads in this step, before they are masked."""
         self._growth = []
         if _core.pruning.needs_growth(state, self._options):
-            for name in self._names:
-                module, parameter = self._place(name)
-                gradient = getattr(module, parameter).grad
-                if gradient is None:
+            parameters = [getattr(module, name) for module, name in map(self._place, self._names)]
+            for name, parameter in zip(self._names, parameters, strict=True):
+                if parameter.grad is None:
                     raise ValueError(f"[{self._NAME}] RigL needs the gradient of {name!r} at this step, got none")
-                self._growth.append(gradient.detach().clone())
-        return _core.pruning.is_soft(state, self._options)
+            self._growth = [parameter.grad.detach().clone() for parameter in parameters]
 
     def _after_optimizer(self) -> bool:
         """Count a step; True when masks or weights were made anew, and are to be masked."""
-        state = self._state()
-        if _core.pruning.may_regrow(state, self._options):
-            enforce(state, self._optimizers)  # what comes back has no history
-        result = self._update(state)
+        changed = self._count(self._state(), self._optimizers)
         self._growth = []
-        if result.rewound and self._options.keeps_snapshots:
-            for optimizer in self._optimizers:
-                optimizer.state.clear()
-        self._finish(result)
-        return result.updated
+        return changed
 
     def finalize(self) -> None:
         """Zero the pruned weights for good, remove the buffers from the model and the hooks from optimizers."""

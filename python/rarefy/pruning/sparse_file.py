@@ -35,11 +35,11 @@ def save_sparse(
     """Write a model or tensors to a safetensors file, sparse tensors compressed.
 
     A sparse tensor is stored as its values and a packed mask, or as 2-bit places where each four neighbours keep one
-    (1:4); each tensor in the form of fewest bytes, so that dense ones stay as they are. Values come back bit for bit; only
-    +0 is left out. Where a pruner's mask ``x_mask_bits`` stands beside ``x``, it is stored once, as the bits of x. Any
-    reader of safetensors opens the file; ``load_sparse`` puts the tensors together again, and C++ reads the same files.
-    The file is written under another name and renamed, so that a failure leaves the file that was there. A tensor with
-    several names is written once.
+    (1:4); each tensor in the form of fewest bytes, so that dense ones stay as they are. Values come back bit for bit; zeros
+    are left out, and a -0 among them (``w * mask`` leaves some) comes back as +0. Where a pruner's mask ``x_mask_bits``
+    stands beside ``x``, it is stored once, as the bits of x. Any reader of safetensors opens the file; ``load_sparse`` puts
+    the tensors together again, and C++ reads the same files. The file is written under another name and renamed, so that a
+    failure leaves the file that was there. A tensor with several names is written once.
 
     Args:
         model_or_tensors: a module, whose parameters and buffers are written, or tensors by name.

@@ -74,10 +74,12 @@ def import_torch_pruning(model_or_state: Model | Mapping[str, Tensor]) -> Model 
         module._buffers.pop(f"{name}_mask")
         module.__dict__.pop(name, None)  # what the hook computed last
         module.register_parameter(name, parameter)
-        # torch put the parameter behind the others; a weight stands first
-        for other in [key for key in module._parameters if key != name]:
-            module._parameters[other] = module._parameters.pop(other)
         module.register_buffer(_core.pruning.mask_key(name), values[_core.pruning.mask_key(full)])
+    for module in {module: None for module, _, _ in found}:
+        # torch puts what it renames behind the others; a weight stands first.
+        own = [name for of, name, _ in found if of is module]
+        for name in own + [key for key in module._parameters if key not in own]:
+            module._parameters[name] = module._parameters.pop(name)
     step_key = _core.pruning.STEP_KEY
     if step_key not in model._buffers:
         model.register_buffer(step_key, values[step_key])

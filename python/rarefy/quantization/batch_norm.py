@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from rarefy._batches import feed
 from rarefy import nn as rnn
+from rarefy._batches import feed
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 

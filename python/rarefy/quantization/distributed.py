@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rarefy.quantization.formats import derive_scale
+
 if TYPE_CHECKING:
     from rarefy.quantization.fake_quantizer import FakeQuantizer
 
@@ -60,11 +62,21 @@ class RangeSync:
             skipped += merged[-1:].long()
 
     def merge(self, quantizers: Iterable[FakeQuantizer]) -> None:
-        """Make ranges and counts those of all processes: smallest minimum, greatest maximum, greatest count."""
+        """Make ranges, statistics and counts those of all processes: smallest minimum, greatest maximum, greatest count, the
+        sum of histograms."""
         with torch.no_grad():
             for q in quantizers:
+                if q.statistics is not None:
+                    q.statistics.merge_over_processes(self)
+                    count = q.skipped.float()
+                    self.max(count)
+                    q.skipped.copy_(count)
+                    q._pending = True
+                    continue
                 merged = self._merge(q.min_val, q.max_val, q.skipped)
                 _take(merged, q._state, q.axis, None, (q.qmin, q.qmax), q.scheme.symmetric)
+                if q.plan.range_json and not q.is_plain:
+                    derive_scale(q)
                 q.skipped.copy_(merged[-1:])
 
     def sum(self, count: int, device: torch.device) -> int:
@@ -72,6 +84,27 @@ class RangeSync:
         total = torch.tensor([count], device=device)
         dist.all_reduce(total, group=self.group)
         return int(total)
+
+    def max(self, values: Tensor) -> None:
+        """The element-wise maximum over the processes, in place."""
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
+
+    def add(self, values: Tensor) -> None:
+        """The sum over the processes, in place."""
+        dist.all_reduce(values, group=self.group)
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """The tensors of all processes, which have one shape."""
+        all_values = [torch.empty_like(values) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(all_values, values, group=self.group)
+        return all_values
+
+    def united(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest minimum and the greatest maximum; a process that has seen nothing gives (inf, -inf)."""
+        packed = torch.cat([-minimum, maximum])
+        self.max(packed)
+        low, high = packed.chunk(2)
+        return -low + 0.0, high.contiguous()  # without -0
 
     def _merge(self, minimum: Tensor, maximum: Tensor, count: Tensor) -> Tensor:
         # One maximum for all; a process that has seen nothing gives -inf.

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import warnings
+import weakref
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from rarefy._core.quantization import Latest, MinMax, MovingAverage, Scheme, averaging_constant
-from rarefy.quantization import checkpoint
+from rarefy._core.quantization import (
+    MSE,
+    SQNR,
+    HalfQuadratic,
+    Histogram,
+    Integer,
+    Latest,
+    MeanNoOutliers,
+    MinMax,
+    MovingAverage,
+    Percentile,
+    Scheme,
+    averaging_constant,
+    follows_latest,
+)
+from rarefy.quantization import checkpoint, formats
 from rarefy.quantization.distributed import RangeSync
+from rarefy.quantization.range_statistics import RangeStatistics, keeps_statistics
 
-Observer = MinMax | MovingAverage | Latest
+Observer = MinMax | MovingAverage | Latest | Histogram | Percentile | SQNR | MeanNoOutliers | MSE | HalfQuadratic
 
 
 class FakeQuantizer(nn.Module):
@@ -22,14 +39,29 @@ class FakeQuantizer(nn.Module):
     infinity: their range is left out, and they are rounded to the grid so far (that of [0, 0], scale 1, while there is
     none). The same names and shapes as in C++.
 
-    A weight (observer ``Latest``) is observed at every forward; an activation while training, and in calibration
-    (``observe`` without ``quantize``) always, but not inside of a backward pass: such a forward recomputes activations
-    (gradient checkpointing, see ``checkpoint_context``).
+    A scheme that is not plain (``Scheme.is_plain``) is simulated: its ``scale``, ``zero_point``, ``min_val`` and ``max_val``
+    have the shape of ``scheme.scale_shape(shape)`` for a weight; with a dynamic scheme they stay as they are and nothing is
+    observed. A codebook is a buffer ``codebook``, made by k-means at the first forward and kept; stochastic rounding has
+    the buffer ``draws`` (int64 [2]: seed, number of forwards).
+
+    Observers that choose their range from statistics (``Histogram``, ``Percentile``, ``SQNR``, ``MeanNoOutliers``) keep these
+    in the module ``statistics``, which is None for the others. The range is chosen at the first use after something was
+    observed: once, at the end of a calibration; at every step of training.
+
+    A weight (observer ``Latest``, ``MSE`` or ``HalfQuadratic``) is observed at every forward; an activation while training,
+    and in calibration (``observe`` without ``quantize``) always, but not inside of a backward pass: such a forward
+    recomputes activations (gradient checkpointing, see ``checkpoint_context``).
 
     Args:
         scheme: the grid.
         observer: how the range follows the data.
         channels: number of channels for ``PerChannel``; ignored for ``PerTensor``.
+        shape: shape of the weight, from which those of scales per group or block and of codebooks follow; None for
+            activations.
+
+    Attributes:
+        importance: how much an element's error counts to ``MSE``: of a shape that broadcasts to the weight's, not negative;
+            None for 1. Mean squared inputs, say. No buffer.
 
     Raises:
         ValueError: channels < 1; in forward: nothing was observed yet, the data is empty, or a weight is NaN or infinite
@@ -41,38 +73,107 @@ class FakeQuantizer(nn.Module):
     min_val: Tensor
     max_val: Tensor
     skipped: Tensor
+    codebook: Tensor  # of codebooks alone
+    draws: Tensor  # of stochastic rounding alone
 
-    def __init__(self, scheme: Scheme, observer: Observer | None = None, channels: int = 1) -> None:
+    def __init__(
+        self,
+        scheme: Scheme,
+        observer: Observer | None = None,
+        channels: int = 1,
+        shape: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         if channels < 1:
             raise ValueError(f"[FakeQuantizer] channels must be at least 1, got {channels}")
         self.scheme = scheme
         self.observer = MovingAverage() if observer is None else observer
+        if not scheme.is_plain and not isinstance(self.observer, (MinMax, MovingAverage, Latest)):
+            raise ValueError(
+                f"[FakeQuantizer] {self.observer} must have a plain grid of integers, per tensor or channel, got {scheme}"
+            )
         self.observe = True
         self.quantize = True
         self.name = ""  # "fc1.quant.input", say; for messages
         self.sync: RangeSync | None = None  # shares ranges between processes
         # Plain Python values, so that forward reads no bound object and torch.compile sees constants.
-        self.qmin, self.qmax, self.axis, self.dtype = scheme.qmin, scheme.qmax, scheme.axis, scheme.dtype
+        self.qmin, self.qmax = scheme.observed_range  # of a format without integers: what its observer computes with
+        self.axis, self.dtype = scheme.axis, scheme.dtype if isinstance(scheme.format, Integer) else None
+        self.is_plain, self.plan = scheme.is_plain, formats.plan_of(scheme)
         self._symmetric = scheme.symmetric
         self._constant = averaging_constant(self.observer)
-        self._is_weight = isinstance(self.observer, Latest)
+        self._is_weight = follows_latest(self.observer)
+        self._searches = isinstance(self.observer, (MSE, HalfQuadratic))
+        self._mse, self._half_quadratic = _search_arguments(self.observer)
+        self.importance: Tensor | None = None
+        # What a weight's range was searched on, so that a search is made once for the same values.
+        self._searched: tuple[weakref.ref[Tensor], int] | None = None
+        self._pending = False  # observed since the range was last chosen
         # Host flags, so that forward reads no tensor back: has observed something, maybe not finite; surely calibrated;
         # has warned of a skipped batch.
         self._has_observed = False
         self._known_calibrated = False
         self._told = False
-        size = 1 if scheme.axis is None else channels
+        size = [1 if scheme.axis is None else channels]
+        if scheme.block and not scheme.dynamic and shape is not None:
+            size = scheme.scale_shape(list(shape))
         self.register_buffer("scale", torch.ones(size))
         self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32))
-        self.register_buffer("min_val", torch.full((size,), float("inf")))
-        self.register_buffer("max_val", torch.full((size,), float("-inf")))
+        self.register_buffer("min_val", torch.full(size, float("inf")))
+        self.register_buffer("max_val", torch.full(size, float("-inf")))
         self.register_buffer("skipped", torch.zeros(1, dtype=torch.int64))
+        formats.register_buffers(self, self.plan, scheme.seed)
+        self.statistics = RangeStatistics(self.observer, size[0]) if keeps_statistics(self.observer) else None
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it belongs to a weight: the observer follows the latest tensor."""
+        return self._is_weight
 
     @property
     def calibrated(self) -> bool:
-        """True once something was observed."""
-        return bool((self.min_val <= self.max_val).all())
+        """True once something was observed; always, where nothing has to be."""
+        self.settle()
+        return self.plan.dynamic or bool((self.min_val <= self.max_val).all())
+
+    def settle(self) -> None:
+        """Choose the range from the statistics, where something was observed since that was last done."""
+        if self._pending:
+            self._choose()
+            self._pending = False
+
+    @torch.no_grad()
+    def _choose(self) -> None:
+        assert self.statistics is not None
+        self._take(*self.statistics.choose(self.qmin, self.qmax, self._symmetric))
+
+    def _take(self, low: Tensor, high: Tensor) -> None:
+        # Ends that are not finite leave the range as it is.
+        counted_already = torch.zeros_like(self.skipped)
+        arguments = (None if self.axis is None else 1, 1.0, self.qmin, self.qmax, self._symmetric)
+        torch.ops.rarefy.observe(torch.stack([low, high]), *self._state[:4], counted_already, *arguments)
+
+    @torch.no_grad()
+    def take_statistics(self, values: Mapping[str, Tensor]) -> None:
+        """Take over ``min_val``, ``max_val``, ``skipped`` and statistics by name, and choose the range."""
+        self.skipped.copy_(values["skipped"])
+        self._take(values["min_val"].to(self.scale.device), values["max_val"].to(self.scale.device))
+        if self.statistics is not None:
+            for name, tensor in self.statistics.named_buffers():
+                tensor.copy_(values[name])
+            self._pending = True
+        self._has_observed = self._known_calibrated = self.calibrated
+
+    def drop_statistics(self) -> None:
+        """Forget the statistics and keep the range: the observer becomes ``MinMax``, or ``Latest`` where it follows the latest
+        tensor. What conversion does."""
+        self.settle()
+        if self.statistics is not None:
+            self.statistics, self.observer = None, MinMax()
+        elif self._is_weight:
+            self.observer = Latest()
+        self._searches, self._searched, self.importance = False, None, None
+        self._constant = averaging_constant(self.observer)
 
     @property
     def _state(self) -> tuple[Tensor, ...]:
@@ -80,6 +181,8 @@ class FakeQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid when ``quantize`` is set, ``x`` itself otherwise."""
+        if not self.is_plain:
+            return formats.forward(self, x)
         if self.observe and (self.training or not self.quantize or self._is_weight):
             return self._observe(x)
         if not self.quantize:
@@ -103,14 +206,15 @@ class FakeQuantizer(nn.Module):
         if not self._is_weight and not torch.compiler.is_compiling() and checkpoint.is_recomputing():
             tape = checkpoint.current_tape()
             return (self.scale, self.zero_point) if tape is None else tape.replay(self)
-        arguments = (self.axis, self._constant, self.qmin, self.qmax, self._symmetric)
-        seen = x.detach()
-        if factor is not None:
-            seen, arguments = self._scaled_ends(x, factor), (None if self.axis is None else 1, *arguments[1:])
+        seen, axis = x.detach(), self.axis
+        if factor is not None and self._searches:  # a search needs the values
+            seen = seen * factor.detach().reshape(-1, *[1] * (x.dim() - 1))
+        elif factor is not None:
+            seen, axis = self._scaled_ends(x, factor), None if self.axis is None else 1
         if self.sync is not None and not self._is_weight and self.sync.is_active():
-            self.sync.observe(x, self._state, self.axis, self._constant, (self.qmin, self.qmax), self._symmetric)
+            self._observe_over_processes(x)
         else:
-            torch.ops.rarefy.observe(seen, *self._state, *arguments)
+            self._observe_alone(x if factor is None else seen, axis)
             if self._is_weight:
                 self._refuse_not_finite(x)
         self._note_observed()
@@ -127,6 +231,7 @@ class FakeQuantizer(nn.Module):
         return torch.stack([low * factor.detach(), high * factor.detach()])
 
     def _require_calibrated(self) -> None:
+        self.settle()
         if not self._known_calibrated:
             # Reads the range back once. A graph cannot: there, that something was observed must do.
             ready = self._has_observed if torch.compiler.is_compiling() else self.calibrated
@@ -141,21 +246,81 @@ class FakeQuantizer(nn.Module):
         if not self._is_weight and not torch.compiler.is_compiling() and checkpoint.is_recomputing():
             return self._recompute(x, checkpoint.current_tape())
         if self.sync is not None and not self._is_weight and self.sync.is_active():
-            self.sync.observe(x, self._state, self.axis, self._constant, (self.qmin, self.qmax), self._symmetric)
+            self._observe_over_processes(x)
             if self.quantize:
                 x = torch.ops.rarefy.fake_quantize(x, self.scale, self.zero_point, self.axis, self.qmin, self.qmax)
         else:
-            arguments = (self.axis, self._constant, self.qmin, self.qmax, self._symmetric)
-            if self.quantize:
+            if self.quantize and self.statistics is None and not self._searches:
+                arguments = (self.axis, self._constant, self.qmin, self.qmax, self._symmetric)
                 y = torch.ops.rarefy.observe_fake_quantize(x, *self._state, *arguments)
             else:
-                torch.ops.rarefy.observe(x.detach(), *self._state, *arguments)
+                self._observe_alone(x, self.axis)
                 y = x
+                if self.quantize:
+                    y = torch.ops.rarefy.fake_quantize(x, self.scale, self.zero_point, self.axis, self.qmin, self.qmax)
             if self._is_weight:
                 self._refuse_not_finite(x)
             x = y
         self._note_observed()
         return x
+
+    def _observe_range(self, x: Tensor) -> None:
+        """Takes the range of ``x`` in, of all processes."""
+        if self.sync is not None and self.sync.is_active():
+            self._observe_over_processes(x)
+        else:
+            self._observe_alone(x, self.axis)
+
+    def _observe_alone(self, x: Tensor, axis: int | None) -> None:
+        if self.statistics is not None:
+            self.statistics.observe(x, axis, self.skipped)
+            self._chosen_after_observing()
+        elif self._searches:
+            self._search(x, axis)
+        else:
+            arguments = (axis, self._constant, self.qmin, self.qmax, self._symmetric)
+            torch.ops.rarefy.observe(x.detach(), *self._state, *arguments)
+
+    def _observe_over_processes(self, x: Tensor) -> None:
+        assert self.sync is not None
+        if self.statistics is None:
+            self.sync.observe(x, self._state, self.axis, self._constant, (self.qmin, self.qmax), self._symmetric)
+        else:
+            with torch.no_grad():
+                self.statistics.observe_over_processes(x, self.axis, self.skipped, self.sync)
+            self._chosen_after_observing()
+
+    def _chosen_after_observing(self) -> None:
+        # While it quantizes, the batch is rounded with what it has added to.
+        if self.quantize:
+            self._choose()
+        elif not self._pending:
+            self._pending = True
+
+    @torch.no_grad()
+    def _search(self, weight: Tensor, axis: int | None) -> None:
+        compiling = torch.compiler.is_compiling()
+        version = None if compiling or weight.is_inference() else weight._version
+        if version is not None and self._searched is not None:
+            last, last_version = self._searched
+            if last() is weight and last_version == version:
+                return
+        x, limits = weight.detach(), (self.qmin, self.qmax, self._symmetric)
+        # The range first: it finds and counts values that are not finite.
+        before = self._skipped_on_host()
+        torch.ops.rarefy.observe(x, *self._state, axis, 1.0, *limits)
+        if self._skipped_on_host() != before:
+            return
+        if self._mse is not None:
+            self._take(*torch.ops.rarefy.mse_range(x, axis, *limits, *self._mse, self.importance))
+        else:
+            scale, zero_point = torch.ops.rarefy.half_quadratic_qparams(x, axis, *limits, *self._half_quadratic)
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
+            self.min_val.copy_((self.qmin - zero_point) * scale)
+            self.max_val.copy_((self.qmax - zero_point) * scale)
+        if version is not None:
+            self._searched = weakref.ref(weight), version
 
     def _note_observed(self) -> None:
         if not self._has_observed:
@@ -205,11 +370,30 @@ class FakeQuantizer(nn.Module):
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
         self._has_observed = self._known_calibrated = False  # found out when it matters
+        self._searched = None
         if not self.scale.is_meta:
-            self._has_observed = self._known_calibrated = self.calibrated
+            # A checkpoint of a calibration that had not come to its end has statistics and no range. They are loaded next.
+            has_range = bool((self.min_val <= self.max_val).all())
+            self._pending = self.statistics is not None and not has_range
+            self._known_calibrated = has_range
+            self._has_observed = has_range or self._pending
             self._told = bool(self.skipped.item())
 
     def extra_repr(self) -> str:
         """The grid, the observer and whether it has seen data."""
         state = "" if self.scale.is_meta or self.calibrated else ", not calibrated"
         return f"{self.scheme}, {self.observer}{state}"
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_searched": None}  # of a tensor of this process, and of this quantizer's own
+
+
+def _search_arguments(
+    observer: Observer,
+) -> tuple[tuple[float, int, int] | None, tuple[float, float, float, int] | None]:
+    """What ``mse_range`` and ``half_quadratic_qparams`` take, as plain values."""
+    if isinstance(observer, MSE):
+        return (observer.norm, observer.steps, observer.bins), None
+    if isinstance(observer, HalfQuadratic):
+        return None, (observer.norm, observer.beta, observer.kappa, observer.iterations)
+    return None, None

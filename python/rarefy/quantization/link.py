@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from rarefy.nn._base import ByteGrid
 from rarefy.nn.max_pool import MaxPool2d
-from rarefy.nn.quantized import IntegerLayer, QuantizedConv, QuantizedEmbedding, QuantizedLinear
+from rarefy.nn.quantized import IntegerLayer, QuantizedConv, QuantizedLinear, QuantizedTable
+from rarefy.nn.quantized_conv_transpose import QuantizedConvTranspose
 from rarefy.nn.quantized_operations import QuantizedAdd, QuantizedCat
+from rarefy.nn.quantized_recurrent import QuantizedRecurrent
 from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.flow import Event, Flow, Key, call, record, tensors_of
 
@@ -113,7 +115,7 @@ def _is_watched(module: nn.Module) -> bool:
 def _takes_relu(layer: IntegerLayer, event: Event | None, flow: Flow) -> bool:
     """Whether a ReLU, and nothing else, reads a result that is not rounded before."""
     return (
-        isinstance(layer, (QuantizedLinear, QuantizedConv, QuantizedAdd))
+        isinstance(layer, (QuantizedLinear, QuantizedConv, QuantizedConvTranspose, QuantizedAdd))
         and not layer.relu
         and layer.quant.output is None
         and event is not None
@@ -125,8 +127,10 @@ def _grid_of_readers(
     layer: IntegerLayer, event: Event | None, flow: Flow, layers: dict[str, IntegerLayer], pools: set[str]
 ) -> ByteGrid:
     """The one grid on which all readers of a layer's result take it."""
-    if isinstance(layer, QuantizedEmbedding):
+    if isinstance(layer, QuantizedTable):
         raise NotLinked("a table's rows lie on grids of their own")
+    if isinstance(layer, QuantizedRecurrent):
+        raise NotLinked("a recurrent layer gives its states in floating point")
     if not isinstance(layer, QuantizedCat) and layer.quant.input is None and layer.quant.input0 is None:
         raise NotLinked("its input is floating point")
     if layer.quant.output is not None:
@@ -168,6 +172,10 @@ def _quantizers_of(reader: IntegerLayer, event: Event, key: Key) -> list[FakeQua
     if isinstance(reader, QuantizedAdd):
         given = zip((reader.quant.input0, reader.quant.input1), event.inputs, strict=True)
         found = [quantizer for quantizer, value in given if value == key]
+    elif isinstance(reader, QuantizedRecurrent):
+        if event.inputs[0] != key:
+            raise NotLinked(f"{event.module} reads its state in floating point")
+        found = [reader.quant.find(f"input{reader.sizes.layers()[0][0].layer}")]
     else:
         found = [reader.quant.input]
     if isinstance(reader, QuantizedConv) and reader.geometry.mode != "constant":

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from rarefy import nn as rnn
 from rarefy._batches import feed
-from rarefy._core.quantization import Latest, MinMax, MovingAverage, TargetProfile
+from rarefy._core.quantization import MinMax, MovingAverage, TargetProfile
 from rarefy.masks import check_masks, remove_masks
 from rarefy.nn.registry import Fold, Row, integer_type, is_layer, is_prepared, row_of, unsupported
 from rarefy.quantization.distributed import RangeSync
@@ -109,7 +109,7 @@ def _plan(
     if not steps:
         raise ValueError(
             f"[{function}] the model must have a layer that the configuration quantizes "
-            f"(Linear, Conv1d, Conv2d, Conv3d, rarefy.nn.Add, ...)"
+            f"(Linear, Conv1d, Conv2d, Conv3d, LSTM, rarefy.nn.Add, ...)"
             f"{' and that the example inputs reach' if flow is not None else ''}, but has none"
         )
     return steps, skipped, unmatched
@@ -119,7 +119,9 @@ def _never_called(steps: dict[str, _Step], config: QConfig, flow: Flow) -> list[
     """The layers that the example run did not call and that nothing else asks to quantize: no override does, and it is no
     second name for the table of a layer that was called (T5's ``shared``), whose float weight would then stay beside it."""
     called = {
-        id(step.module.weight) for step in steps.values() if step.row.layer.has_weight and step.name in flow.called
+        id(getattr(step.module, "weight", step.module))
+        for step in steps.values()
+        if step.row.layer.has_weight and step.name in flow.called
     }
     return [
         step.name
@@ -360,7 +362,7 @@ def _quantizers(model: nn.Module) -> Iterator[tuple[str, FakeQuantizer]]:
 
 
 def _activation_quantizers(model: nn.Module) -> list[tuple[str, FakeQuantizer]]:
-    return [(name, q) for name, q in _quantizers(model) if not isinstance(q.observer, Latest)]
+    return [(name, q) for name, q in _quantizers(model) if not q.is_weight]
 
 
 def _require_prepared(function: str, model: nn.Module) -> None:
@@ -410,20 +412,28 @@ def calibrate(
     _require_prepared("calibrate", model)
     quantizers = _activation_quantizers(model)
     before = [(q, q.observe, q.quantize, q.sync, q._told) for _, q in quantizers]
+    pending = {name: q._pending for name, q in quantizers}
     states = {name: {k: v.clone() for k, v in q.state_dict().items()} for name, q in _quantizers(model)}
     try:
         batches = 0
         with _evaluating(model), torch.no_grad():
             for _, quantizer in quantizers:
                 quantizer.observe, quantizer.quantize = True, False
+                if quantizer.statistics is not None and quantizer.sync is not None and quantizer.sync.is_active():
+                    quantizer.statistics.clear()  # those of before are of all processes already
                 quantizer.sync, quantizer._told = None, True  # once, at the end
             for batch in tqdm(loader, desc="calibrate", disable=not progress):
                 feed("calibrate", model, batch, forward)
                 batches += 1
-        for quantizer, _, _, sync, _ in before:
+        for (name, quantizer), (_, _, _, sync, _) in zip(quantizers, before, strict=True):
             quantizer.sync = sync
             if sync is not None and sync.is_active():
                 sync.merge([quantizer])
+                if quantizer.statistics is not None:
+                    prefix = "statistics."
+                    quantizer.statistics.add(
+                        {k.removeprefix(prefix): v for k, v in states[name].items() if k.startswith(prefix)}
+                    )
                 batches = sync.sum(batches, quantizer.scale.device) if quantizer is quantizers[0][1] else batches
         if batches == 0:
             raise ValueError("[calibrate] loader must yield at least one batch, got none")
@@ -440,8 +450,9 @@ def calibrate(
     except BaseException:
         for name, quantizer in _quantizers(model):
             quantizer.load_state_dict(states[name])
-        for quantizer, observe, quantize, sync, _ in before:
+        for (name, quantizer), (_, observe, quantize, sync, _) in zip(quantizers, before, strict=True):
             quantizer.observe, quantizer.quantize, quantizer.sync = observe, quantize, sync
+            quantizer._pending = pending[name]
         raise
     finally:
         for quantizer, *_, told in before:
@@ -516,6 +527,8 @@ def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: 
         for name, module in before:
             _replace(model, name, module)
         raise
+    for _, quantizer in _quantizers(model):
+        quantizer.drop_statistics()
     share_integers(model, tied)
     remove_masks(model)
     model._rarefy_unlinked = unlinked  # read by report()

@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from rarefy._core.quantization import (
+    MX,
+    NF4,
+    NVFP4,
+    Minifloat,
     PerChannel,
+    PerGroup,
+    PerToken,
     Scheme,
     TargetProfile,
     target_profile,
@@ -26,11 +32,13 @@ class QConfig:
     """What a model is quantized to: a default, and overrides by name, type or function.
 
     Attributes:
-        weight: grid of weights; None leaves everything in floating point. Symmetric and signed, per tensor or per
-            output channel (axis 0): integer kernels have no weight zero point.
-        activation: grid of the inputs of quantized layers, per tensor; None quantizes weights only.
+        weight: format of weights; None leaves everything in floating point. Integers per tensor or per output channel (axis 0)
+            are symmetric and signed: integer kernels have no weight zero point.
+        activation: format of the inputs of quantized layers, per tensor or dynamic; None quantizes weights only.
         observer: how activation ranges follow the data. None: ``MovingAverage(0.01)`` in ``prepare_qat``, ``MinMax()``
             in ``prepare``.
+        weight_observer: how a weight's range is found: ``Latest()`` (the default: its own range), ``MSE()`` or
+            ``HalfQuadratic()``.
         overrides: from a name pattern (``*`` and ``?``, matched against the whole dotted name) or a module type to a
             ``QConfig``, or to None, which keeps the layer in FP32. A name counts before a type, and of several the last.
             Or a function ``(name, module)`` that gives the same, and ``NotImplemented`` where the default holds.
@@ -52,6 +60,7 @@ class QConfig:
     weight: Scheme | None = None
     activation: Scheme | None = None
     observer: Observer | None = None
+    weight_observer: Observer | None = None
     overrides: Mapping[str | type[nn.Module], QConfig | None] | Callable[[str, nn.Module], object] = field(
         default_factory=dict
     )
@@ -61,7 +70,7 @@ class QConfig:
     target: str | None = None
 
     def __post_init__(self) -> None:
-        validate_layer_config(self.weight, self.activation, self.observer, self.gradient_dtype)
+        validate_layer_config(self.weight, self.activation, self.observer, self.weight_observer, self.gradient_dtype)
         if self.execution not in (None, "integer", "simulated"):
             raise ValueError(f"[QConfig] execution must be 'integer', 'simulated' or None, got {self.execution!r}")
         if not isinstance(self.overrides, Mapping) and not callable(self.overrides):
@@ -103,6 +112,47 @@ class QConfig:
             "target": target,
         }
         return cls(**{**fields, **changes})  # type: ignore[arg-type]
+
+    @classmethod
+    def int8_dynamic(cls, **changes: object) -> QConfig:
+        """8 bits on both sides, activations with a scale per token from the very tensor: no calibration. Simulated."""
+        activation = Scheme(bits=8, symmetric=True, granularity=PerToken())
+        return replace(cls.int8(), **{"activation": activation, **changes})  # type: ignore[arg-type]
+
+    @classmethod
+    def int4_weight_only(cls, group_size: int = 128, **changes: object) -> QConfig:
+        """int4 weights in groups along the input features; activations stay in floating point. Simulated."""
+        return cls(**{"weight": Scheme(bits=4, granularity=PerGroup(group_size, axis=1)), **changes})  # type: ignore[arg-type]
+
+    @classmethod
+    def fp8(cls, **changes: object) -> QConfig:
+        """E4M3 on both sides: weights per output channel, activations per tensor with an observed range. Simulated."""
+        weight = Scheme(format=Minifloat.e4m3(), granularity=PerChannel(0))
+        return cls(**{"weight": weight, "activation": Scheme(format=Minifloat.e4m3()), **changes})  # type: ignore[arg-type]
+
+    @classmethod
+    def mxfp8(cls, **changes: object) -> QConfig:
+        """MX blocks of 32 with E4M3 elements on both sides: no calibration. Simulated."""
+        element = MX("e4m3")
+        weight = Scheme(format=element, granularity=PerGroup(32, axis=1))
+        return cls(**{"weight": weight, "activation": Scheme(format=element), **changes})  # type: ignore[arg-type]
+
+    @classmethod
+    def nvfp4(cls, **changes: object) -> QConfig:
+        """NVFP4 on both sides, FP4 in blocks of 16: no calibration. Simulated."""
+        weight = Scheme(format=NVFP4(), granularity=PerGroup(16, axis=1))
+        return cls(**{"weight": weight, "activation": Scheme(format=NVFP4()), **changes})  # type: ignore[arg-type]
+
+    @classmethod
+    def nf4(cls, double_quantized: bool = True, **changes: object) -> QConfig:
+        """NF4 weights in blocks of 64; activations stay in floating point. Simulated.
+
+        Args:
+            double_quantized: the scales of the blocks are stored in 8 bits.
+            **changes: replace fields.
+        """
+        weight = Scheme(format=NF4(double_quantized), granularity=PerGroup(64, axis=1))
+        return cls(**{"weight": weight, **changes})  # type: ignore[arg-type]
 
     @property
     def profile(self) -> TargetProfile | None:

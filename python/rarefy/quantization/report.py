@@ -73,7 +73,9 @@ def _prepared(
     name: str, module: nn.Module, state: str, tied: str, contiguous: str = "", floats: str = ""
 ) -> LayerReport:
     quant: rnn.QuantState = module.quant  # type: ignore[assignment]
-    first = next((q for q in (quant.input, quant.input0, quant.input1) if q is not None), None)
+    quantizers = {child: q for child, q in quant.named_children() if isinstance(q, FakeQuantizer)}
+    weight = next((q for child, q in quantizers.items() if child.startswith("weight")), None)
+    first = next((q for child, q in quantizers.items() if child.startswith(("input", "query"))), quant.output)
     notes = []
     if isinstance(module, rnn.ConvBnLayer):
         notes.append("batch norm folded")
@@ -81,11 +83,22 @@ def _prepared(
         notes.append("ReLU fused")
     if quant.output is not None:
         notes.append("output quantized")
-    if isinstance(module, rnn.Mul):
+    if isinstance(module, rnn.BoundaryLayer):
+        notes.append("computed in floating point")
+    if isinstance(module, (rnn.Mul, rnn.SDPA)):
         notes.append("simulated: there is no integer product of two activations")
-    if isinstance(module, rnn.WeightedLayer) and not isinstance(module, rnn.Embedding):
+    if isinstance(module, rnn.WeightedLayer) and not isinstance(module, rnn.TableLayer):
         reason = "as configured" if module.execution == "simulated" else module.float_reason
+        if reason is None and module.execution is None and not module.trains_in_integers:
+            reason = "integers would train slower (execution='integer' asks for them)"
         notes.append("executes in integers" if reason is None else f"simulated: {reason}")
+    grouped = isinstance(module, (rnn.ConvTransposeLayer, rnn.QuantizedConvTranspose)) and module.groups > 1
+    if grouped and module.target is not None and weight is not None and weight.axis is None:
+        notes.append(f"one scale for the weight: {module.target} holds none for each channel of several groups")
+    if isinstance(module, rnn.RecurrentLayer):
+        reason = "as configured" if module.execution == "simulated" else module.float_reason
+        products = "products with the input execute in integers, those with the hidden state are simulated"
+        notes.append(products if reason is None else f"simulated: {reason}")
     if tied:
         notes.append(tied)
     if contiguous and isinstance(module, rnn.ConvLayer) and module.weight.dim() == 4:
@@ -94,19 +107,20 @@ def _prepared(
         notes.append("gives bytes")
     elif floats:
         notes.append(f"gives floats: {floats}")
-    quantizers = {child: q for child, q in quant.named_children() if isinstance(q, FakeQuantizer)}
-    if any(not quantizer.calibrated for quantizer in quantizers.values() if quantizer is not quant.weight):
+    if any(not q.calibrated for child, q in quantizers.items() if not child.startswith("weight")):
         notes.append("not calibrated")
     for child, quantizer in quantizers.items():
         if count := int(quantizer.skipped):
             notes.append(
-                f"{count} batches not finite at {child}" if child != "weight" else f"weight not finite {count} times"
+                f"{child} not finite {count} times"
+                if child.startswith("weight")
+                else f"{count} batches not finite at {child}"
             )
     return LayerReport(
         name,
         type(module).__name__,
         state,
-        "" if quant.weight is None else str(quant.weight.scheme),
+        "" if weight is None else str(weight.scheme),
         "" if first is None else str(first.scheme),
         ", ".join(notes),
     )

@@ -92,7 +92,7 @@ def _describe(module: nn.Module) -> SavedLayer:
     channels_last = False
     if isinstance(module, rnn.QuantizedLayer):
         weight = module.integer_weight
-        if module.channel_axis == 1:
+        if isinstance(module, rnn.QuantizedLinear) and module.channel_axis == 1:
             kind = rnn.TransposedLinear.__name__
         channels_last = weight.dim() == 4 and not weight.is_contiguous()
     grids = {name: q.scheme for name, q in quant.named_children() if isinstance(q, FakeQuantizer)}
@@ -143,7 +143,7 @@ class _Loader:
                     raise self.fail(f"layers {first} and {name} are one in the model and must be equal in the file")
                 continue
             swaps[id(module)] = self._restored(name, module, saved)
-            if "weight" in saved.quantizers:
+            if isinstance(swaps[id(module)], rnn.QuantizedLayer):
                 tied.setdefault(id(module.weight), []).append(name)
         for name in self.folded & self.modules.keys():
             bn = self.modules[name]
@@ -188,7 +188,25 @@ class _Loader:
         self._check_tensors(name, module, saved, row.layer)
         return module
 
+    def _check_several(self, name: str, module: nn.Module, saved: SavedLayer) -> None:
+        """Of a layer with several weights: the model's own tensors, all of them and no other."""
+        own = dict(module.named_parameters(recurse=False))
+        for key, value in own.items():
+            given = self.tensors.get(f"{name}.{key}")
+            if given is None or given.shape != value.shape:
+                got = "nothing" if given is None else list(given.shape)
+                raise self.fail(f"{key} of layer {name} must have the model's shape {list(value.shape)}, got {got}")
+            if key.startswith("weight_") and key not in saved.quantizers:
+                raise self.fail(f"layer {name} must have a grid for {key}")
+        for key in self.tensors:
+            rest = key.removeprefix(f"{name}.")
+            if rest != key and not rest.startswith("quant.") and rest not in own:
+                raise self.fail(f"layer {name} has no {key} in the model")
+
     def _check_tensors(self, name: str, module: nn.Module, saved: SavedLayer, kind: type[rnn.QuantizableLayer]) -> None:
+        if issubclass(kind, (rnn.RecurrentLayer, rnn.BoundaryLayer)):
+            self._check_several(name, module, saved)
+            return
         if kind.has_weight != ("weight" in saved.quantizers):
             raise self.fail(f"layer {name} ({saved.kind}) must have {'a' if kind.has_weight else 'no'} weight")
         if not issubclass(kind, rnn.WeightedLayer):
@@ -204,10 +222,15 @@ class _Loader:
                 f"the weight of layer {name} must have channels in axis {kind.channel_axis}, got axis {axis}"
             )
         has_bias, bias = getattr(module, "bias", None) is not None, self.tensors.get(f"{name}.bias")
-        folds = saved.kind.startswith("Conv")  # a batch normalization that is folded gives a bias
+        # A batch normalization that is folded gives a bias.
+        folds = saved.kind.startswith("Conv") and not saved.kind.startswith("ConvTranspose")
         if has_bias != (bias is not None) and not (folds and bias is not None):
             raise self.fail(f"layer {name} must have {'a' if has_bias else 'no'} bias, as in the model")
         channels = weight.shape[kind.channel_axis]
+        if issubclass(kind, rnn.ConvTransposeLayer):
+            channels = module.out_channels
+            if axis is not None and len(self.tensors[f"{name}.quant.weight.scale"]) != channels:
+                raise self.fail(f"the weight of layer {name} must have {channels} scales, one for each output channel")
         if bias is not None and len(bias) != channels:
             raise self.fail(f"the bias of layer {name} must have {channels} elements, got {len(bias)}")
 
@@ -221,11 +244,11 @@ class _Loader:
     def _restored(self, name: str, module: nn.Module, saved: SavedLayer) -> nn.Module:
         row = row_of(module)
         assert row is not None
-        weight = getattr(module, "weight", None)
-        device = weight.device if isinstance(weight, Tensor) and not weight.is_meta else torch.device("cpu")
+        weight = next(module.parameters(recurse=False), None)
+        device = weight.device if weight is not None and not weight.is_meta else torch.device("cpu")
         quant = rnn.QuantState(
             **{
-                key: self._quantizer(f"{name}.quant.{key}", scheme, key == "weight", device)
+                key: self._quantizer(f"{name}.quant.{key}", scheme, key.startswith("weight"), device)
                 for key, scheme in saved.quantizers.items()
             }
         )
@@ -247,14 +270,27 @@ class _Loader:
             layer.saved_weight = rnn.IntegerWeight(
                 values, q.scale, q.zero_point, q.axis, None if bias is None else bias.to(device)
             )
+        if isinstance(layer, rnn.BoundaryLayer):
+            layer._parameters = layer._parameters.copy()
+            for key, value in module.named_parameters(recurse=False):
+                given = self.tensors[f"{name}.{key}"].to(device, value.dtype)
+                setattr(layer, key, nn.Parameter(given, value.requires_grad))
+        if isinstance(layer, rnn.RecurrentLayer):
+            own = (key for key, _ in module.named_parameters(recurse=False))
+            layer.saved_tensors = {key: self.tensors[f"{name}.{key}"].to(device) for key in own}
         integer = integer_type(layer)
         return layer.eval() if integer is None else integer(layer)
+
+    def _parts(self, name: str) -> tuple[str, ...]:
+        """The names below a layer's of the tensors that are its own."""
+        own = tuple(key for key, _ in self.modules[name].named_parameters(recurse=False))
+        return ("weight", "bias", *own)
 
     def _rest(self, swaps: Mapping[int, nn.Module]) -> dict[str, Tensor]:
         """The file's tensors that are of no converted layer, after every check against the model."""
         changing = tuple(f"{name}." for name, module in self.modules.items() if id(module) in swaps)
         expected = {n: t for n, t in _state("load_quantized", self.model).items() if not n.startswith(changing)}
-        of_layers = tuple(f"{name}.{part}" for name in self.layers for part in ("quant.", "weight", "bias"))
+        of_layers = tuple(f"{name}.{part}" for name in self.layers for part in ("quant.", *self._parts(name)))
         given = {n: t for n, t in self.tensors.items() if not _is_of(n, of_layers)}
         by_identity = {id(expected[name]): name for name in given if name in expected}
         missing = [n for n, t in expected.items() if n not in given and id(t) not in by_identity]

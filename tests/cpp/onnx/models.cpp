@@ -136,6 +136,15 @@ void write_networks(const std::string& folder) {
     }
     exporter.write({.name = "widened", .target = target}, onnx_models::Widened(), rows);
   }
+  const auto codes = torch::randn({7, 8, 3, 3});
+  for (const auto* target : {"openvino", "tensorrt", "qnn"}) {
+    exporter.write({.name = "decoder", .target = target}, onnx_models::Decoder(), codes);
+  }
+  exporter.write({.name = "decoder-linked", .target = "openvino", .linked = true}, onnx_models::Decoder(), codes);
+  for (const auto* target : {"onnxruntime", "openvino", "qnn"}) {
+    exporter.write({.name = "tagger", .target = target}, onnx_models::Tagger(), ids);
+    exporter.write({.name = "tagger-converted", .target = target, .converted = true}, onnx_models::Tagger(), ids);
+  }
   const Case external{
       .name = "transformer-float-external", .target = "onnxruntime", .quantized = false, .external = true};
   exporter.write(external, onnx_models::Transformer(), ids);

@@ -240,4 +240,38 @@ inline std::vector<std::pair<std::string, Tensor>> every_operator(const Tensor& 
   };
 }
 
+/// Codes [N, 8, 3, 3] to images: grouped transposed convolutions.
+struct DecoderImpl : torch::nn::Module {
+  rnn::ConvTranspose2d up1{nullptr}, up2{nullptr};
+  rnn::Conv2d out{nullptr};
+
+  DecoderImpl()
+      : up1(register_module("up1",
+                            rnn::ConvTranspose2d(rnn::ConvTranspose2dOptions(8, 8, 4).stride(2).padding(1).groups(2)))),
+        up2(register_module(
+            "up2", rnn::ConvTranspose2d(rnn::ConvTranspose2dOptions(8, 6, 3).stride(2).padding(1).output_padding(1)))),
+        out(register_module("out", rnn::Conv2d(rnn::Conv2dOptions(6, 3, 3).padding(1)))) {
+    up1->set_relu(true);
+    up2->set_relu(true);
+  }
+  Tensor forward(const Tensor& x) { return out(up2(up1(x))); }
+};
+TORCH_MODULE(Decoder);
+
+/// Words [N, 5] to scores of tags [N, 5, 3]: a bidirectional LSTM and a GRU.
+struct TaggerImpl : torch::nn::Module {
+  rnn::Embedding words{nullptr};
+  rnn::LSTM lstm{nullptr};
+  rnn::GRU gru{nullptr};
+  rnn::Linear tags{nullptr};
+
+  TaggerImpl()
+      : words(register_module("words", rnn::Embedding(11, 6))),
+        lstm(register_module("lstm", rnn::LSTM(rnn::LSTMOptions(6, 5).bidirectional(true).batch_first(true)))),
+        gru(register_module("gru", rnn::GRU(rnn::GRUOptions(10, 8).batch_first(true)))),
+        tags(register_module("tags", rnn::Linear(8, 3))) {}
+  Tensor forward(const Tensor& x) { return tags(std::get<0>(gru->forward(std::get<0>(lstm->forward(words(x)))))); }
+};
+TORCH_MODULE(Tagger);
+
 }  // namespace onnx_models

@@ -23,8 +23,7 @@ PrunerOptions options_of(const std::string& run, const std::map<std::string, at:
       {"exponential", {.sparsity = 0.7, .schedule = ExponentialSchedule{.end = 9}, .layers = {{"a", 0.4}}}},
       {"cyclic", {.sparsity = 0.7, .schedule = CyclicSchedule{.end = 10, .cycles = 2}}},
       {"acdc", {.sparsity = 0.7, .schedule = ACDC{.begin = 1, .end = 9, .sparse = 2, .dense = 2}}},
-      {"iterative",
-       {.sparsity = 0.7, .schedule = Iterative{3, 4, Rewind::weights, 1}}},
+      {"iterative", {.sparsity = 0.7, .schedule = Iterative{3, 4, Rewind::weights, 1}}},
       {"custom",
        {.sparsity = 0.7,
         .schedule = CustomSchedule{std::make_shared<const CustomSchedule::Function>(
@@ -37,7 +36,8 @@ PrunerOptions options_of(const std::string& run, const std::map<std::string, at:
       {"random", {.sparsity = 0.7, .schedule = linear, .criterion = Random{5}}},
       {"set", {.sparsity = 0.7, .regrowth = SET{.end = 12, .every = 2, .seed = 3}}},
       {"rigl", {.sparsity = 0.7, .schedule = linear, .regrowth = RigL{.end = 12, .every = 2}}},
-      {"soft", {.sparsity = 0.5, .pattern = NM{2, 4}, .regrowth = StraightThrough{.end = 9, .every = 2, .decay = 0.01}}},
+      {"soft",
+       {.sparsity = 0.5, .pattern = NM{2, 4}, .regrowth = StraightThrough{.end = 9, .every = 2, .decay = 0.01}}},
       {"scores", {.sparsity = 0.7, .schedule = linear, .scores = scores}},
   };
   return runs.at(run);

@@ -131,10 +131,10 @@ TEST_CASE("a model is pruned stage by stage, or not at all", "[pruning][calibrat
   const auto first = net->first->weight.detach().clone(), last = net->last->weight.detach().clone();
 
   std::vector<std::string> done;
-  const auto result = prune_calibrated(
-      stages_of(net, batches), {.method = SparseGptOptions{.pattern = NM{2, 4}},
-                                .refit = RefitOptions{},
-                                .on_layer = [&](const std::string& name) { done.push_back(name); }});
+  const auto result =
+      prune_calibrated(stages_of(net, batches), {.method = SparseGptOptions{.pattern = NM{2, 4}},
+                                                 .refit = RefitOptions{},
+                                                 .on_layer = [&](const std::string& name) { done.push_back(name); }});
   CHECK(done == std::vector<std::string>{"first.weight", "last.weight"});
   CHECK(result.masks.at("first.weight").view({16, 3, 4}).sum(2).eq(2).all().item<bool>());
   CHECK(at::equal(net->first->weight.ne(0), result.masks.at("first.weight")));
@@ -172,7 +172,8 @@ TEST_CASE("prune_calibrated refuses what it cannot do before it runs", "[pruning
                     ContainsSubstring("'first.weight': NM(n=2, m=14) needs 14"));
   CHECK_THROWS_WITH(prune_calibrated(stages, {.method = SparseGptOptions{.pattern = Row{}}}),
                     ContainsSubstring("pattern must be unstructured or n:m, got 'row'"));
-  CHECK_THROWS_WITH(prune_calibrated(stages, {.method = MaskRefit{}}), ContainsSubstring("got none for 'first.weight'"));
+  CHECK_THROWS_WITH(prune_calibrated(stages, {.method = MaskRefit{}}),
+                    ContainsSubstring("got none for 'first.weight'"));
   CHECK_THROWS_WITH(prune_calibrated(stages, {.layers = {{"nowhere", 0.5}}}), ContainsSubstring("got 'nowhere'"));
   CHECK_FALSE(ran);
   CHECK_THROWS_WITH(prune_calibrated(stages), ContainsSubstring("no input reached it"));

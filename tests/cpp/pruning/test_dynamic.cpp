@@ -43,7 +43,9 @@ void backward(Net& net, torch::optim::Optimizer& optimizer, int step) {
   at::cross_entropy_loss(net(x), y).backward();
 }
 
-torch::optim::Adam make_optimizer(Net& net) { return torch::optim::Adam(net->parameters(), torch::optim::AdamOptions(0.05)); }
+torch::optim::Adam make_optimizer(Net& net) {
+  return torch::optim::Adam(net->parameters(), torch::optim::AdamOptions(0.05));
+}
 
 at::Tensor kept(const Pruner& pruner, size_t i) {
   const auto& parameter = pruner.state().parameters[i];
@@ -67,7 +69,8 @@ std::vector<std::pair<std::string, PrunerOptions>> runs() {
       {"rewind", {.sparsity = 0.75, .schedule = Iterative{2, 4, Rewind::weights, 1}}},
       {"SET", {.sparsity = 0.75, .regrowth = SET{.end = 12, .every = 2}}},
       {"RigL", {.sparsity = 0.75, .schedule = linear, .regrowth = RigL{.end = 12, .every = 2}}},
-      {"soft", {.sparsity = 0.5, .pattern = NM{2, 4}, .regrowth = StraightThrough{.end = 9, .every = 2, .decay = 0.01}}},
+      {"soft",
+       {.sparsity = 0.5, .pattern = NM{2, 4}, .regrowth = StraightThrough{.end = 9, .every = 2, .decay = 0.01}}},
       {"movement", {.sparsity = 0.75, .schedule = linear, .criterion = Movement{}}},
       {"rows", {.sparsity = 0.5, .schedule = linear, .pattern = Row{}, .criterion = Taylor{}}},
   };
@@ -133,6 +136,7 @@ TEST_CASE("RigL exchanges without a change of sparsity, and what grows starts at
         grown += fresh.sum().item<int64_t>();
         const auto& value = pruner.state().parameters[i].value;
         REQUIRE(!value.masked_select(fresh.logical_or(gone)).any().item<bool>());
+        REQUIRE(!value.grad().masked_select(gone).any().item<bool>());
         for (const auto& moment : moments_of(pruner.state(), optimizer)) {
           if (moment.parameter == i) {
             REQUIRE(!moment.value.masked_select(fresh.logical_or(gone)).any().item<bool>());
@@ -146,8 +150,8 @@ TEST_CASE("RigL exchanges without a change of sparsity, and what grows starts at
 
 TEST_CASE("RigL grows by the largest gradients", "[pruning][dynamic]") {
   auto value = at::tensor({5.0f, 4.0f, 3.0f, 2.0f, 1.0f, 0.5f, 0.25f, 0.125f}).view({1, 8}).requires_grad_();
-  Pruner pruner({{"w", value}}, {.sparsity = 0.5, .regrowth = RigL{.end = 10, .every = 2, .fraction = 0.5,
-                                                                  .decay = Decay::constant}});
+  Pruner pruner({{"w", value}},
+                {.sparsity = 0.5, .regrowth = RigL{.end = 10, .every = 2, .fraction = 0.5, .decay = Decay::constant}});
   value.mutable_grad() = at::zeros({1, 8});
   pruner.step();
   REQUIRE(at::equal(value.detach(), at::tensor({5.0f, 4.0f, 3.0f, 2.0f, 0.0f, 0.0f, 0.0f, 0.0f}).view({1, 8})));
@@ -173,9 +177,7 @@ TEST_CASE("soft masks keep dense weights beside", "[pruning][dynamic]") {
     }
     pruner.step();
   };
-  const auto is = [&](std::vector<float> values) {
-    return at::equal(value.detach(), at::tensor(values).view({1, 4}));
-  };
+  const auto is = [&](std::vector<float> values) { return at::equal(value.detach(), at::tensor(values).view({1, 4})); };
   REQUIRE_THROWS_WITH(pruner.step(), ContainsSubstring("needs accumulate() between the backward pass and"));
   step({0, 0, 0, 0});
   REQUIRE(is({4, 3, 0, 0}));
@@ -229,8 +231,10 @@ TEST_CASE("masks made elsewhere are adopted", "[pruning][dynamic]") {
   REQUIRE(pruner.report().target == pruner.sparsity());
   REQUIRE_THROWS_WITH(Pruner::from_masks(*net, {{"conv.weight", mask}}), ContainsSubstring("must have no masks yet"));
   auto other = make();
-  REQUIRE_THROWS_WITH(Pruner::from_masks(*other, {{"x", mask}}), ContainsSubstring("must be that of a parameter, got 'x'"));
-  REQUIRE_THROWS_WITH(Pruner::from_masks(*other, {{"fc.weight", mask}}), ContainsSubstring("must be bool of shape [4, 8]"));
+  REQUIRE_THROWS_WITH(Pruner::from_masks(*other, {{"x", mask}}),
+                      ContainsSubstring("must be that of a parameter, got 'x'"));
+  REQUIRE_THROWS_WITH(Pruner::from_masks(*other, {{"fc.weight", mask}}),
+                      ContainsSubstring("must be bool of shape [4, 8]"));
   REQUIRE_THROWS_WITH(Pruner::from_masks(*other, {}), ContainsSubstring("needs at least one mask"));
   REQUIRE(other->conv->named_buffers(false).is_empty());
 }
@@ -254,9 +258,7 @@ TEST_CASE("options that do not fit are refused", "[pruning][dynamic]") {
 }
 
 TEST_CASE("holds_pattern is the pattern", "[pruning][dynamic]") {
-  const auto mask = [](std::vector<int> bits, int64_t rows) {
-    return at::tensor(bits).to(at::kBool).view({rows, -1});
-  };
+  const auto mask = [](std::vector<int> bits, int64_t rows) { return at::tensor(bits).to(at::kBool).view({rows, -1}); };
   const auto two_of_four = mask({1, 0, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1}, 2);  // rows of 6: the last groups are short
   REQUIRE(holds_pattern(NM{2, 4}, two_of_four));
   REQUIRE(!holds_pattern(NM{1, 4}, two_of_four));

@@ -25,7 +25,8 @@ at::Tensor reference(const at::Tensor& weight, const std::vector<at::Tensor>& gr
   return out;
 }
 
-at::Tensor after(const ElementCriterion& criterion, const at::Tensor& weight, const std::vector<at::Tensor>& gradients) {
+at::Tensor after(const ElementCriterion& criterion, const at::Tensor& weight,
+                 const std::vector<at::Tensor>& gradients) {
   auto accumulated = new_accumulator(weight);
   for (const auto& gradient : gradients) {
     accumulate(criterion, weight, gradient, accumulated);
@@ -46,12 +47,12 @@ struct NetImpl : torch::nn::Module {
 };
 TORCH_MODULE(Net);
 
-struct Snapshot {
+struct ModelCopy {
   std::vector<at::Tensor> values;
   std::vector<const void*> memory;
   std::vector<bool> flags;
 
-  explicit Snapshot(Net& net) {
+  explicit ModelCopy(Net& net) {
     for (const auto& tensor : net->parameters()) {
       values.push_back(tensor.detach().clone());
       values.push_back(tensor.grad().defined() ? tensor.grad().clone() : at::Tensor());
@@ -68,8 +69,8 @@ struct Snapshot {
   }
 };
 
-void check_same(Net& net, const Snapshot& before) {
-  const Snapshot now(net);
+void check_same(Net& net, const ModelCopy& before) {
+  const ModelCopy now(net);
   CHECK(now.memory == before.memory);
   CHECK(now.flags == before.flags);
   REQUIRE(now.values.size() == before.values.size());
@@ -147,7 +148,7 @@ TEST_CASE("one-shot scores of a module leave it as it was", "[pruning][one_shot_
   net->forward(x).sum().backward();
   net->norm->train();
   const std::vector<LossFunction> losses{[&] { return torch::nn::functional::cross_entropy(net->forward(x), y); }};
-  const Snapshot before(net);
+  const ModelCopy before(net);
 
   const auto sensitivity = snip(*net, losses);
   check_same(net, before);

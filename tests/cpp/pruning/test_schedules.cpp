@@ -73,7 +73,7 @@ TEST_CASE("cycles are cut at whole steps, begin dense and end at the target", "[
 }
 
 TEST_CASE("AC/DC takes turns and ends sparse", "[pruning][schedules]") {
-  REQUIRE(updates_of(ACDC{2, 20, 3, 2}, 40) == std::vector<int64_t>{2, 5, 7, 10, 12, 15, 17, 20});
+  REQUIRE(updates_of(ACDC{2, 20, 3, 2}, 40) == std::vector<int64_t>{2, 5, 7, 10, 12, 15, 17});  // 20 would be dense
   REQUIRE(updates_of(ACDC{2, 21, 3, 2}, 40) == std::vector<int64_t>{2, 5, 7, 10, 12, 15, 17, 20, 21});
   REQUIRE(updates_of(ACDC{2, 19, 3, 2}, 40) == std::vector<int64_t>{2, 5, 7, 10, 12, 15, 17});
   for (int64_t end = 3; end < 40; ++end) {
@@ -140,14 +140,16 @@ TEST_CASE("schedules out of range are refused", "[pruning][schedules]") {
   refused(CyclicSchedule{.end = 5, .cycles = 3}, "a cycle must have 2 or more steps, got 5 steps for 3 cycles");
   refused(ACDC{.sparse = 0}, "[ACDC] sparse must be positive, got 0");
   refused(Iterative{.rounds = 0}, "[Iterative] rounds must be positive, got 0");
-  refused(Iterative{.steps_per_round = 5, .rewind = Rewind::weights, .rewind_to = 5}, "rewind_to must be in [0, 5), got 5");
+  refused(Iterative{.steps_per_round = 5, .rewind = Rewind::weights, .rewind_to = 5},
+          "rewind_to must be in [0, 5), got 5");
   refused(Iterative{.steps_per_round = 5, .rewind_to = 2}, "must be 0 when nothing is rewound, got 2");
   refused(CustomSchedule{nullptr, {1}}, "[CustomSchedule] function must be given, got none");
   refused(custom([](int64_t) { return 0.5; }, {3, 2}), "not negative and ascending, got [3, 2]");
   refused(SET{.fraction = 1.5}, "[SET] fraction must be in (0, 1], got 1.5");
   refused(RigL{.begin = 4, .end = 4}, "[RigL] end must be larger than begin");
   refused(StraightThrough{.end = 0}, "[StraightThrough] end must be positive, got 0");
-  REQUIRE_THROWS_WITH(parse_rewind("bias"), ContainsSubstring("must be 'weights', 'learning_rate' or 'none', got 'bias'"));
+  REQUIRE_THROWS_WITH(parse_rewind("bias"),
+                      ContainsSubstring("must be 'weights', 'learning_rate' or 'none', got 'bias'"));
   REQUIRE_THROWS_WITH(parse_decay("fast"), ContainsSubstring("must be 'constant', 'linear' or 'cosine', got 'fast'"));
   for (const auto& name_of : {"none", "weights", "learning_rate"}) {
     REQUIRE(std::string(name(parse_rewind(name_of))) == name_of);

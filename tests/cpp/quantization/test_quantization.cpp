@@ -56,8 +56,8 @@ TEST_CASE("a scheme knows its range", "[quantization]") {
   REQUIRE(Scheme{.symmetric = false}.qmax() == 255);
   REQUIRE(Scheme{.bits = 4, .symmetric = false, .is_signed = true}.qmin() == -8);
   REQUIRE(Scheme{.granularity = PerChannel{1}}.axis() == 1);
-  REQUIRE_THAT(message_of([] { Scheme{.bits = 9}.validate(); }),
-               ContainsSubstring("[Scheme] bits must be in 2..8, or 16, got 9"));
+  REQUIRE_THAT(message_of([] { Scheme{.bits = 17}.validate(); }),
+               ContainsSubstring("[Scheme] bits must be in 2..16 for integers (1 bit is Binary), got 17"));
 }
 
 TEST_CASE("name patterns", "[quantization]") {

@@ -56,7 +56,7 @@ TEST_CASE("every target has a profile, and other names are an error", "[target]"
       message_of([] { target_profile("tflite"); }),
       ContainsSubstring("[target_profile] target must be one of onnxruntime, openvino, tensorrt, qnn, got 'tflite'"));
   REQUIRE_THAT(message_of([] { QConfig::int8("tflite"); }), ContainsSubstring("got 'tflite'"));
-  REQUIRE_THAT(message_of([] { layer_family("LSTM"); }), ContainsSubstring("[layer_family] kind must be"));
+  REQUIRE_THAT(message_of([] { layer_family("RNN"); }), ContainsSubstring("[layer_family] kind must be"));
   REQUIRE(layer_family("ConvBn3d") == "conv");
 }
 
@@ -84,8 +84,9 @@ TEST_CASE("a target's rules name the rule and the value", "[target]") {
   REQUIRE(reason("openvino", narrow).empty());
   REQUIRE(reason("qnn", sixteen).empty());
   REQUIRE_THAT(reason("tensorrt", sixteen), ContainsSubstring("of 8 bits, got uint16"));
-  REQUIRE_THAT(reason("tensorrt", layer({.bits = 8}), "Embedding"),
-               ContainsSubstring("tensorrt runs linear, conv, add in integers, got Embedding"));
+  REQUIRE_THAT(
+      reason("tensorrt", layer({.bits = 8}), "Embedding"),
+      ContainsSubstring("tensorrt runs linear, conv, add, recurrent, conv_transpose in integers, got Embedding"));
   // No fewer bits are executed, but they can be written.
   REQUIRE_FALSE(target_profile("onnxruntime").why_not_written(*four.activation).has_value());
   REQUIRE(target_profile("qnn").adapt(asymmetric, "Linear").weight->granularity == Granularity(PerTensor{}));

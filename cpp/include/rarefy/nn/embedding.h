@@ -1,6 +1,8 @@
 #pragma once
 
 #include <rarefy/nn/weighted.h>
+#include <torch/nn/modules/common.h>
+#include <torch/nn/modules/container/any.h>
 #include <torch/nn/options/embedding.h>
 
 namespace rarefy::nn {
@@ -39,5 +41,40 @@ class RAREFY_API EmbeddingImpl : public WeightedModule<EmbeddingImpl> {
   torch::Tensor execute(const torch::Tensor& indices) override;
 };
 TORCH_MODULE(Embedding);
+
+using EmbeddingBagOptions = torch::nn::EmbeddingBagOptions;
+
+/// Takes the place of torch::nn::EmbeddingBag: sums, means or largest values of rows, [bags, embedding_dim]. Quantized as
+/// Embedding is.
+class RAREFY_API EmbeddingBagImpl : public WeightedModule<EmbeddingBagImpl> {
+ public:
+  EmbeddingBagImpl(int64_t num_embeddings, int64_t embedding_dim)
+      : EmbeddingBagImpl(EmbeddingBagOptions(num_embeddings, embedding_dim)) {}
+  /// Throws c10::ValueError for max_norm (it rewrites the weight in forward) and for sparse gradients.
+  explicit EmbeddingBagImpl(EmbeddingBagOptions options);
+  /// Over a weight that exists: [num_embeddings, embedding_dim].
+  EmbeddingBagImpl(EmbeddingBagOptions options, const torch::Tensor& given_weight);
+
+  /// Why an embedding with these options cannot be quantized; unset when it can.
+  static std::optional<std::string> unsupported(const EmbeddingBagOptions& options);
+
+  void reset_parameters();
+  void pretty_print(std::ostream& stream) const override;
+  std::string kind() const override { return "EmbeddingBag"; }
+  void prepare(const quantization::LayerConfig& config, const quantization::Observer& default_observer) override;
+  torch::Tensor forward(const torch::Tensor& input, const torch::Tensor& offsets = {},
+                        const torch::Tensor& per_sample_weights = {});
+
+  EmbeddingBagOptions options;
+
+ protected:
+  void register_floating() override;
+  bool quantizes_input() const override { return false; }
+  torch::Tensor compute(const torch::Tensor& indices, const torch::Tensor& w, const torch::Tensor& b) override;
+  torch::Tensor run_prepared(const torch::Tensor& indices) override;
+  torch::Tensor execute(const torch::Tensor& indices) override;
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(torch::Tensor())}, {2, torch::nn::AnyValue(torch::Tensor())})
+};
+TORCH_MODULE(EmbeddingBag);
 
 }  // namespace rarefy::nn

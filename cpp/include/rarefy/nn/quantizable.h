@@ -79,6 +79,8 @@ struct ConvertedState {
   bool relu = false;
   std::shared_ptr<ByteGridImpl> next;  // null where the result is floating point
   std::string target;                  // see Quantizable::target
+  std::vector<std::pair<std::string, torch::Tensor>>
+      tensors;  // of a layer with several weights: all of its own, by name
 };
 
 /// A layer that is floating point until `prepare` switches it on, and integer after `convert`. In C++ a typed member of a
@@ -92,6 +94,8 @@ class RAREFY_API Quantizable {
   Mode mode() const { return mode_; }
   /// Whether the layer has a weight; Add has none.
   virtual bool has_weight() const { return false; }
+  /// Whether scales per channel of the weight are those of several groups; see TargetProfile::scales_of_groups.
+  virtual bool has_scales_of_groups() const { return false; }
   /// "Linear", "Conv2d", ...
   virtual std::string kind() const = 0;
   /// Attaches the quantizers. Throws c10::ValueError unless the layer is floating.
@@ -101,6 +105,9 @@ class RAREFY_API Quantizable {
   /// Makes a floating layer the converted one of that state: the tensors themselves, a batch normalization that the layer has
   /// gone, quantizers whose buffers the caller fills. The caller has checked that the shapes are those of the layer.
   virtual void restore(const ConvertedState& state) = 0;
+  /// The names of the parameters of a layer that has several weights (LSTM: "weight_ih_l0", ...), or weights in floating point
+  /// (LayerNorm); empty for others.
+  virtual std::vector<std::string> tensor_names() const { return {}; }
   /// The quantizers, or null while floating.
   QuantStateImpl* quant_state() const { return quant.is_empty() ? nullptr : quant.ptr().get(); }
 

@@ -34,7 +34,13 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     if (config.activation.has_value() && quantizes_input()) {
       specs_.push_back({"input", {*config.activation, config.observer.value_or(default_observer), 1}});
     }
-    specs_.push_back({"weight", {*config.weight, quantization::Latest{}, weight.size(0)}});
+    auto scheme = *config.weight;
+    if (scheme.axis().has_value()) {
+      scheme.granularity = quantization::PerChannel{channel_axis()};
+    }
+    specs_.push_back(
+        {"weight",
+         {scheme, config.weight_observer.value_or(quantization::Latest{}), channels(), weight.sizes().vec()}});
     quant = this->register_module("quant", QuantState(specs_));
     quant->train(this->is_training());
     quant->to(weight.device());
@@ -50,14 +56,20 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     const torch::NoGradGuard no_grad;
     auto [folded_weight, folded_bias] = folded();
     auto* quantizer = quant->find("weight");
+    const auto laid_out = by_channel(folded_weight);
     if (quantizer->observe) {
-      quantizer->forward(folded_weight);
+      quantizer->forward(laid_out);
     }
-    return {quantizer->quantize_to_integer(folded_weight), quantizer->scale.expand({weight.size(0)}).contiguous(),
+    return {as_stored(quantizer->quantize_to_integer(laid_out)), quantizer->scale.expand({channels()}).contiguous(),
             folded_bias.defined() ? folded_bias.detach().to(torch::kFloat32) : folded_bias};
   }
 
   void convert() override {
+    for (const auto& [name, quantizer] : quant->quantizers()) {
+      if (!quantizer->options.scheme.is_plain()) {  // stays as it is, simulated
+        return;
+      }
+    }
     auto integers = integer_weight();
     become_integer(integers.values, integers.bias);
   }
@@ -73,6 +85,11 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     target = state.target;
     become_integer(state.weight, state.bias);
   }
+
+  /// The axis of the weight, laid out by channel, that has an index for each output channel.
+  virtual int64_t channel_axis() const { return 0; }
+  /// The number of output channels.
+  virtual int64_t channels() const { return weight.size(0); }
 
   /// Parameter (floating point) until converted; then a buffer of int8.
   torch::Tensor weight;
@@ -96,7 +113,7 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     if (auto reason = config.why_not_integer()) {
       return reason;
     }
-    const int64_t products = weight.numel() / weight.size(0);
+    const int64_t products = weight.numel() / channels();
     if (products > ops::kLongestSum) {
       return "int32 does not hold sums of " + std::to_string(products) + " products";
     }
@@ -104,6 +121,8 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
                ? std::nullopt
                : std::optional<std::string>("the processor sums products of bytes in 16 bits");
   }
+  /// Whether the layer trains in integers where the configuration leaves it open: where they are not slower.
+  virtual bool trains_in_integers_by_default() const { return true; }
   virtual bool has_integer_kernel_on(c10::DeviceType device) const { return device == c10::DeviceType::CPU; }
   /// The converted layer in integers, ReLU included.
   virtual torch::Tensor execute(const torch::Tensor& x) = 0;
@@ -113,8 +132,11 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     if (trains_in_integers(x)) {
       return compute_integer(x, weight, {}, bias, grids_for(x, weight), integer_options());
     }
-    return compute(quant->apply("input", x), quant->apply("weight", weight), bias);
+    return compute(quant->apply("input", x), as_stored(quant->apply("weight", by_channel(weight))), bias);
   }
+  /// The weight with the output channels on channel_axis(), and back, for layers that store them otherwise.
+  virtual torch::Tensor by_channel(const torch::Tensor& w) const { return w; }
+  virtual torch::Tensor as_stored(const torch::Tensor& w) const { return w; }
   /// The float weight and bias that are quantized.
   virtual std::pair<torch::Tensor, torch::Tensor> folded() { return {weight, bias}; }
   /// Called by convert() and restore() while the layer does not yet count as converted.
@@ -144,7 +166,8 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   /// Whether a prepared layer computes with this input in integers. Throws c10::ValueError when it must and cannot.
   bool trains_in_integers(const torch::Tensor& x) const {
     const auto *input = quant->find("input"), *w = quant->find("weight");
-    if (execution == quantization::Execution::simulated || input == nullptr || !input->quantize || !w->quantize) {
+    if (execution == quantization::Execution::simulated || input == nullptr || !input->quantize || !w->quantize ||
+        (!execution.has_value() && !trains_in_integers_by_default())) {
       return false;
     }
     std::string reason = float_reason_.value_or("");
@@ -163,7 +186,7 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   ops::IntegerGrids grids_for(const torch::Tensor& x, const torch::Tensor& w, const torch::Tensor& factor = {}) {
     auto *input = quant->find("input"), *weights = quant->find("weight");
     input->update(x);
-    weights->update(w, factor);
+    weights->update(by_channel(w), factor);
     const auto &xs = input->options.scheme, &ws = weights->options.scheme;
     return {input->scale,   input->zero_point,   xs.qmin(), xs.qmax(),
             weights->scale, weights->zero_point, ws.qmin(), ws.qmax()};
@@ -179,8 +202,9 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   /// The float weight of the integers, for layers whose input stays in floating point.
   torch::Tensor dequantized_weight() {
     std::vector<int64_t> shape(static_cast<size_t>(weight.dim()), 1);
-    shape[0] = weight.size(0);
-    return weight.to(torch::kFloat32) * quant->find("weight")->scale.expand({weight.size(0)}).view(shape);
+    shape[static_cast<size_t>(channel_axis())] = channels();
+    return as_stored(by_channel(weight).to(torch::kFloat32) *
+                     quant->find("weight")->scale.expand({channels()}).view(shape));
   }
 
   std::optional<torch::Tensor> optional_bias() const { return bias.defined() ? std::optional(bias) : std::nullopt; }

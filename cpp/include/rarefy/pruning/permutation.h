@@ -26,7 +26,7 @@ struct RAREFY_API PermutationOptions {
   std::optional<std::vector<std::string>> include = std::nullopt;
   std::vector<std::string> exclude = {};
   int64_t escapes = 16;  // attempts of each group to leave a local maximum, >= 0
-  double effort = 2e10;  // comparisons of magnitudes for a group, about 3e9 a second on one core
+  double effort = 2e10;  // comparisons of magnitudes for a group, about 7e9 a second on one core
   uint64_t seed = 0;
   double tolerance = 0;  // of the outputs, see StructuredOptions::tolerance
 

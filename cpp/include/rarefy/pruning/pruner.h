@@ -66,14 +66,14 @@ class RAREFY_API Pruner {
   /// True when the step that comes next needs accumulate().
   bool needs_accumulate() const;
 
-  /// Call after optimizer.step(): counts one step, makes masks when the schedule says so, and sets what they prune
-  /// to zero in values and gradients. Throws c10::ValueError for NaN in a weight when masks are made, and for masks
+  /// Call after optimizer.step(): counts one step, makes masks when the schedule says so, and sets values that they prune to
+  /// zero. Gradients are spent by then, and are left alone. Throws c10::ValueError for NaN in a weight when masks are made, and for masks
   /// that do not fit (a checkpoint of another model); then nothing has changed. Throws after finalize(), and without
   /// accumulate() where it is needed.
   void step();
 
-  /// accumulate() where it is needed, optimizer.step(), step(); moments of the optimizer are masked too, and cleared when
-  /// weights are rewound.
+  /// accumulate() where it is needed, optimizer.step(), step(); gradients and moments of the optimizer are masked too, so that
+  /// what comes back has no history, and its state is cleared when weights are rewound.
   void step(torch::optim::Optimizer& optimizer);
 
   /// Sets pruned weights to zero for good and removes the buffers. Throws when called again.

@@ -14,10 +14,10 @@ struct RAREFY_API PrunedTensor {
   std::string name;
   std::vector<int64_t> shape;
   int64_t elements = 0;
-  int64_t zeros = 0;   // values that are zero
-  int64_t pruned = 0;  // values that the mask holds at zero
+  int64_t zeros = 0;        // values that are zero
+  int64_t pruned = 0;       // values that the mask holds at zero
   bool has_pattern = true;  // the mask has the pattern that was asked for
-  std::string note;    // what is worth knowing: too small to prune, pruned entirely, pruned values that are not zero
+  std::string note;  // what is worth knowing: too small to prune, pruned entirely, pruned values that are not zero
 
   /// zeros / elements; 0 for an empty tensor.
   double sparsity() const;
@@ -32,12 +32,12 @@ struct RAREFY_API LeftAlone {
 
 /// What a pruned model costs beside the dense one; unset where it was not measured.
 struct RAREFY_API PruningCost {
-  std::optional<int64_t> dense_bytes;    // of the model in a file
-  std::optional<int64_t> bytes;          // the same with zeros left out
-  std::optional<int64_t> dense_macs;     // of one forward pass
-  std::optional<int64_t> macs;           // those whose weight is not zero
-  std::optional<double> dense_seconds;   // of one forward pass
-  std::optional<double> seconds;         // the same as it would be run
+  std::optional<int64_t> dense_bytes;   // of the model in a file
+  std::optional<int64_t> bytes;         // the same with zeros left out
+  std::optional<int64_t> dense_macs;    // of one forward pass
+  std::optional<int64_t> macs;          // those whose weight is not zero
+  std::optional<double> dense_seconds;  // of one forward pass
+  std::optional<double> seconds;        // the same as it would be run
 };
 
 /// What was pruned, what was left alone, and why.

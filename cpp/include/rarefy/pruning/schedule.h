@@ -164,10 +164,10 @@ RAREFY_API const char* name(Rewind rewind);
 /// steps, when the next update comes. Rewinding of weights sets all parameters and buffers of the model to what they were
 /// after step `rewind_to`, then masks them.
 struct RAREFY_API Iterative {
-  int64_t rounds = 1;              // > 0
-  int64_t steps_per_round = 1;     // > 0
-  Rewind rewind = Rewind::none;    // what goes back
-  int64_t rewind_to = 0;           // step of the training schedule, in [0, steps_per_round); 0 unless something goes back
+  int64_t rounds = 1;            // > 0
+  int64_t steps_per_round = 1;   // > 0
+  Rewind rewind = Rewind::none;  // what goes back
+  int64_t rewind_to = 0;         // step of the training schedule, in [0, steps_per_round); 0 unless something goes back
 
   void validate() const;
   double sparsity_at(int64_t step, double final_sparsity) const;

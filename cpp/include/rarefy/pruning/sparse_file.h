@@ -51,9 +51,10 @@ struct RAREFY_API SparseFileReport {
   std::string to_html() const;
 };
 
-/// Writes tensors, sparse ones compressed. Values come back bit for bit, NaN, infinity and -0 too: only +0 is left out.
-/// Where `x_mask_bits` is a pruner's mask of `x`, it is the bits of x: what the mask keeps is stored, zeros too, and the mask
-/// comes back with the tensor; of what it prunes, -0 comes back as +0, which is what a mask makes of it. Any type that
+/// Writes tensors, sparse ones compressed. Values come back bit for bit, NaN and infinity too; zeros are left out, and a -0
+/// among them, such as w * mask leaves where w is negative, comes back as +0. Tensors that stay dense keep theirs.
+/// Where `x_mask_bits` is a pruner's mask of `x`, it is the bits of x: what the mask keeps is stored, zeros of both signs too,
+/// and the mask comes back with the tensor. Any type that
 /// save_safetensors() takes; no copy of more than one tensor at a time is made. Whole or not at all, as save_safetensors().
 /// Throws c10::ValueError for values that a mask prunes and that are not zero (step() the pruner first), for tensors that
 /// save_safetensors() refuses, and for names that clash with those of the format; c10::Error when the file cannot be written.

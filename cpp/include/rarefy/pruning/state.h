@@ -21,13 +21,13 @@
 namespace rarefy::pruning {
 
 struct RAREFY_API PrunerOptions {
-  double sparsity = 0.5;                      // the final fraction of zeros, in [0, 1)
-  Scope scope = Scope::global;                // what competes for being kept
-  Schedule schedule = ConstantSchedule{};     // when masks are updated, and how far
-  Pattern pattern = Unstructured{};           // what is pruned together
-  ElementCriterion criterion = Magnitude{};   // what is kept: the largest scores
-  std::vector<std::pair<std::string, double>> layers = {};  // own final sparsities: see MaskChoice::layers
-  std::optional<Regrowth> regrowth = std::nullopt;          // how pruned weights come back; unset: they do not
+  double sparsity = 0.5;                                           // the final fraction of zeros, in [0, 1)
+  Scope scope = Scope::global;                                     // what competes for being kept
+  Schedule schedule = ConstantSchedule{};                          // when masks are updated, and how far
+  Pattern pattern = Unstructured{};                                // what is pruned together
+  ElementCriterion criterion = Magnitude{};                        // what is kept: the largest scores
+  std::vector<std::pair<std::string, double>> layers = {};         // own final sparsities: see MaskChoice::layers
+  std::optional<Regrowth> regrowth = std::nullopt;                 // how pruned weights come back; unset: they do not
   std::optional<std::vector<std::string>> include = std::nullopt;  // see select_parameters()
   std::vector<std::string> exclude = {};
   /// Scores that were computed before, by parameter, in place of `criterion`: one of its sizes for each that is chosen.

@@ -1,12 +1,15 @@
 #pragma once
 
 #include <rarefy/export.h>
+#include <rarefy/quantization/range_statistics.h>
 #include <rarefy/quantization/scheme.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/pimpl.h>
 
 #include <functional>
+#include <map>
 #include <string>
+#include <vector>
 
 namespace rarefy::quantization {
 
@@ -16,6 +19,9 @@ struct FakeQuantizerOptions {
   Observer observer = MovingAverage{};
   /// Number of channels for PerChannel; ignored for PerTensor.
   int64_t channels = 1;
+  /// Shape of the weight that is quantized, from which the shapes of scales per group or block and of codebooks follow; unset
+  /// for activations.
+  std::vector<int64_t> shape = {};
 };
 
 /// Observes ranges and rounds to the grid, in floating point, with the clipped straight-through gradient.
@@ -24,8 +30,17 @@ struct FakeQuantizerOptions {
 /// until something was observed). skipped (int64 [1]) counts the batches that held a NaN or an infinity: their range is left
 /// out, and they are rounded to the grid so far (that of [0, 0], scale 1, while there is none).
 ///
-/// A weight (Latest) is observed at every forward; an activation while training, and in calibration (observe without
-/// quantize) always, but not inside of a backward pass: such a forward recomputes activations (gradient checkpointing).
+/// A scheme that is not plain (Scheme::is_plain) is simulated by the operators of rarefy/ops/formats.h. Its scale, zero_point,
+/// min_val and max_val have the shape that Scheme::scale_shape gives for a weight; with a dynamic scheme they stay as they are and
+/// nothing is observed. A codebook is a buffer `codebook` (float32, scale_shape and the entries; [entries] per tensor), made by
+/// k-means at the first forward and kept. Stochastic rounding has the buffer `draws` (int64 [2]: seed, number of forwards).
+///
+/// Observers that choose their range from statistics (chooses_at_end) keep these in the module `statistics`. The range is chosen
+/// at the first use after something was observed: once, at the end of a calibration; at every step of training.
+///
+/// A weight (an observer that follows the latest tensor) is observed at every forward; an activation while training, and in
+/// calibration (observe without quantize) always, but not inside of a backward pass: such a forward recomputes activations
+/// (gradient checkpointing).
 class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerImpl> {
  public:
   /// Throws c10::ValueError for an invalid scheme or observer, or channels < 1.
@@ -50,13 +65,27 @@ class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerIm
   /// True once something was observed.
   bool calibrated() const;
 
+  /// Chooses the range from the statistics, where something was observed since that was last done.
+  void settle() const;
+
+  /// Takes over min_val, max_val, skipped and statistics by name, as statistics_for (rarefy/quantization/statistics.h) gives
+  /// them, and chooses the range.
+  void take_statistics(const std::map<std::string, torch::Tensor>& buffers);
+  /// Forgets the statistics and keeps the range: the observer becomes MinMax, or Latest where it follows the latest tensor. What
+  /// conversion does.
+  void drop_statistics();
+
   /// Takes notice of buffers that were written to from outside, as by a checkpoint that was loaded.
-  void refresh() { known_calibrated_ = calibrated(); }
+  void refresh();
   void load(torch::serialize::InputArchive& archive) override;
 
-  /// Makes range and count those of all processes (smallest minimum, greatest maximum, greatest count), by all_reduce_max,
-  /// which must be set: what calibration does at its end, where batches per process may differ in number.
+  /// Makes range, statistics and count those of all processes (smallest minimum, greatest maximum, greatest count; the sum of
+  /// histograms), by the functions below, which must be set: what calibration does at its end, where batches per process may
+  /// differ in number.
   void merge_over_processes();
+
+  /// Whether it belongs to a weight: the observer follows the latest tensor.
+  bool is_weight() const { return follows_latest(options.observer); }
 
   FakeQuantizerOptions options;
   bool observe = true;
@@ -66,20 +95,43 @@ class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerIm
   /// When set, activations are observed over several processes: called with one float32 tensor, of which it takes the
   /// element-wise maximum over all of them, in place. set_process_group (rarefy/quantization/distributed.h) sets it.
   std::function<void(torch::Tensor&)> all_reduce_max;
+  /// The same for the sum of an int64 tensor, and for the tensors of all processes, which have one shape; for observers with
+  /// statistics.
+  std::function<void(torch::Tensor&)> all_reduce_sum;
+  std::function<std::vector<torch::Tensor>(const torch::Tensor&)> all_gather;
+  /// How much an element's error counts to MSE: of a shape that broadcasts to the weight's, not negative. No buffer.
+  torch::Tensor importance;
   torch::Tensor scale, zero_point, min_val, max_val, skipped;
+  torch::Tensor codebook, draws;  // undefined where the scheme has none
+  /// Null unless the observer keeps more than a range.
+  RangeStatistics statistics{nullptr};
 
  private:
+  void register_format_buffers();
+  torch::Tensor forward_format(const torch::Tensor& x);
+  void observe_weight_format(const torch::Tensor& x);
+  void derive_format_scale();
   bool observes_now() const;
   bool is_recomputing() const;
   void require_calibrated();
   torch::Tensor scaled_ends(const torch::Tensor& x, const torch::Tensor& factor) const;
+  void observe_alone(const torch::Tensor& x, std::optional<int64_t> axis);
+  void search(const torch::Tensor& weight, std::optional<int64_t> axis);
   void observe_over_processes(const torch::Tensor& x);
+  void chosen_after_observing();
+  void require_all_processes() const;
   torch::Tensor merged(const torch::Tensor& low, const torch::Tensor& high, const torch::Tensor& count);
   void take(const torch::Tensor& merged, std::optional<double> constant);
+  void take(const torch::Tensor& low, const torch::Tensor& high, std::optional<double> constant) const;
   void tell_skipped(const torch::Tensor& x);
 
   bool told_ = false;              // of the first skipped batch
   bool known_calibrated_ = false;  // saves reading the buffers back at every forward
+  mutable bool pending_ = false;   // observed since the range was last chosen
+  // What a weight's range was searched on, so that a search is made once for the same values.
+  c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> searched_{
+      c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>()};
+  int64_t searched_version_ = 0;
 };
 TORCH_MODULE(FakeQuantizer);
 

@@ -20,6 +20,8 @@ struct LayerConfig {
   std::optional<Scheme> activation = std::nullopt;
   /// How activation ranges follow the data. Unset: MovingAverage(0.01) in prepare_qat, MinMax in prepare.
   std::optional<Observer> observer = std::nullopt;
+  /// How a weight's range is found: Latest (the default), MSE or HalfQuadratic.
+  std::optional<Observer> weight_observer = std::nullopt;
 
   /// Unset: integer where the schemes allow it (see why_not_integer).
   std::optional<Execution> execution = std::nullopt;
@@ -27,7 +29,8 @@ struct LayerConfig {
   c10::ScalarType gradient_dtype = c10::ScalarType::Float;
 
   /// Throws c10::ValueError for a scheme that no layer can execute (a weight that is not symmetric and signed or whose
-  /// channel axis is not 0, an activation per channel) and for a gradient_dtype that is neither float32 nor bfloat16.
+  /// channel axis is not 0, an activation per channel), for an observer that is not for activations (MSE, HalfQuadratic) or a
+  /// weight_observer that is not for weights, and for a gradient_dtype that is neither float32 nor bfloat16.
   RAREFY_API void validate() const;
   /// Why a layer with these schemes cannot compute in integers; unset when it can.
   RAREFY_API std::optional<std::string> why_not_integer() const;
@@ -53,6 +56,20 @@ struct QConfig : LayerConfig {
   ///
   /// Throws c10::ValueError for an unknown target.
   RAREFY_API static QConfig int8(std::optional<std::string> target = std::nullopt, bool reduce_range = false);
+
+  /// 8 bits on both sides, activations with a scale per token from the very tensor: no calibration, linear layers keep
+  /// outliers of one token out of the others. Simulated.
+  RAREFY_API static QConfig int8_dynamic();
+  /// int4 weights in groups along the input features (axis 1), activations in floating point. Simulated.
+  RAREFY_API static QConfig int4_weight_only(int64_t group_size = 128);
+  /// E4M3 on both sides: weights per output channel, activations per tensor with an observed range. Simulated.
+  RAREFY_API static QConfig fp8();
+  /// MX blocks of 32 on both sides, E4M3 elements. Simulated.
+  RAREFY_API static QConfig mxfp8();
+  /// NVFP4 on both sides: FP4 in blocks of 16. Simulated.
+  RAREFY_API static QConfig nvfp4();
+  /// NF4 weights in blocks of 64, scales in 8 bits with double_quantized, activations in floating point. Simulated.
+  RAREFY_API static QConfig nf4(bool double_quantized = true);
 
   /// The configuration of the layer called `name`; unset to keep it in FP32.
   RAREFY_API std::optional<LayerConfig> resolve(const std::string& name) const;

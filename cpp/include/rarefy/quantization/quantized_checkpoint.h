@@ -27,17 +27,22 @@ struct IntegerRange {
   bool operator==(const IntegerRange&) const = default;
 };
 
+/// Whether layers of the kind have several weights, each with a grid of its own name: recurrent ones.
+RAREFY_API bool has_several_weights(const std::string& kind);
+
 /// What a file says of one converted layer.
 struct SavedLayer {
-  /// "Linear", "Conv1d" to "Conv3d" (batch normalization folded in or not), "Embedding", "Add", "Mul", "Cat", and those that
-  /// one language alone has ("TransposedLinear").
+  /// "Linear", "Conv1d" to "Conv3d" (batch normalization folded in or not), "ConvTranspose1d" to "ConvTranspose3d",
+  /// "Embedding", "Add", "Mul", "Cat", "LSTM", "GRU", "LSTMCell", "GRUCell", and those that one language alone has
+  /// ("TransposedLinear").
   std::string kind;
   /// Whether max(y, 0) is part of the layer.
   bool relu = false;
   /// Whether the weight of a 2-d convolution lies channels-last in memory, and activations with it. Files are contiguous.
   bool channels_last = false;
   /// The grid of each tensor on one, by the name of its quantizer below `<layer>.quant`: "input", "input0", "input1",
-  /// "weight", "output".
+  /// "weight", "output"; of a layer with several weights those of the weights ("weight_ih_l0"), of the input of each layer
+  /// ("input_l0") and of each hidden state ("hidden_l0").
   std::map<std::string, Scheme> quantizers;
   /// The grid `<layer>.quant.next` of the bytes that the layer hands on; unset where it gives floats.
   std::optional<IntegerRange> next = std::nullopt;

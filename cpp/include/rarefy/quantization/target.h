@@ -30,10 +30,16 @@ struct TargetProfile {
   /// As in QConfig::target: "onnxruntime", "openvino", "tensorrt", "qnn".
   std::string name;
 
-  /// Families of layers that run in integers: "linear", "conv", "embedding", "add", "mul", "cat". Others stay in FP32.
+  /// Families of layers that run in integers: "linear", "conv", "embedding", "add", "mul", "cat", "recurrent",
+  /// "conv_transpose", "boundary" (normalizations and activation functions), "attention". Others stay in FP32.
   std::vector<std::string> families;
+  /// Families that files may hold on their grids, with integer weights, though the runtime computes with them in floating point.
+  std::vector<std::string> stored = {};
   /// Families whose weights may have a scale per channel; the others get one scale.
   std::vector<std::string> per_channel;
+  /// Whether the channels of every group of a transposed convolution may have scales of their own: in a file, a Reshape then
+  /// stands between its integers and the operator. Otherwise such a weight gets one scale.
+  bool scales_of_groups = false;
   /// Widths of activations.
   std::vector<int64_t> activation_bits;
   /// Whether files may hold activations of 16 bits, executed or not.
@@ -52,6 +58,8 @@ struct TargetProfile {
   Residual residual = Residual::both;
   /// Whether a result that only floating-point operations read gets a quantizer of its own.
   bool quantizes_outputs = true;
+  /// Whether normalizations and activation functions compute on integers, so that their inputs get quantizers too.
+  bool boundary_inputs = false;
   /// Whether a quantizer behind an operator that only moves values (max pooling, reshaping) is repeated before it.
   bool quantizes_before_moves = true;
   Clipping clipping = Clipping::keep;
@@ -72,6 +80,8 @@ struct TargetProfile {
 
   /// Whether layers of the kind ("Linear", "Conv2d", "ConvBn2d", "Add", ...) run in integers.
   RAREFY_API bool executes(const std::string& kind) const;
+  /// Whether files may hold layers of the kind on their grids.
+  RAREFY_API bool stores(const std::string& kind) const;
   /// Whether weights of the kind may have a scale per channel.
   RAREFY_API bool has_per_channel(const std::string& kind) const;
   /// The configuration with one scale for the weight where the target knows no scales per channel for the kind.
@@ -89,7 +99,7 @@ RAREFY_API const TargetProfile& target_profile(const std::string& name);
 /// The names that target_profile knows.
 RAREFY_API std::vector<std::string> target_names();
 
-/// "linear", "conv", "embedding", "add", "mul" or "cat": the family of a kind of layer. Throws c10::ValueError for another.
+/// "linear", "conv", "conv_transpose", "embedding", "recurrent", "boundary", "attention", "add", "mul" or "cat": the family of a kind of layer. Throws c10::ValueError for another.
 RAREFY_API std::string layer_family(const std::string& kind);
 
 /// "keep", "saturate", "integers".

@@ -14,7 +14,8 @@ void not_differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rarefy, Autograd, m) {
-  for (const auto* name : {"quantized_linear", "quantized_conv", "quantized_add", "requantize", "max_pool2d_bytes"}) {
+  for (const auto* name : {"quantized_linear", "quantized_conv", "quantized_add", "requantize", "max_pool2d_bytes",
+                           "quantized_conv_transpose"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&not_differentiable>());
   }
 }

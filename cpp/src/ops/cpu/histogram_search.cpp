@@ -1,0 +1,176 @@
+#include "ops/cpu/histogram_search.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "ops/cpu/divergence_search.h"
+#include "ops/cpu/histogram_simd.h"
+
+namespace rarefy::ops {
+namespace {
+
+constexpr int64_t kSteps = 128;
+
+/// The sum over values spread evenly in their bins of |x - x_hat|^norm (norm 2 with clip_weight, see least_noise).
+class ExpectedError {
+ public:
+  /// Weights of edges: an integral over a bin is the difference of its values at the bin's two edges.
+  ExpectedError(const std::vector<int64_t>& counts, std::vector<double> edges, double norm, double clip_weight,
+                const TargetGrid& grid)
+      : edges_(std::move(edges)), weights_(edges_.size()), norm_(norm), clip_weight_(clip_weight), grid_(grid) {
+    for (size_t i = 0; i < counts.size(); ++i) {
+      const auto count = static_cast<double>(counts[i]);
+      const double width = edges_[i + 1] - edges_[i];
+      if (count != 0.0 && width > 0.0) {
+        weights_[i] -= count / width;
+        weights_[i + 1] += count / width;
+      } else if (count != 0.0) {
+        points_.emplace_back(edges_[i], count);
+      }
+    }
+  }
+
+  double operator()(const QParams& parameters) const {
+    const auto scale = static_cast<double>(parameters.scale);
+    const auto first = static_cast<double>(grid_.qmin - parameters.zero_point);
+    const auto last = static_cast<double>(grid_.qmax - parameters.zero_point);
+    double sum = 0.0;
+    for (const auto& [x, count] : points_) {
+      const double r = std::fabs(x / scale - std::clamp(std::rint(x / scale), first, last));
+      sum += count * (std::pow(r, norm_) + (clip_weight_ - 1.0) * std::max(r * r - 0.25, 0.0)) * std::pow(scale, norm_);
+    }
+    if (norm_ == 2.0) {
+      return sum + RAREFY_ISA_CALL(squared_error_integral, edges_.data(), weights_.data(),
+                                   static_cast<int64_t>(edges_.size()), scale, first, last, clip_weight_) *
+                       (scale * scale * scale);
+    }
+    const double half_cell = std::pow(0.5, norm_ + 1.0);
+    double integral = 0.0;
+    for (size_t i = 0; i < edges_.size(); ++i) {
+      const double t = edges_[i] / scale;
+      const double k = std::clamp(std::rint(t), first, last);
+      const double r = t - k;
+      const double whole_cells = 2.0 * k * half_cell;
+      integral += weights_[i] * (whole_cells + std::copysign(std::pow(std::fabs(r), norm_ + 1.0), r));
+    }
+    return sum + integral / (norm_ + 1.0) * std::pow(scale, norm_ + 1.0);
+  }
+
+ private:
+  std::vector<double> edges_, weights_;
+  std::vector<std::pair<double, double>> points_;  // bins without width: all values are equal
+  double norm_, clip_weight_;
+  TargetGrid grid_;
+};
+
+/// The value of rank percent / 100 * (n - 1), the values of a bin spread evenly over it.
+double value_at(const std::vector<int64_t>& counts, const std::vector<double>& edges, double percent) {
+  const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  const double rank = percent / 100.0 * static_cast<double>(total - 1);
+  int64_t before = 0;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    if (counts[i] != 0 && std::floor(rank) < static_cast<double>(before + counts[i])) {
+      const double part = (rank - static_cast<double>(before) + 0.5) / static_cast<double>(counts[i]);
+      return edges[i] + (edges[i + 1] - edges[i]) * std::min(part, 1.0);
+    }
+    before += counts[i];
+  }
+  return edges.back();
+}
+
+}  // namespace
+
+HistogramSearch::HistogramSearch(const int64_t* counts, int64_t bins, float low, float high, const TargetGrid& grid)
+    : counts_(counts), bins_(bins), range_{low, high}, grid_(grid), layout_(layout_of_range(low, high, bins)) {}
+
+HistogramSearch::Bins HistogramSearch::whole() const {
+  Bins result{std::vector<int64_t>(counts_, counts_ + bins_), {}};
+  for (int64_t i = 0; i <= bins_; ++i) {
+    const double edge = std::ldexp(static_cast<double>(layout_.base + i), layout_.exponent);
+    result.edges.push_back(std::clamp(edge, static_cast<double>(range_.low), static_cast<double>(range_.high)));
+  }
+  return result;
+}
+
+HistogramSearch::Bins HistogramSearch::folded() const {
+  const auto magnitude_of = [&](int64_t i) {
+    const int64_t place = layout_.base + i;
+    return place < 0 ? ~place : place;
+  };
+  const int64_t size = std::max(magnitude_of(0), magnitude_of(bins_ - 1)) + 1;
+  Bins result{std::vector<int64_t>(static_cast<size_t>(size)), {}};
+  for (int64_t i = 0; i < bins_; ++i) {
+    result.counts[static_cast<size_t>(magnitude_of(i))] += counts_[i];
+  }
+  while (result.counts.size() > 1 && result.counts.back() == 0) {  // beyond the values seen
+    result.counts.pop_back();
+  }
+  const auto reach = static_cast<double>(std::max(std::fabs(range_.low), std::fabs(range_.high)));
+  for (size_t i = 0; i <= result.counts.size(); ++i) {
+    result.edges.push_back(std::min(std::ldexp(static_cast<double>(i), layout_.exponent), reach));
+  }
+  return result;
+}
+
+ValueRange HistogramSearch::choose(RangeMethod method, double parameter) const {
+  switch (method) {
+    case RangeMethod::percentile:
+      return grid_.allowed(percentile(parameter));
+    case RangeMethod::mse:
+      return least_error(parameter, kSteps);
+    case RangeMethod::sqnr:
+      return least_noise(parameter);
+    case RangeMethod::kl:
+      return grid_.allowed(least_divergence());
+    default:
+      return grid_.allowed(range_);
+  }
+}
+
+ValueRange HistogramSearch::least_error(double norm, int64_t steps) const {
+  auto bins = whole();
+  const ExpectedError error(bins.counts, std::move(bins.edges), norm, 1.0, grid_);
+  return Narrowing(range_, grid_, error).search(steps);
+}
+
+ValueRange HistogramSearch::least_noise(double clip_weight) const {
+  auto bins = whole();
+  const ExpectedError error(bins.counts, std::move(bins.edges), 2.0, clip_weight, grid_);
+  return Narrowing(range_, grid_, error).search(kSteps);
+}
+
+ValueRange HistogramSearch::percentile(double percent) const {
+  if (percent == 100.0) {
+    return range_;
+  }
+  if (grid_.symmetric) {
+    const auto bins = folded();
+    const auto end = static_cast<float>(value_at(bins.counts, bins.edges, percent));
+    return {std::max(range_.low, -end), std::min(range_.high, end)};
+  }
+  const auto bins = whole();
+  return {static_cast<float>(value_at(bins.counts, bins.edges, 100.0 - percent)),
+          static_cast<float>(value_at(bins.counts, bins.edges, percent))};
+}
+
+ValueRange HistogramSearch::least_divergence() const {
+  if (grid_.symmetric) {
+    const auto bins = folded();
+    const int64_t levels = grid_.qmax - ((grid_.qmin + grid_.qmax + 1) >> 1) + 1;
+    const auto last = ClipDivergence(bins.counts).search(0, levels).second;
+    const auto end = static_cast<float>(bins.edges[static_cast<size_t>(last)]);
+    return {std::max(range_.low, -end), std::min(range_.high, end)};
+  }
+  const auto bins = whole();
+  // Bins beyond the values seen are empty, and no part of what is clipped.
+  const auto place = [&](float x) { return place_of(x, layout_.exponent) - layout_.base; };
+  const int64_t begin = place(std::min(range_.low, 0.0f)), end = place(std::max(range_.high, 0.0f)) + 1;
+  const std::vector<int64_t> counts(bins.counts.begin() + begin, bins.counts.begin() + end);
+  const int64_t zero = range_.low >= 0.0f ? 0 : range_.high <= 0.0f ? end - begin : -layout_.base - begin;
+  const auto [first, last] = ClipDivergence(counts).search(zero, grid_.qmax - grid_.qmin + 1);
+  return {static_cast<float>(bins.edges[static_cast<size_t>(begin + first)]),
+          static_cast<float>(bins.edges[static_cast<size_t>(begin + last)])};
+}
+
+}  // namespace rarefy::ops
