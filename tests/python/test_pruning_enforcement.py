@@ -338,7 +338,7 @@ def test_lbfgs():
     attach(model, optimizer)
     losses = []
     for _ in range(3):
-        losses.append(float(optimizer.step(lambda: backward(model, 0))))
+        losses.append(optimizer.step(lambda: backward(model, 0)).item())
         assert stray(model) == 0
     assert losses[-1] < losses[0]
 
