@@ -132,7 +132,7 @@ def sparse_gpt_time(
             }
 
 
-def refit_time(size: int = 2048, repeats: int = 1) -> Iterator[dict]:
+def refit_time(size: int = 2048, repeats: int = 1, clock: Callable[[], float] = time.perf_counter) -> Iterator[dict]:
     """Seconds of refitting a square layer at 50 %, beside choosing its mask."""
     weight, inputs = correlated_layer(size, size, 2 * size, rank=size // 3)
     hessian = inputs.t() @ inputs / len(inputs)
@@ -141,11 +141,12 @@ def refit_time(size: int = 2048, repeats: int = 1) -> Iterator[dict]:
         "sparse_gpt": lambda: core.sparse_gpt_weight(weight, hessian, _options("unstructured")),
         "refit": lambda: core.refit_weight(weight, mask, hessian, core.RefitOptions()),
     }
-    for name, value in interleaved(functions, repeats, warmup=0).items():
+    for name, value in interleaved(functions, repeats, 0, clock).items():
         yield {
             "benchmark": "refit of one layer",
             "shape": [size, size],
             "threads": torch.get_num_threads(),
+            "clock": clock.__name__,
             "name": name,
             "seconds": round(value, 3),
         }
@@ -168,7 +169,7 @@ def main() -> None:
     parts = {
         "errors": lambda: layer_errors(),
         "time": lambda: sparse_gpt_time(size, repeats, clock),
-        "refit": lambda: refit_time(min(size, 2048)),
+        "refit": lambda: refit_time(min(size, 2048), clock=clock),
     }
     for name, part in parts.items():
         if arguments.only in (None, name):

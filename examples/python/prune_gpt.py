@@ -1,6 +1,6 @@
 """Take half of a language model's weights away without training: magnitude, Wanda, SparseGPT, and the exact refit.
 
-    python examples/python/prune_gpt.py                  # Python's own documentation, about two minutes on two cores
+    python examples/python/prune_gpt.py                  # Python's own documentation, some minutes on two cores
     python examples/python/prune_gpt.py --data sst2      # a folder with train.tsv and dev.tsv: sentence, tab, label
     python examples/python/prune_gpt.py --pattern 2:4    # two of four, which sparse tensor cores multiply
     python examples/python/prune_gpt.py --quick          # seconds, to see that it works
@@ -49,8 +49,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a trial of seconds")
     arguments = parser.parse_args()
     try:
-        text = load_text(arguments.data, arguments.seed)
+        if arguments.sparsity is not None and not 0 <= arguments.sparsity < 1:
+            raise ValueError(f"--sparsity: must be in [0, 1), got {arguments.sparsity:g}")
         rf.pruning.parse_pattern(arguments.pattern)
+        text = load_text(arguments.data, arguments.seed)
     except ValueError as error:
         parser.error(str(error))
 

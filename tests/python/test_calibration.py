@@ -533,3 +533,36 @@ def test_weights_that_are_not_finite():
     with pytest.raises(ValueError, match=r"weights must be finite, got NaN or infinity in 'head.weight'"):
         rf.pruning.wanda(model, loader(), 0.5, forward=lambda m, b: (runs.append(1), m(b)))
     assert len(runs) == 1  # the look at the order of layers
+
+
+# ---- with pruners ----------------------------------------------------------------------------------------------------
+
+
+def test_a_pruner_holds_calibrated_masks_in_training():
+    model = make_net()
+    result = rf.pruning.sparse_gpt(model, loader(), pattern="2:4", exclude=["head"])
+    pruner = rf.pruning.Pruner.from_masks(model, result.masks)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    before = model.blocks[0].up.weight.detach().clone()
+    for batch in loader():
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+        pruner.step()
+    assert not torch.equal(model.blocks[0].up.weight, before)
+    for name, mask in result.masks.items():
+        assert torch.equal(model.get_parameter(name).ne(0), mask)
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_a_pruner_takes_scores_of_a_model(scope):
+    model = convolutional().eval()
+    scores = rf.pruning.scores.wanda(model, images())
+    include = [name.removesuffix(".weight") for name in scores]
+    weights = {name: model.get_parameter(name).detach().clone() for name in scores}
+    pruner = rf.pruning.Pruner(model, 0.5, scope=scope, criterion=scores, include=include)
+    pruner.step()
+    masks = rf.pruning.choose_masks(weights, 0.5, scope=scope, scores=scores)
+    for name, mask in masks.items():
+        kept = rf.pruning.unpack_mask(mask, weights[name].shape)
+        assert torch.equal(model.get_parameter(name), weights[name] * kept)

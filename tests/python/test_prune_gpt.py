@@ -42,7 +42,7 @@ def test_prune_gpt(tmp_path, pattern):
     [
         (["--data", "missing"], "missing/train.tsv must be a text file that can be read"),
         (["--pattern", "4:2"], "n < m"),
-        (["--sparsity", "1"], r"sparsity must be in \[0, 1\), got 1"),
+        (["--sparsity", "1"], r"--sparsity: must be in \[0, 1\), got 1"),
     ],
 )
 def test_bad_arguments(tmp_path, arguments, message):
