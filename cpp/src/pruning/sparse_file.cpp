@@ -342,9 +342,10 @@ LoadResult load_sparse(torch::nn::Module& model, const std::filesystem::path& pa
   for (const auto& item : checkpoint.tensors) {
     const auto& name = item.key();
     const auto dot = name.rfind('.');
-    const auto owner = modules.find(dot == std::string::npos ? "" : name.substr(0, dot));
-    if (is_pruning_state(name) && known.count(name) == 0 && owner != modules.end()) {
-      fresh.push_back({owner->second, dot == std::string::npos ? name : name.substr(dot + 1), item.value()});
+    const bool belongs = name == kStepKey || known.count(name.substr(0, name.rfind("_mask_"))) != 0;
+    if (is_pruning_state(name) && known.count(name) == 0 && belongs) {
+      fresh.push_back({modules.at(dot == std::string::npos ? "" : name.substr(0, dot)),
+                       dot == std::string::npos ? name : name.substr(dot + 1), item.value()});
     } else {
       rest.tensors.insert(name, item.value());
     }

@@ -97,7 +97,9 @@ def load_sparse(
     fresh: list[tuple[nn.Module, str, Tensor]] = []
     for name in list(tensors):
         path_of_module, _, buffer = name.rpartition(".")
-        if name not in own and _core.pruning.is_pruning_state(name) and path_of_module in modules:
+        if name in own or not _core.pruning.is_pruning_state(name):
+            continue
+        if name == _core.pruning.STEP_KEY or name.rpartition("_mask_")[0] in own:
             fresh.append((modules[path_of_module], buffer, tensors.pop(name)))
     values = matched(model, tensors, file, "load_sparse", strict)
     for module, buffer, value in fresh:

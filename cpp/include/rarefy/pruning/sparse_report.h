@@ -19,7 +19,7 @@ struct RAREFY_API SparseReport {
   int64_t macs = 0;            // multiply-accumulates of the run that was given
   int64_t effective_macs = 0;  // of those, with a weight that is not zero
   double dense_milliseconds = 0;
-  double sparse_milliseconds = 0;  // with the linear layers sparse that are faster so; both times in turn, medians
+  double sparse_milliseconds = 0;  // with the linear layers sparse that are faster so; both times in turn, the least
   SparsifyReport layers;
 
   std::string to_string() const;
@@ -30,7 +30,7 @@ struct RAREFY_API SparseReport {
 /// converted layer) as its weight, the share of the elements that are not zero; of other operators, all.
 RAREFY_API int64_t effective_macs(const graph::Graph& graph);
 
-/// Milliseconds of two calls, each the median of its runs; they take turns for `seconds` at least, so that a busy machine is the
+/// Milliseconds of two calls, each the least of its runs; they take turns for `seconds` at least, so that a busy machine is the
 /// same for both. Short calls are repeated.
 RAREFY_API std::pair<double, double> compare_times(const std::function<void()>& first,
                                                    const std::function<void()>& second, double seconds);
