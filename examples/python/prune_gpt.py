@@ -88,7 +88,8 @@ def main() -> None:
     for row in rows:
         print(f"{row['method']:<18} {row['zeros']:>7.4f} {row['perplexity']:>11.4f} {row['seconds']:>8.1f}")
     generator = torch.Generator().manual_seed(arguments.seed)
-    print(f"\nThe last one writes: {continued(model, text, 'Return ', 120, generator)!r}")
+    prompt = "".join(text.alphabet[i] for i in text.test[:12])
+    print(f"\nThe last one writes: {continued(model, text, prompt, 120, generator)!r}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     with atomic(arguments.out / "report.json") as temporary:
         content = {"text": text.name, "pattern": arguments.pattern, "seed": arguments.seed, "methods": rows}

@@ -566,3 +566,54 @@ def test_a_pruner_takes_scores_of_a_model(scope):
     for name, mask in masks.items():
         kept = rf.pruning.unpack_mask(mask, weights[name].shape)
         assert torch.equal(model.get_parameter(name), weights[name] * kept)
+
+
+# ---- torch's and transformers' own layers ----------------------------------------------------------------------------
+
+
+def test_torch_transformer_layers():
+    """Their fused path, which calls no module, is left while layers are watched."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, dim_feedforward=32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    with pytest.warns(UserWarning, match="no input reached it"):
+        result = rf.pruning.sparse_gpt(model, [torch.randn(8, 10, 16)], 0.5)
+    assert sorted(result.masks) == [f"layers.{i}.linear{j}.weight" for i in range(2) for j in (1, 2)]
+    reasons = {o.name: o.reason for o in result.report.left_alone}
+    assert reasons["layers.0.self_attn.out_proj.weight"] == "no input reached it"
+
+
+def test_a_model_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    dense = copy.deepcopy(model).eval()
+    batches = [{"input_ids": torch.randint(40, (4, 12))} for _ in range(3)]
+    result = rf.pruning.sparse_gpt(model, batches, pattern="2:4", refit=True, exclude=["lm_head"])
+    assert len(result.masks) == 3 * 7
+    assert result.report.sparsity == 0.5
+    other = copy.deepcopy(dense)
+    rf.pruning.wanda(other, batches, pattern="2:4", exclude=["lm_head"])
+    with torch.no_grad():
+        target = dense(**batches[0]).logits
+        errors = [(m.eval()(**batches[0]).logits - target).square().mean().item() for m in (model, other)]
+    assert errors[0] < errors[1]
+    # Without a cache of keys and values, which is a state, the inputs of blocks are kept.
+    runs, third = [], copy.deepcopy(dense)
+    third.model.embed_tokens.register_forward_pre_hook(lambda *_: runs.append(1))
+    again = rf.pruning.wanda(
+        third, batches, pattern="2:4", exclude=["lm_head"], forward=lambda m, batch: m(**batch, use_cache=False)
+    )
+    assert len(runs) == 1 + 3
+    for name, mask in again.masks.items():
+        assert (mask != (other.get_parameter(name) != 0)).double().mean() < 0.01
