@@ -226,7 +226,7 @@ def test_calibration(name):
     exact = model(tokens)
     prepared = prepare(model, CONFIGS[name], tokens)
     calibrate(prepared, [tokens[:8], tokens[8:]])
-    error = (prepared(tokens) - exact).norm() / exact.norm()
+    error = ((prepared(tokens) - exact).norm() / exact.norm()).detach()
     assert 0 < float(error) < (0.35 if name in ("nvfp4", "int4_weight_only", "nf4") else 0.1)
 
 

@@ -190,7 +190,7 @@ def granularities():
     )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.integers(2, 16),
     st.booleans(),
@@ -215,7 +215,7 @@ def test_every_integer_scheme_survives_json(bits, symmetric, signed, narrow, gra
         assert eval(repr(scheme)) == scheme
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(1, 7), st.integers(0, 6), st.integers(-3, 70), st.sampled_from(["none", "nan", "ieee"]))
 def test_every_minifloat_is_refused_or_survives_json(e, m, bias, specials):
     try:
