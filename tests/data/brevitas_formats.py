@@ -1,7 +1,7 @@
 """Writes brevitas_formats.json: what brevitas makes of some tensors, for tests/python/test_formats_elsewhere.py.
 
-pip install --no-deps --target /tmp/brevitas brevitas dependencies==2.0.1 unfoldNd
-PYTHONPATH=/tmp/brevitas python tests/data/brevitas_formats.py
+pip install --no-deps --target build/brevitas brevitas dependencies==2.0.1 unfoldNd
+PYTHONPATH=build/brevitas python tests/data/brevitas_formats.py
 """
 
 import base64
