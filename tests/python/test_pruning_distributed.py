@@ -79,7 +79,7 @@ def with_own_scores(rank: int) -> dict[str, Tensor]:
     optimizer = torch.optim.SGD(parallel.parameters(), 0.1, momentum=0.9)
     steps = []
 
-    def after() -> bool:
+    def after(_: object) -> bool:
         steps.append(1)
         if len(steps) != 3:
             return False

@@ -238,7 +238,7 @@ def test_masks_that_change_are_enforced_at_once():
     optimizer = torch.optim.AdamW(model.parameters(), 0.01, amsgrad=True)
     calls = []
 
-    def after():
+    def after(_):
         calls.append(stray(model))
         if len(calls) != 4:
             return False
@@ -263,6 +263,7 @@ def test_dense_gradients_are_there_for_what_accumulates():
 
     def before():
         seen.append(sum(int((p.grad[~kept] != 0).sum()) for p, kept in masks_of(model).values()))
+        return masked_parameters(model), False
 
     attach(model, optimizer, before=before)
     backward(model, 0)
@@ -275,7 +276,7 @@ def test_dense_steps_mask_values_alone():
     """Soft masks: the optimizer works on dense weights until the first step that is not dense, which cleans up."""
     model, dense = make(), [True]
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    attach(model, optimizer, before=lambda: dense[0])
+    attach(model, optimizer, before=lambda: (masked_parameters(model), dense[0]))
     backward(model, 0)
     optimizer.step()
     assert stray(model) == 0
@@ -322,7 +323,7 @@ def test_a_loaded_optimizer_state():
 def test_closures(keyword):
     model, counted = make(), []
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    attach(model, optimizer, after=lambda: counted.append(1))
+    attach(model, optimizer, after=lambda _: counted.append(1))
     for step in range(4):
         closure = lambda step=step: backward(model, step)  # noqa: E731
         loss = optimizer.step(closure=closure) if keyword else optimizer.step(closure)
@@ -368,7 +369,7 @@ def test_two_optimizers_count_one_step():
         torch.optim.SGD(model.conv.parameters(), 0.1, momentum=0.9),
         torch.optim.Adam([*model.bn.parameters(), *model.head.parameters()], 0.01),
     ]
-    OptimizerHook(optimizers, lambda: masked_parameters(model), after=lambda: counted.append(1))
+    OptimizerHook(optimizers, lambda: masked_parameters(model), after=lambda _: counted.append(1))
     for step in range(3):
         backward(model, step)
         for optimizer in optimizers:
@@ -494,7 +495,7 @@ def test_learning_rate_schedules():
 def test_grad_scaler_skips(fused):
     model, counted = make(), []
     optimizer = torch.optim.Adam(model.parameters(), 0.01, fused=fused)
-    attach(model, optimizer, after=lambda: counted.append(1))
+    attach(model, optimizer, after=lambda _: counted.append(1))
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=100)
     for step in range(4):
         x, y = batch(step)
@@ -572,7 +573,7 @@ def test_compiled_models_are_not_compiled_again():
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     pending = []
 
-    def after():
+    def after(_):
         if not pending:
             return False
         with torch.no_grad():  # new masks, in the buffers that are there

@@ -116,9 +116,9 @@ class OptimizerHook:
     Args:
         optimizers: one, or those that hold the parameters together: a step is counted after that of the last.
         state: the parameters and masks at the moment of a call.
-        before: called before gradients are masked. True: this step is that of dense weights (soft masks), whose gradients
-            and moments are left alone; values alone are masked after it.
-        after: counts a step, changes masks without applying them, and tells whether it did.
+        before: called before gradients are masked, instead of ``state``, and gives the same and whether this step is that of
+            dense weights (soft masks), whose gradients and moments are left alone: values alone are masked after it.
+        after: given the state, counts a step, changes masks without applying them, and tells whether it did.
 
     Raises:
         TypeError: something without ``register_step_post_hook``.
@@ -130,13 +130,14 @@ class OptimizerHook:
         self,
         optimizers: Any | Sequence[Any],
         state: Callable[[], PruningState],
-        before: Callable[[], bool | None] | None = None,
-        after: Callable[[], bool] | None = None,
+        before: Callable[[], tuple[PruningState, bool]] | None = None,
+        after: Callable[[PruningState], bool] | None = None,
     ) -> None:
         given = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
         self._optimizers = [_hookable(optimizer) for optimizer in given]
         self._state, self._before, self._after = state, before, after
-        self._check(state())
+        self._now = state()  # of this step: gathering it at each use costs more than all else on small layers
+        self._check(self._now)
         self._dirty = True  # there may be values and moments that are not zero: from before, or written by someone else
         self._sparse = self._dense = False
         self._watched: list[Tensor] = []  # values and masks, and what they were after the last step
@@ -197,11 +198,13 @@ class OptimizerHook:
         return (*args[:position], masked_closure, *args[position + 1 :]), kwargs
 
     def _mask_gradients(self, optimizer: Any) -> None:
-        if optimizer is self._optimizers[0]:
-            self._dense = self._before is not None and bool(self._before())
+        if optimizer is self._optimizers[0] and self._before is not None:
+            self._now, self._dense = self._before()
+        else:
+            self._now = self._state()
         if self._dense:
             return
-        state = self._state()
+        state = self._now
         self._watched = [*_core.pruning.values_of(state), *_core.pruning.masks_of(state)]
         if self._dirty or _fingerprint(self._watched) != self._seen:
             enforce(state, self._optimizers)
@@ -211,18 +214,17 @@ class OptimizerHook:
     def _post(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _is_skipped(optimizer):
             return
-        changed = optimizer is self._optimizers[-1] and self._after is not None and self._after()
+        changed = optimizer is self._optimizers[-1] and self._after is not None and self._after(self._now)
         self._steps += 1
         if self._dense:
-            _core.pruning.apply_values(self._state())
+            _core.pruning.apply_values(self._now)
             self._dirty = True
             return
-        if changed or self._sparse or not _keeps_zeros(optimizer):
+        check = self._steps % _CHECK_EVERY == 0
+        if changed:
             enforce(self._state(), self._optimizers)
-        elif self._steps % _CHECK_EVERY == 0:
-            state = self._state()
-            if _core.pruning.stray_values(state):
-                enforce(state, self._optimizers)
+        elif self._sparse or not _keeps_zeros(optimizer) or (check and _core.pruning.stray_values(self._now)):
+            enforce(self._now, self._optimizers)
         self._seen = _fingerprint(self._watched)
 
     def _loaded(self, optimizer: Any) -> None:

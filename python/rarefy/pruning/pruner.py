@@ -363,13 +363,16 @@ class Pruner:
             self._hook.remove()
         self._hook, self._optimizers, self._growth = None, (), []
 
-    def _before_optimizer(self) -> bool:
-        """True when the optimizer is about to work on dense weights, whose gradients must not be masked."""
+    def _before_optimizer(self) -> tuple[PruningState, bool]:
+        """The state of this step; True when the optimizer is about to work on dense weights, whose gradients must not be
+        masked."""
         state = self._state()
         if _core.pruning.needs_accumulate(state, self._options) and not self._accumulated:
             self.accumulate()
         self._keep_growth(state)
-        return _core.pruning.is_soft(state, self._options)
+        if self._growth:
+            state = self._state()
+        return state, _core.pruning.is_soft(state, self._options)
 
     def _keep_growth(self, state: PruningState) -> None:
         """Copy the gradients that RigL reads in this step, before they are masked."""
@@ -381,9 +384,9 @@ class Pruner:
                     raise ValueError(f"[{self._NAME}] RigL needs the gradient of {name!r} at this step, got none")
             self._growth = [parameter.grad.detach().clone() for parameter in parameters]
 
-    def _after_optimizer(self) -> bool:
+    def _after_optimizer(self, state: PruningState) -> bool:
         """Count a step; True when masks or weights were made anew, and are to be masked."""
-        changed = self._count(self._state(), self._optimizers)
+        changed = self._count(state, self._optimizers)
         self._growth = []
         return changed
 
