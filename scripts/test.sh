@@ -16,7 +16,9 @@ part() {  # part NAME COMMAND...
 }
 
 part ctest ctest --test-dir build/dev --output-on-failure --no-tests=error -j "$(nproc)"
-part pytest python -m pytest "$@"
+# A process per core, up to four (each takes up to 3 GB); a file's tests stay together, for its fixtures.
+workers=$(($(nproc) < 4 ? $(nproc) : 4))
+part pytest env OMP_NUM_THREADS=$(($(nproc) / workers)) python -m pytest -n "$workers" --dist loadfile "$@"
 part "consumer of a prefix" bash scripts/test_consumer.sh prefix
 part "consumer of the wheel" bash scripts/test_consumer.sh wheel
 
