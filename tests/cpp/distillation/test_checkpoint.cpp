@@ -166,6 +166,16 @@ TEST_CASE("a checkpoint that does not fit changes nothing", "[distillation]") {
   std::filesystem::remove(file("text.pt"));
 }
 
+TEST_CASE("a student whose values left their masks is not saved", "[distillation]") {
+  const auto path = file("strayed.pt");
+  std::filesystem::remove(path);
+  Run run;
+  run.student->out->register_buffer("weight_mask_bits", torch::zeros({64 / 8}, torch::kByte));
+  CHECK_THROWS_WITH(save_checkpoint(path, *run.trainer, run.parts()),
+                    ContainsSubstring("[save_checkpoint] 'out.weight' must be zero where its mask prunes"));
+  CHECK(!std::filesystem::exists(path));
+}
+
 TEST_CASE("further parts are kept, and put back when one does not load", "[distillation]") {
   const auto path = file("parts.pt");
   Run run;

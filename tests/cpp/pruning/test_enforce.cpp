@@ -233,6 +233,8 @@ TEST_CASE("Saving a model whose zeros left the mask is an error", "[enforce]") {
   CHECK_THAT(message([&] { rarefy::save_safetensors(*net, file); }),
              ContainsSubstring("[save_safetensors] " + expected));
   CHECK_THAT(message([&] { save_pruned(*net, Manifest(), file); }), ContainsSubstring("[save_pruned] " + expected));
+  CHECK_THAT(message([&] { rarefy::quantization::save_quantized(*net, file); }),
+             ContainsSubstring("[save_quantized] " + expected));
   CHECK_THAT(message([&] { check_masks(*net); }), ContainsSubstring("[check_masks] " + expected));
   CHECK(!std::filesystem::exists(file));
   CHECK(stray_values(state).size() == 1);
