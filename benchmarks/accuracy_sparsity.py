@@ -36,7 +36,7 @@ DENSE, CONTINUED, AT_ONCE, AGP, RIGL, TWO_OF_FOUR = (
 SPARSITY = 0.9
 LOST_GOALS = {AGP: 1.0, TWO_OF_FOUR: 0.5}  # points below the dense model
 GRADUAL = 0.4  # part of the steps in which weights go
-EXCHANGE = 0.6  # part of the steps in which RigL exchanges weights
+EXCHANGE = 0.4  # part of the steps in which RigL exchanges weights: AGP's, so that both recover as long
 EVERY, EXCHANGE_EVERY, FRACTION = 10, 50, 0.1
 TWO_OF_FOUR_SHARE = 0.5  # of the epochs: it has recovered by then
 
