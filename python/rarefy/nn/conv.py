@@ -72,6 +72,11 @@ class ConvLayer(WeightedLayer):
         return geometry_of(self)  # type: ignore[arg-type]
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        layout = None if self._kept is None else self._kept.layout(x, self.stride)
+        if self._kept is not None and layout is not None:
+            rounded = weight
+            weight = self._kept.get(layout, (rounded,), lambda: rounded.contiguous(memory_format=layout))
+            x = x.contiguous(memory_format=layout)
         return self.geometry().convolve(x, weight, bias)
 
     def _why_never_integer(self, config: QConfig) -> str | None:

@@ -133,8 +133,7 @@ class ConvTransposeLayer(WeightedLayer):
                 x.unsqueeze(0) if single else x, self.weight, self.bias, *grids, *movement, self.relu, bf16, None
             )
             return self._finish(y.squeeze(0) if single else y, rectified=self.relu)
-        weight = self._as_stored(self.quant.weight(self._by_channel(self.weight)))
-        return self._finish(movement.convolve(self._quantized_input(x), weight, self.bias))
+        return self._finish(movement.convolve(self._quantized_input(x), *self._rounded()))
 
 
 class ConvTranspose1d(ConvTransposeLayer, nn.ConvTranspose1d):
