@@ -244,6 +244,14 @@ class WeightedLayer(QuantizableLayer):
         """The inverse of ``_by_channel``."""
         return weight
 
+    def _input_axis(self, dims: int) -> int | None:
+        """The axis of an input of ``dims`` dimensions that has an index for each input channel; None where there is none."""
+        return None
+
+    def _by_input(self, values: Tensor) -> Tensor:
+        """A value for each input channel, in a shape that broadcasts to the weight as its quantizer sees it."""
+        return values
+
     def _attach(self, config: QConfig, relu: bool, quantize_output: bool) -> None:
         super()._attach(config, relu, quantize_output)
         self.quant.to(self.weight.device)

@@ -116,6 +116,16 @@ class ConvTransposeLayer(WeightedLayer):
     def _as_stored(self, weight: Tensor) -> Tensor:
         return weight_by_group(weight, self.groups)
 
+    def _input_axis(self, dims: int) -> int | None:
+        return dims - self.weight.dim() + 1
+
+    def _by_input(self, values: Tensor) -> Tensor:
+        # By channel the weight is [in / groups, out, ...], and each group of outputs reads the inputs of its own group.
+        columns = values.view(self.groups, -1).t()
+        if self.groups > 1:
+            columns = columns.repeat_interleave(self.out_channels // self.groups, 1)
+        return columns.reshape(*columns.shape, *[1] * (self.weight.dim() - 2))
+
     def _why_never_integer(self, config: QConfig) -> str | None:
         if self.weight.dim() == 5 and self.groups > 1:
             return "there is no integer kernel for groups in three dimensions"

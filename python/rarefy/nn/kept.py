@@ -78,4 +78,3 @@ def keeping(layers: list[QuantizableLayer], channels_last: bool = False) -> Iter
     finally:
         for layer in layers:
             layer._kept = None
-

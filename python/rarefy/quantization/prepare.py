@@ -26,6 +26,7 @@ from rarefy.quantization.fast_path import leave_fast_path
 from rarefy.quantization.flow import Event, Flow, record
 from rarefy.quantization.link import link
 from rarefy.quantization.memory_format import ChannelsLast
+from rarefy.quantization.observed_once import ObservedOnce
 from rarefy.quantization.qconfig import QConfig
 from rarefy.quantization.report import QuantizationReport, report
 from rarefy.quantization.selection import (
@@ -423,9 +424,10 @@ def calibrate(
         batches = 0
         layers = [m for m in model.modules() if isinstance(m, rnn.QuantizableLayer) and m.prepared]
         channels_last = getattr(model, "_rarefy_runs_channels_last", False)
+        once = ObservedOnce()
         with _evaluating(model), torch.no_grad(), keeping(layers, channels_last):
             for _, quantizer in quantizers:
-                quantizer.observe, quantizer.quantize = True, False
+                quantizer.observe, quantizer.quantize, quantizer.observed_once = True, False, once
                 if quantizer.statistics is not None and quantizer.sync is not None and quantizer.sync.is_active():
                     quantizer.statistics.clear()  # those of before are of all processes already
                 quantizer.sync, quantizer._told = None, True  # once, at the end
@@ -463,7 +465,7 @@ def calibrate(
         raise
     finally:
         for quantizer, *_, told in before:
-            quantizer._told = told
+            quantizer._told, quantizer.observed_once = told, None
     for _, quantizer in quantizers:
         quantizer.observe, quantizer.quantize = False, True
     counts = ", ".join(f"{name} ({count})" for name, count in skipped.items() if count)
