@@ -83,6 +83,7 @@
 #include <rarefy/pruning/torch_pruning.h>
 #include <rarefy/quantization/batch_norm.h>
 #include <rarefy/quantization/fake_quantizer.h>
+#include <rarefy/quantization/format_search.h>
 #include <rarefy/quantization/observer.h>
 #include <rarefy/quantization/packed.h>
 #include <rarefy/quantization/prepare.h>
@@ -95,4 +96,5 @@
 #include <rarefy/quantization/simulate.h>
 #include <rarefy/quantization/statistics.h>
 #include <rarefy/quantization/target.h>
+#include <rarefy/quantization/weight_importance.h>
 #include <rarefy/version.h>

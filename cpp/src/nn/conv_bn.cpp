@@ -122,6 +122,12 @@ std::pair<torch::Tensor, torch::Tensor> ConvBnImpl<D>::folded() {
 }
 
 template <size_t D>
+std::vector<torch::Tensor> ConvBnImpl<D>::sources() const {
+  const auto norm = applied();
+  return {this->weight, this->bias, norm->weight, norm->bias, norm->running_mean, norm->running_var};
+}
+
+template <size_t D>
 void ConvBnImpl<D>::after_convert() {
   if (link_ == nullptr) {
     this->unregister_module("bn");
@@ -152,8 +158,8 @@ torch::Tensor ConvBnImpl<D>::run_prepared(const torch::Tensor& x) {
   }
   const auto input = this->quant->apply("input", x);
   if (!norm->moves()) {
-    const auto [folded_weight, folded_bias] = folded();
-    return this->compute(input, this->quant->apply("weight", folded_weight), folded_bias);
+    const auto [rounded_weight, folded_bias] = this->rounded();
+    return this->compute(input, rounded_weight, folded_bias);
   }
   const auto dim = this->weight.dim();
   const auto factor = fold_factor(*norm).detach();

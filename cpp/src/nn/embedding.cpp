@@ -141,7 +141,7 @@ torch::Tensor EmbeddingImpl::compute(const torch::Tensor& indices, const torch::
 torch::Tensor EmbeddingImpl::run_prepared(const torch::Tensor& indices) {
   auto& quantizer = *quant->find("weight");
   if (!quantizer.options.scheme.is_plain()) {
-    return compute(indices, quantizer.forward(weight), {});
+    return compute(indices, rounded().weight, {});
   }
   return rows_on_grid(compute(indices, weight, {}), indices, weight, quantizer);
 }
@@ -208,7 +208,7 @@ torch::Tensor EmbeddingBagImpl::compute(const torch::Tensor& indices, const torc
 torch::Tensor EmbeddingBagImpl::run_prepared(const torch::Tensor& indices) {
   auto& quantizer = *quant->find("weight");
   if (!quantizer.options.scheme.is_plain()) {
-    return compute(indices, quantizer.forward(weight), {});
+    return compute(indices, rounded().weight, {});
   }
   return rows_on_grid(compute(indices, weight, {}), indices, weight, quantizer);
 }

@@ -1,5 +1,6 @@
 #include <rarefy/nn/quantizable.h>
 
+#include <algorithm>
 #include <ostream>
 
 namespace rarefy::nn {
@@ -64,6 +65,37 @@ std::optional<ops::ByteGrid> QuantStateImpl::output_grid() const {
 torch::Tensor QuantStateImpl::apply(const std::string& name, const torch::Tensor& x) const {
   auto* quantizer = find(name);
   return quantizer == nullptr ? x : quantizer->forward(x);
+}
+
+void QuantStateImpl::keep(bool on) {
+  keeps_ = on;
+  kept_.clear();
+}
+
+QuantStateImpl::Rounded QuantStateImpl::rounded(const std::string& name, const std::vector<torch::Tensor>& sources,
+                                                const std::function<Rounded()>& make) {
+  // Inference tensors count no writes.
+  const auto counts = [](const torch::Tensor& t) { return !t.defined() || !t.is_inference(); };
+  if (!keeps_ || !std::all_of(sources.begin(), sources.end(), counts)) {
+    return make();
+  }
+  std::vector<int64_t> versions;
+  for (const auto& source : sources) {
+    versions.push_back(source.defined() ? static_cast<int64_t>(source._version()) : 0);
+  }
+  const auto same = [](const torch::Tensor& a, const torch::Tensor& b) { return a.is_same(b); };
+  if (const auto found = kept_.find(name);
+      found != kept_.end() && found->second.versions == versions &&
+      std::equal(sources.begin(), sources.end(), found->second.sources.begin(), found->second.sources.end(), same)) {
+    return found->second.result;
+  }
+  auto result = make();
+  kept_[name] = {sources, std::move(versions), result};
+  return result;
+}
+
+torch::Tensor QuantStateImpl::rounded(const std::string& name, const torch::Tensor& weight) {
+  return rounded(name, {weight}, [&] { return Rounded{apply(name, weight), {}}; }).weight;
 }
 
 }  // namespace rarefy::nn

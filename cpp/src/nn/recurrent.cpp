@@ -241,7 +241,7 @@ ops::HiddenProduct RecurrentModule<Derived>::hidden_product(Direction& direction
     const auto grid = hidden == nullptr ? std::nullopt : std::optional(grid_of(*hidden));
     return {dequantized(name, direction.weight_hh), std::nullopt, bias, grid};
   }
-  ops::HiddenProduct product{quant->apply(name, direction.weight_hh), std::nullopt, bias, std::nullopt};
+  ops::HiddenProduct product{quant->rounded(name, direction.weight_hh), std::nullopt, bias, std::nullopt};
   if (hidden != nullptr && hidden->quantize) {
     if (!direction.started) {
       start_grid(*hidden);
@@ -298,7 +298,7 @@ std::pair<torch::Tensor, RecurrentState> RecurrentModule<Derived>::run_rows(
                                     {false, gradient_dtype == c10::ScalarType::BFloat16, std::nullopt});
       } else {
         const auto weight = mode_ == Mode::floating   ? d.weight_ih
-                            : mode_ == Mode::prepared ? quant->apply(name, d.weight_ih)
+                            : mode_ == Mode::prepared ? quant->rounded(name, d.weight_ih)
                                                       : dequantized(name, d.weight_ih);
         gates = at::linear(x, weight, optional(d.bias_ih));
       }

@@ -24,7 +24,8 @@ struct TargetGrid {
 template <typename Cost>
 class Narrowing {
  public:
-  /// cost(QParams) gives a double. `whole` is the range of the values, widened to hold 0.
+  /// cost(QParams) gives a double. cost.at_least(QParams), where there is such a function, gives quickly one that is not
+  /// greater. `whole` is the range of the values, widened to hold 0.
   Narrowing(ValueRange whole, const TargetGrid& grid, const Cost& cost) : whole_(whole), grid_(grid), cost_(cost) {
     best_ = whole_;
     best_.low = std::min(whole.low, 0.0f);
@@ -75,6 +76,11 @@ class Narrowing {
         return;
       }
       last_ = parameters;
+      if constexpr (requires { cost_.at_least(parameters); }) {
+        if (cost_.at_least(parameters) >= best_cost_) {
+          return;
+        }
+      }
       const double cost = cost_(parameters);
       if (cost < best_cost_) {
         best_cost_ = cost;

@@ -1,5 +1,6 @@
 #include <rarefy/ops/fake_quantize.h>
 #include <rarefy/quantization/fake_quantizer.h>
+#include <rarefy/quantization/format_search.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/types.h>
 
@@ -11,9 +12,9 @@ namespace rarefy::quantization {
 FakeQuantizerImpl::FakeQuantizerImpl(FakeQuantizerOptions options_) : options(std::move(options_)) {
   options.scheme.validate();
   validate(options.observer);
-  TORCH_CHECK_VALUE(options.scheme.is_plain() || follows_a_range(options.observer), "[FakeQuantizer] ",
-                    str(options.observer), " must have a plain grid of integers, per tensor or channel, got ",
-                    options.scheme.str());
+  const auto refused = why_not_observed(options.scheme, options.observer);
+  TORCH_CHECK_VALUE(!refused.has_value(), "[FakeQuantizer] ", str(options.observer), " does not serve ",
+                    options.scheme.str(), ": ", refused.value_or(""));
   TORCH_CHECK_VALUE(options.channels >= 1, "[FakeQuantizer] channels must be at least 1, got ", options.channels);
   FakeQuantizerImpl::reset();
 }
@@ -92,6 +93,9 @@ void FakeQuantizerImpl::update(const torch::Tensor& x, const torch::Tensor& fact
 }
 
 torch::Tensor FakeQuantizerImpl::forward(const torch::Tensor& x) {
+  if (watch) {
+    watch(x);
+  }
   const auto& scheme = options.scheme;
   if (!scheme.is_plain()) {
     return forward_format(x);

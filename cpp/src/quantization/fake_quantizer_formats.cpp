@@ -3,6 +3,7 @@
 #include <rarefy/ops/formats.h>
 #include <rarefy/ops/weight_formats.h>
 #include <rarefy/quantization/fake_quantizer.h>
+#include <rarefy/quantization/format_search.h>
 #include <rarefy/quantization/simulate.h>
 #include <torch/types.h>
 
@@ -35,6 +36,9 @@ void FakeQuantizerImpl::observe_weight_format(const torch::Tensor& x) {
   const torch::NoGradGuard no_grad;
   const auto& scheme = options.scheme;
   const auto seen = x.detach();
+  if (!follows_a_range(options.observer) && was_searched(x)) {
+    return;
+  }
   if (seen.is_cpu() && !torch::isfinite(seen).all().item<bool>()) {
     skipped.fill_(1);
     tell_skipped(seen);
@@ -46,6 +50,9 @@ void FakeQuantizerImpl::observe_weight_format(const torch::Tensor& x) {
     if (!calibrated()) {
       codebook.copy_(ops::kmeans_codebook(seen, codebook.size(-1), scheme.block_axis(), block_of(scheme)));
     }
+  } else if (!follows_a_range(options.observer)) {
+    search_format(x);
+    return;
   } else {
     const auto [s, z] = scheme_qparams(seen, scheme);
     scale.copy_(s);
@@ -56,17 +63,26 @@ void FakeQuantizerImpl::observe_weight_format(const torch::Tensor& x) {
   max_val.copy_(high);
 }
 
+void FakeQuantizerImpl::search_format(const torch::Tensor& x) {
+  const auto found = search_scheme(x.detach(), options.scheme, options.observer,
+                                   importance.defined() ? std::optional(importance) : std::nullopt);
+  scale.copy_(found.scale);
+  zero_point.copy_(found.zero_point);
+  min_val.copy_(found.low);
+  max_val.copy_(found.high);
+  note_searched(x);
+}
+
 /// The scale of a range that an observer of integers has just taken in.
-void FakeQuantizerImpl::derive_format_scale() {
+void FakeQuantizerImpl::derive_format_scale() const {
   const torch::NoGradGuard no_grad;
-  if (!calibrated()) {
+  if (!(min_val <= max_val).all().item<bool>()) {
     return;
   }
-  const auto [s, z] = scheme_qparams(torch::stack({min_val, max_val}), [&] {
-    auto per_tensor = options.scheme;
-    per_tensor.granularity = PerTensor{};
-    return per_tensor;
-  }());
+  // Of ends [2, channels], or [2, 1] for the tensor.
+  auto of_ends = options.scheme;
+  of_ends.granularity = of_ends.axis().has_value() ? Granularity(PerChannel{1}) : Granularity(PerTensor{});
+  const auto [s, z] = scheme_qparams(torch::stack({min_val, max_val}), of_ends);
   scale.copy_(s);
   zero_point.copy_(z);
 }
@@ -81,11 +97,11 @@ torch::Tensor FakeQuantizerImpl::forward_format(const torch::Tensor& x) {
       if (all_reduce_max) {
         observe_over_processes(x);
       } else {
-        const auto [qmin, qmax] = scheme.observed_range();
-        ops::observe(x, min_val, max_val, scale, zero_point, skipped, std::nullopt,
-                     averaging_constant(options.observer), qmin, qmax, scheme.symmetric);
+        observe_alone(x, scheme.axis());
       }
-      derive_format_scale();
+      if (!statistics) {  // their range is chosen later
+        derive_format_scale();
+      }
       tell_skipped(x);
     }
   }

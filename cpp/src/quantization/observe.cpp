@@ -6,9 +6,14 @@
 
 #include <limits>
 
+#include "quantization/observed_once.h"
+
 namespace rarefy::quantization {
 
 void FakeQuantizerImpl::observe_alone(const torch::Tensor& x, std::optional<int64_t> axis) {
+  if (observed_once != nullptr && observed_once->take_over(*this, x)) {
+    return;
+  }
   const auto& scheme = options.scheme;
   if (statistics) {
     statistics->observe(x, axis, skipped);
@@ -16,14 +21,29 @@ void FakeQuantizerImpl::observe_alone(const torch::Tensor& x, std::optional<int6
   } else if (std::holds_alternative<MSE>(options.observer) || std::holds_alternative<HalfQuadratic>(options.observer)) {
     search(x, axis);
   } else {
+    const auto [qmin, qmax] = scheme.observed_range();
     ops::observe(x.detach(), min_val, max_val, scale, zero_point, skipped, axis, averaging_constant(options.observer),
-                 scheme.qmin(), scheme.qmax(), scheme.symmetric);
+                 qmin, qmax, scheme.symmetric);
+  }
+  if (observed_once != nullptr) {
+    observed_once->observed(*this, x);
+  }
+}
+
+bool FakeQuantizerImpl::was_searched(const torch::Tensor& weight) const {
+  return !weight.is_inference() && searched_.lock().get() == weight.unsafeGetTensorImpl() &&
+         searched_version_ == weight._version();
+}
+
+void FakeQuantizerImpl::note_searched(const torch::Tensor& weight) {
+  if (!weight.is_inference()) {
+    searched_ = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>(weight.getIntrusivePtr());
+    searched_version_ = weight._version();
   }
 }
 
 void FakeQuantizerImpl::search(const torch::Tensor& weight, std::optional<int64_t> axis) {
-  const bool has_version = !weight.is_inference();
-  if (has_version && searched_.lock().get() == weight.unsafeGetTensorImpl() && searched_version_ == weight._version()) {
+  if (was_searched(weight)) {
     return;
   }
   const auto& scheme = options.scheme;
@@ -49,10 +69,7 @@ void FakeQuantizerImpl::search(const torch::Tensor& weight, std::optional<int64_
     min_val.copy_((scheme.qmin() - zero_point) * scale);
     max_val.copy_((scheme.qmax() - zero_point) * scale);
   }
-  if (has_version) {
-    searched_ = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>(weight.getIntrusivePtr());
-    searched_version_ = weight._version();
-  }
+  note_searched(weight);
 }
 
 /// While it quantizes, the batch is rounded with what it has added to.
@@ -141,9 +158,6 @@ void FakeQuantizerImpl::merge_over_processes() {
   }
   const auto all = merged(min_val, max_val, skipped);
   take(all, std::nullopt);
-  if (!options.scheme.is_plain()) {
-    derive_format_scale();
-  }
   skipped.copy_(all.slice(0, 2 * min_val.numel()));
 }
 
@@ -172,6 +186,9 @@ void FakeQuantizerImpl::take(const torch::Tensor& low, const torch::Tensor& high
   ops::observe(torch::stack({low, high}), from, to, step, zero, counted_already,
                scheme.axis().has_value() ? std::optional<int64_t>(1) : std::nullopt, constant, qmin, qmax,
                scheme.symmetric);
+  if (!scheme.is_plain()) {
+    derive_format_scale();
+  }
 }
 
 }  // namespace rarefy::quantization

@@ -12,6 +12,7 @@
 #include <set>
 
 #include "quantization/link.h"
+#include "quantization/observed_once.h"
 #include "quantization/replace.h"
 
 namespace rarefy::quantization {
@@ -152,6 +153,30 @@ class Evaluating {
  private:
   std::vector<std::pair<std::shared_ptr<torch::nn::Module>, bool>> before_;
   std::pair<torch::nn::Module*, bool> self_;
+};
+
+/// What layers and quantizers spare each other during a calibration, as long as it lives: a weight is folded, observed and
+/// rounded once, and a tensor that several quantizers see is observed once.
+class Sparing {
+ public:
+  explicit Sparing(const std::vector<Layer>& layers) : layers_(layers) {
+    set(/*keep=*/true, std::make_shared<ObservedOnce>());
+  }
+  Sparing(const Sparing&) = delete;
+  Sparing& operator=(const Sparing&) = delete;
+  ~Sparing() { set(/*keep=*/false, nullptr); }
+
+ private:
+  void set(bool keep, const std::shared_ptr<ObservedOnce>& once) {
+    for (const auto& layer : layers_) {
+      layer.layer->quant_state()->keep(keep);
+      for (const auto& [name, quantizer] : layer.layer->quant_state()->quantizers()) {
+        quantizer->observed_once = once;
+      }
+    }
+  }
+
+  const std::vector<Layer>& layers_;
 };
 
 /// Checks everything, and makes and prepares the twins, before the first layer of the model changes.
@@ -325,7 +350,10 @@ void calibrate(torch::nn::Module& model, const std::function<void()>& run) {
   model.eval();
   std::vector<std::string> missed, not_finite, counts;
   try {
-    run();
+    {
+      const Sparing sparing(layers);
+      run();
+    }
     for (const auto& item : before) {
       item.quantizer->all_reduce_max = item.all_reduce_max;
       if (item.all_reduce_max && !item.is_weight) {

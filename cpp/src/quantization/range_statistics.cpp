@@ -1,6 +1,7 @@
 #include <rarefy/ops/fake_quantize.h>
 #include <rarefy/ops/histogram.h>
 #include <rarefy/ops/range_search.h>
+#include <rarefy/quantization/format_search.h>
 #include <rarefy/quantization/range_statistics.h>
 #include <torch/types.h>
 
@@ -83,8 +84,7 @@ std::pair<torch::Tensor, torch::Tensor> RangeStatisticsImpl::choose(const Scheme
       method = "sqnr";
       parameter = std::get<SQNR>(observer).clip_weight;
     }
-    range = ops::choose_range_from_histogram(hist, hist_min, hist_max, method, parameter, scheme.qmin(), scheme.qmax(),
-                                             scheme.symmetric, false);
+    range = scheme_range_from_histogram(hist, hist_min, hist_max, scheme, method, parameter);
   }
   return {std::get<0>(range), std::get<1>(range)};
 }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy._core.quantization import LONGEST_INTEGER_SUM, Latest, PerChannel, has_exact_integer_products
+from rarefy.nn.kept import Kept
 from rarefy.nn.relu import mark_rectified, rectify
 from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.qconfig import QConfig
@@ -109,6 +110,7 @@ class QuantizableLayer(nn.Module):
     execution: str | None  #: as in QConfig
     gradient_dtype: torch.dtype  #: as in QConfig
     target: str | None = None  #: as in QConfig
+    _kept: Kept | None = None  #: during a calibration
 
     @classmethod
     def unsupported(cls, module: nn.Module) -> str | None:
@@ -155,7 +157,7 @@ class QuantizableLayer(nn.Module):
 
     def _finish(self, y: Tensor, rectified: bool = False) -> Tensor:
         if self.relu and not rectified:
-            y = rectify(y)
+            y = rectify(y) if self._kept is None else torch.relu_(y)
         if self.quant.output is not None:
             y = self.quant.output(y)
         return mark_rectified(y) if self.relu else y
@@ -242,6 +244,14 @@ class WeightedLayer(QuantizableLayer):
         """The inverse of ``_by_channel``."""
         return weight
 
+    def _input_axis(self, dims: int) -> int | None:
+        """The axis of an input of ``dims`` dimensions that has an index for each input channel; None where there is none."""
+        return None
+
+    def _by_input(self, values: Tensor) -> Tensor:
+        """A value for each input channel, in a shape that broadcasts to the weight as its quantizer sees it."""
+        return values
+
     def _attach(self, config: QConfig, relu: bool, quantize_output: bool) -> None:
         super()._attach(config, relu, quantize_output)
         self.quant.to(self.weight.device)
@@ -260,6 +270,21 @@ class WeightedLayer(QuantizableLayer):
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """The float weight and bias that are quantized."""
         return self.weight, self.bias
+
+    def _sources(self) -> tuple[Tensor | None, ...]:
+        """The tensors that ``folded()`` reads."""
+        return self.weight, self.bias
+
+    def _rounded(self) -> tuple[Tensor, Tensor | None]:
+        """The weight on its grid and the bias: ``folded()`` as evaluation computes with it."""
+        if self._kept is None:
+            return self._round()
+        return self._kept.get("weight", self._sources(), self._round)
+
+    def _round(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self.folded()
+        assert self.quant.weight is not None
+        return self._as_stored(self.quant.weight(self._by_channel(weight))), bias
 
     @torch.no_grad()
     def integer_weight(self) -> IntegerWeight:
@@ -334,4 +359,4 @@ class WeightedLayer(QuantizableLayer):
             grids = self._grids(x, self.weight)
             y = self._compute_integer(x, self.weight, None, self.bias, grids, self.relu)
             return self._finish(y, rectified=self.relu)
-        return self._finish(self._compute(self._quantized_input(x), self.quant.weight(self.weight), self.bias))
+        return self._finish(self._compute(self._quantized_input(x), *self._rounded()))

@@ -71,7 +71,22 @@ class ConvLayer(WeightedLayer):
         """How the layer moves over its input, in numbers."""
         return geometry_of(self)  # type: ignore[arg-type]
 
+    def _input_axis(self, dims: int) -> int | None:
+        return dims - self.weight.dim() + 1
+
+    def _by_input(self, values: Tensor) -> Tensor:
+        # Each group of outputs reads the inputs of its own group.
+        rows = values.view(self.groups, -1)
+        if self.groups > 1:
+            rows = rows.repeat_interleave(self.out_channels // self.groups, 0)
+        return rows.reshape(*rows.shape, *[1] * (self.weight.dim() - 2))
+
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        layout = None if self._kept is None else self._kept.layout(x, self.stride)
+        if self._kept is not None and layout is not None:
+            rounded = weight
+            weight = self._kept.get(layout, (rounded,), lambda: rounded.contiguous(memory_format=layout))
+            x = x.contiguous(memory_format=layout)
         return self.geometry().convolve(x, weight, bias)
 
     def _why_never_integer(self, config: QConfig) -> str | None:

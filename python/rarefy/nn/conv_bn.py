@@ -142,6 +142,10 @@ class ConvBnLayer(ConvLayer):
         centered = -bn.running_mean if self.bias is None else self.bias - bn.running_mean
         return self.weight * self._per_filter(factor), bn.bias + centered * factor
 
+    def _sources(self) -> tuple[Tensor | None, ...]:
+        bn = self.bn
+        return self.weight, self.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var
+
     def forward(self, x: Tensor) -> Tensor:
         """Convolution and batch normalization on the grids of input and folded weight."""
         if self.quant.weight is None:
@@ -150,8 +154,7 @@ class ConvBnLayer(ConvLayer):
             return self._forward_integer(x)
         x = self._quantized_input(x)
         if not self.bn.moves:
-            weight, bias = self.folded()
-            return self._finish(self._compute(x, self.quant.weight(weight), bias))
+            return self._finish(self._compute(x, *self._rounded()))
         factor = self._factor().detach()
         weight = self.quant.weight(self.weight * self._per_filter(factor))
         per_channel = (1, -1, *[1] * (self.weight.dim() - 2))

@@ -116,6 +116,16 @@ class ConvTransposeLayer(WeightedLayer):
     def _as_stored(self, weight: Tensor) -> Tensor:
         return weight_by_group(weight, self.groups)
 
+    def _input_axis(self, dims: int) -> int | None:
+        return dims - self.weight.dim() + 1
+
+    def _by_input(self, values: Tensor) -> Tensor:
+        # By channel the weight is [in / groups, out, ...], and each group of outputs reads the inputs of its own group.
+        columns = values.view(self.groups, -1).t()
+        if self.groups > 1:
+            columns = columns.repeat_interleave(self.out_channels // self.groups, 1)
+        return columns.reshape(*columns.shape, *[1] * (self.weight.dim() - 2))
+
     def _why_never_integer(self, config: QConfig) -> str | None:
         if self.weight.dim() == 5 and self.groups > 1:
             return "there is no integer kernel for groups in three dimensions"
@@ -133,8 +143,7 @@ class ConvTransposeLayer(WeightedLayer):
                 x.unsqueeze(0) if single else x, self.weight, self.bias, *grids, *movement, self.relu, bf16, None
             )
             return self._finish(y.squeeze(0) if single else y, rectified=self.relu)
-        weight = self._as_stored(self.quant.weight(self._by_channel(self.weight)))
-        return self._finish(movement.convolve(self._quantized_input(x), weight, self.bias))
+        return self._finish(movement.convolve(self._quantized_input(x), *self._rounded()))
 
 
 class ConvTranspose1d(ConvTransposeLayer, nn.ConvTranspose1d):

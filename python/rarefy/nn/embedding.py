@@ -58,7 +58,7 @@ class TableLayer(WeightedLayer):
         quantizer = self.quant.weight
         assert quantizer is not None
         if not quantizer.is_plain:
-            table = quantizer(self.weight)
+            table, _ = self._rounded()
             looked_up = F.embedding(indices, table, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
             return looked_up.view_as(rows)
         if not quantizer.quantize or rows.numel() == 0:
@@ -67,7 +67,7 @@ class TableLayer(WeightedLayer):
         if quantizer.axis is None:
             if quantizer.observe:
                 with torch.no_grad():
-                    quantizer(self.weight)
+                    self._rounded()
             return torch.ops.rarefy.fake_quantize(rows, quantizer.scale, quantizer.zero_point, None, *limits)
         flat, index = rows.reshape(-1, self.embedding_dim), indices.reshape(-1)
         if quantizer.observe:

@@ -15,6 +15,12 @@ class LinearLayer(WeightedLayer):
     quantizes_output = False
     _integer_devices = ("cpu", "cuda")
 
+    def _input_axis(self, dims: int) -> int | None:
+        return dims - 1
+
+    def _by_input(self, values: Tensor) -> Tensor:
+        return values.unsqueeze(self.channel_axis)
+
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight.t() if self.channel_axis == 1 else weight, bias)
 

@@ -362,14 +362,21 @@ class RecurrentLayer(Run, QuantizableLayer):
             grids = (q.scale, q.zero_point, q.qmin, q.qmax, *w.grid(weight), w.qmin, w.qmax)
             bf16 = self.gradient_dtype is torch.bfloat16
             return torch.ops.rarefy.integer_linear(x, weight, bias, *grids, False, False, bf16, None)
-        return F.linear(x, w(weight), bias)
+        return F.linear(x, self._rounded(name), bias)
+
+    def _rounded(self, name: str) -> Tensor:
+        """The weight of this name on its grid."""
+        weight, quantizer = getattr(self, name), self.quant.find(name)
+        assert quantizer is not None
+        if self._kept is None:
+            return quantizer(weight)
+        return self._kept.get(name, (weight,), lambda: quantizer(weight))
 
     def _hidden(self, direction: Direction) -> tuple[object, ...]:
         name = f"weight_hh{direction.suffix}"
-        w, q = self.quant.find(name), self.quant.find(f"hidden{direction.suffix}")
-        assert w is not None
+        q = self.quant.find(f"hidden{direction.suffix}")
         bias = getattr(self, f"bias_hh{direction.suffix}") if self.sizes.bias else None
-        weight = w(getattr(self, name))
+        weight = self._rounded(name)
         if q is None or not q.quantize:
             return weight, None, bias, None, None, 0, 255
         return weight, None, bias, *_held_grid(q), q.qmin, q.qmax

@@ -37,6 +37,7 @@ from rarefy.quantization.saved import load_quantized, save_quantized
 from rarefy.quantization.schedule import QATSchedule
 from rarefy.quantization.state import load_float_state_dict
 from rarefy.quantization.statistics import load_statistics, save_statistics
+from rarefy.quantization.weight_importance import collect_importance
 
 __all__ = [
     "MSE",
@@ -70,6 +71,7 @@ __all__ = [
     "Ternary",
     "calibrate",
     "checkpoint_context",
+    "collect_importance",
     "convert",
     "freeze_batch_norm",
     "load_float_state_dict",

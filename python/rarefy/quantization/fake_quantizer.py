@@ -23,9 +23,11 @@ from rarefy._core.quantization import (
     Scheme,
     averaging_constant,
     follows_latest,
+    why_not_observed,
 )
 from rarefy.quantization import checkpoint, formats
 from rarefy.quantization.distributed import RangeSync
+from rarefy.quantization.observed_once import ObservedOnce
 from rarefy.quantization.range_statistics import RangeStatistics, keeps_statistics
 
 Observer = MinMax | MovingAverage | Latest | Histogram | Percentile | SQNR | MeanNoOutliers | MSE | HalfQuadratic
@@ -46,7 +48,8 @@ class FakeQuantizer(nn.Module):
 
     Observers that choose their range from statistics (``Histogram``, ``Percentile``, ``SQNR``, ``MeanNoOutliers``) keep these
     in the module ``statistics``, which is None for the others. The range is chosen at the first use after something was
-    observed: once, at the end of a calibration; at every step of training.
+    observed: once, at the end of a calibration; at every step of training. Schemes that are not plain can have every observer
+    that finds scales for them; what cannot be is refused by name.
 
     A weight (observer ``Latest``, ``MSE`` or ``HalfQuadratic``) is observed at every forward; an activation while training,
     and in calibration (``observe`` without ``quantize``) always, but not inside of a backward pass: such a forward
@@ -64,8 +67,9 @@ class FakeQuantizer(nn.Module):
             None for 1. Mean squared inputs, say. No buffer.
 
     Raises:
-        ValueError: channels < 1; in forward: nothing was observed yet, the data is empty, or a weight is NaN or infinite
-            (told on the CPU outside of compiled graphs; elsewhere it is counted in ``skipped``).
+        ValueError: channels < 1, or an observer that does not serve the scheme; in forward: nothing was observed yet, the
+            data is empty, or a weight is NaN or infinite (told on the CPU outside of compiled graphs; elsewhere it is counted
+            in ``skipped``).
     """
 
     scale: Tensor
@@ -88,14 +92,14 @@ class FakeQuantizer(nn.Module):
             raise ValueError(f"[FakeQuantizer] channels must be at least 1, got {channels}")
         self.scheme = scheme
         self.observer = MovingAverage() if observer is None else observer
-        if not scheme.is_plain and not isinstance(self.observer, (MinMax, MovingAverage, Latest)):
-            raise ValueError(
-                f"[FakeQuantizer] {self.observer} must have a plain grid of integers, per tensor or channel, got {scheme}"
-            )
+        refused = why_not_observed(scheme, self.observer)
+        if refused is not None:
+            raise ValueError(f"[FakeQuantizer] {self.observer} does not serve {scheme}: {refused}")
         self.observe = True
         self.quantize = True
         self.name = ""  # "fc1.quant.input", say; for messages
         self.sync: RangeSync | None = None  # shares ranges between processes
+        self.observed_once: ObservedOnce | None = None  # while a calibration runs
         # Plain Python values, so that forward reads no bound object and torch.compile sees constants.
         self.qmin, self.qmax = scheme.observed_range  # of a format without integers: what its observer computes with
         self.axis, self.dtype = scheme.axis, scheme.dtype if isinstance(scheme.format, Integer) else None
@@ -145,13 +149,18 @@ class FakeQuantizer(nn.Module):
     @torch.no_grad()
     def _choose(self) -> None:
         assert self.statistics is not None
-        self._take(*self.statistics.choose(self.qmin, self.qmax, self._symmetric))
+        if self.is_plain:
+            self._take(*self.statistics.choose(self.qmin, self.qmax, self._symmetric))
+        else:
+            self._take(*self.statistics.choose_for(self.plan.json))
 
     def _take(self, low: Tensor, high: Tensor) -> None:
         # Ends that are not finite leave the range as it is.
         counted_already = torch.zeros_like(self.skipped)
         arguments = (None if self.axis is None else 1, 1.0, self.qmin, self.qmax, self._symmetric)
         torch.ops.rarefy.observe(torch.stack([low, high]), *self._state[:4], counted_already, *arguments)
+        if not self.is_plain:
+            formats.derive_scale(self)
 
     @torch.no_grad()
     def take_statistics(self, values: Mapping[str, Tensor]) -> None:
@@ -272,6 +281,8 @@ class FakeQuantizer(nn.Module):
             self._observe_alone(x, self.axis)
 
     def _observe_alone(self, x: Tensor, axis: int | None) -> None:
+        if self.observed_once is not None and self.observed_once.take_over(self, x):
+            return
         if self.statistics is not None:
             self.statistics.observe(x, axis, self.skipped)
             self._chosen_after_observing()
@@ -280,6 +291,8 @@ class FakeQuantizer(nn.Module):
         else:
             arguments = (axis, self._constant, self.qmin, self.qmax, self._symmetric)
             torch.ops.rarefy.observe(x.detach(), *self._state, *arguments)
+        if self.observed_once is not None:
+            self.observed_once.observed(self, x)
 
     def _observe_over_processes(self, x: Tensor) -> None:
         assert self.sync is not None
@@ -297,14 +310,21 @@ class FakeQuantizer(nn.Module):
         elif not self._pending:
             self._pending = True
 
+    def _was_searched(self, weight: Tensor) -> bool:
+        """Whether the range is that of a search on this tensor as it is."""
+        if self._searched is None or torch.compiler.is_compiling() or weight.is_inference():
+            return False
+        last, version = self._searched
+        return last() is weight and version == weight._version
+
+    def _note_searched(self, weight: Tensor) -> None:
+        if not torch.compiler.is_compiling() and not weight.is_inference():
+            self._searched = weakref.ref(weight), weight._version
+
     @torch.no_grad()
     def _search(self, weight: Tensor, axis: int | None) -> None:
-        compiling = torch.compiler.is_compiling()
-        version = None if compiling or weight.is_inference() else weight._version
-        if version is not None and self._searched is not None:
-            last, last_version = self._searched
-            if last() is weight and last_version == version:
-                return
+        if self._was_searched(weight):
+            return
         x, limits = weight.detach(), (self.qmin, self.qmax, self._symmetric)
         # The range first: it finds and counts values that are not finite.
         before = self._skipped_on_host()
@@ -319,8 +339,7 @@ class FakeQuantizer(nn.Module):
             self.zero_point.copy_(zero_point)
             self.min_val.copy_((self.qmin - zero_point) * scale)
             self.max_val.copy_((self.qmax - zero_point) * scale)
-        if version is not None:
-            self._searched = weakref.ref(weight), version
+        self._note_searched(weight)
 
     def _note_observed(self) -> None:
         if not self._has_observed:
@@ -385,7 +404,8 @@ class FakeQuantizer(nn.Module):
         return f"{self.scheme}, {self.observer}{state}"
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_searched": None}  # of a tensor of this process, and of this quantizer's own
+        # Of tensors of this process, and of this quantizer's own.
+        return {**self.__dict__, "_searched": None, "observed_once": None}
 
 
 def _search_arguments(

@@ -41,6 +41,11 @@ class ChannelsLast:
                 self._before.append((weight, weight.data))
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
+    @property
+    def in_use(self) -> bool:
+        """Whether weights are laid out so."""
+        return bool(self._before)
+
     def undo(self) -> None:
         """Put the weights back as they were."""
         for weight, data in self._before:

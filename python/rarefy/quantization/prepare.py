@@ -18,6 +18,7 @@ from rarefy import nn as rnn
 from rarefy._batches import feed
 from rarefy._core.quantization import MinMax, MovingAverage, TargetProfile
 from rarefy.masks import check_masks, remove_masks
+from rarefy.nn.kept import keeping
 from rarefy.nn.registry import Fold, Row, integer_type, is_layer, is_prepared, row_of, unsupported
 from rarefy.quantization.distributed import RangeSync
 from rarefy.quantization.fake_quantizer import FakeQuantizer, Observer
@@ -25,6 +26,7 @@ from rarefy.quantization.fast_path import leave_fast_path
 from rarefy.quantization.flow import Event, Flow, record
 from rarefy.quantization.link import link
 from rarefy.quantization.memory_format import ChannelsLast
+from rarefy.quantization.observed_once import ObservedOnce
 from rarefy.quantization.qconfig import QConfig
 from rarefy.quantization.report import QuantizationReport, report
 from rarefy.quantization.selection import (
@@ -236,11 +238,14 @@ def _swap(
     layout: ChannelsLast,
 ) -> nn.Module:
     layers = _layers(model, config, function)
-    flow = None
+    flow, runs_channels_last = None, False
     if example_inputs is not None:
         integer = training and config.activation is not None and config.execution != "simulated"
-        run = layout.record if integer else partial(record, model)
+        run = partial(record, model) if config.activation is None or (training and not integer) else layout.record
         flow = run(example_inputs, _is_watched)
+        runs_channels_last = layout.in_use
+        if not training:
+            layout.undo()  # a calibration chooses the layout of each convolution
     steps, skipped, unmatched = _plan(layers, config, function, flow, strict)
     if flow is not None:
         _read_flow(model, steps, flow, config.profile)
@@ -269,7 +274,8 @@ def _swap(
             _replace(model, name, replacement[id(module)])
     leave_fast_path(model, {id(layer) for layer in replacement.values()})
     model._rarefy_skipped, model._rarefy_unmatched = skipped, unmatched  # read by report()
-    model._rarefy_contiguous = layout.reason
+    model._rarefy_contiguous = layout.reason if training else ""
+    model._rarefy_runs_channels_last = runs_channels_last  # read by calibrate()
     for name, quantizer in _quantizers(model):
         quantizer.name, quantizer.sync = name, sync
     return model
@@ -416,9 +422,12 @@ def calibrate(
     states = {name: {k: v.clone() for k, v in q.state_dict().items()} for name, q in _quantizers(model)}
     try:
         batches = 0
-        with _evaluating(model), torch.no_grad():
+        layers = [m for m in model.modules() if isinstance(m, rnn.QuantizableLayer) and m.prepared]
+        channels_last = getattr(model, "_rarefy_runs_channels_last", False)
+        once = ObservedOnce()
+        with _evaluating(model), torch.no_grad(), keeping(layers, channels_last):
             for _, quantizer in quantizers:
-                quantizer.observe, quantizer.quantize = True, False
+                quantizer.observe, quantizer.quantize, quantizer.observed_once = True, False, once
                 if quantizer.statistics is not None and quantizer.sync is not None and quantizer.sync.is_active():
                     quantizer.statistics.clear()  # those of before are of all processes already
                 quantizer.sync, quantizer._told = None, True  # once, at the end
@@ -456,7 +465,7 @@ def calibrate(
         raise
     finally:
         for quantizer, *_, told in before:
-            quantizer._told = told
+            quantizer._told, quantizer.observed_once = told, None
     for _, quantizer in quantizers:
         quantizer.observe, quantizer.quantize = False, True
     counts = ", ".join(f"{name} ({count})" for name, count in skipped.items() if count)

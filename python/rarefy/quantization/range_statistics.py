@@ -81,6 +81,13 @@ class RangeStatistics(nn.Module):
         grid = qmin, qmax, symmetric, power_of_two
         return torch.ops.rarefy.choose_range_from_histogram(*state, self._method, self._parameter, *grid)
 
+    def choose_for(self, scheme: str) -> tuple[Tensor, Tensor]:
+        """The same for any scheme that has a range, given as JSON."""
+        if self._bins is None:
+            return torch.ops.rarefy.mean_range(self.batch_min, self.batch_max, self._sigma, self._quantile)
+        state = self.hist, self.hist_min, self.hist_max
+        return torch.ops.rarefy.scheme_range_from_histogram(*state, scheme, self._method, self._parameter)
+
     def tensors(self) -> dict[str, Tensor]:
         """The buffers by name, themselves."""
         return dict(self.named_buffers())

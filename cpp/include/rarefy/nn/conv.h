@@ -19,6 +19,16 @@ class RAREFY_API ConvModule : public WeightedModule<Derived> {
   void reset_parameters();
   void pretty_print(std::ostream& stream) const override;
   std::string kind() const override { return name_ + std::to_string(D) + "d"; }
+  std::optional<int64_t> input_axis(int64_t dims) const override { return dims - static_cast<int64_t>(D) - 1; }
+  torch::Tensor by_input(const torch::Tensor& values) const override {
+    // Each group of outputs reads the inputs of its own group.
+    std::vector<int64_t> shape(D + 2, 1);
+    shape[0] = -1;
+    shape[1] = values.numel() / options.groups();
+    const auto rows = values.view({options.groups(), -1});
+    return (options.groups() == 1 ? rows : rows.repeat_interleave(options.out_channels() / options.groups(), 0))
+        .reshape(shape);
+  }
 
   ConvOptions<D> options;
 

@@ -87,6 +87,7 @@ class RAREFY_API ConvBnImpl : public ConvModule<D, ConvBnImpl<D>> {
   torch::Tensor run_floating(const torch::Tensor& x) override;
   torch::Tensor run_prepared(const torch::Tensor& x) override;
   std::pair<torch::Tensor, torch::Tensor> folded() override;
+  std::vector<torch::Tensor> sources() const override;
   void after_convert() override;
 
  private:

@@ -36,6 +36,16 @@ class RAREFY_API ConvTransposeImpl : public WeightedModule<ConvTransposeImpl<D>>
   int64_t channel_axis() const override { return 1; }
   int64_t channels() const override { return options.out_channels(); }
   bool has_scales_of_groups() const override { return options.groups() > 1; }
+  std::optional<int64_t> input_axis(int64_t dims) const override { return dims - static_cast<int64_t>(D) - 1; }
+  torch::Tensor by_input(const torch::Tensor& values) const override {
+    // By channel the weight is [in / groups, out, ...], and each group of outputs reads the inputs of its own group.
+    std::vector<int64_t> shape(D + 2, 1);
+    shape[0] = values.numel() / options.groups();
+    shape[1] = -1;
+    const auto columns = values.view({options.groups(), -1}).t();
+    return (options.groups() == 1 ? columns : columns.repeat_interleave(options.out_channels() / options.groups(), 1))
+        .reshape(shape);
+  }
   /// With the output padding that gives the spatial sizes `output_size`, where they are told.
   torch::Tensor forward(const torch::Tensor& x, const std::optional<at::IntArrayRef>& output_size = std::nullopt);
 

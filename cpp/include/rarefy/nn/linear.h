@@ -20,6 +20,8 @@ class RAREFY_API LinearImpl : public WeightedModule<LinearImpl> {
   void reset_parameters();
   void pretty_print(std::ostream& stream) const override;
   std::string kind() const override { return "Linear"; }
+  std::optional<int64_t> input_axis(int64_t dims) const override { return dims - 1; }
+  torch::Tensor by_input(const torch::Tensor& values) const override { return values.view({1, -1}); }
   torch::Tensor forward(const torch::Tensor& x) { return is_sparse() ? run_sparse(x) : run(x); }
 
   void prepare(const quantization::LayerConfig& config, const quantization::Observer& default_observer) override;

@@ -6,6 +6,8 @@
 #include <rarefy/quantization/qconfig.h>
 #include <torch/nn/cloneable.h>
 
+#include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -42,6 +44,23 @@ class RAREFY_API QuantStateImpl : public torch::nn::Cloneable<QuantStateImpl> {
   /// x through the quantizer called `name`; x itself when there is none.
   torch::Tensor apply(const std::string& name, const torch::Tensor& x) const;
 
+  /// A weight on its grid, and the bias that goes with it.
+  struct Rounded {
+    torch::Tensor weight, bias;
+  };
+  /// Whether `rounded` keeps what it is given: on during a calibration, without gradients.
+  void keep(bool on);
+  bool keeps() const { return keeps_; }
+  /// make(), or while keep(true) its result of before, as long as no tensor of `sources`, from which it is made, was written to
+  /// or replaced. Undefined tensors may be among them.
+  Rounded rounded(const std::string& name, const std::vector<torch::Tensor>& sources,
+                  const std::function<Rounded()>& make);
+  /// The same for a weight by itself: through the quantizer called `name`.
+  torch::Tensor rounded(const std::string& name, const torch::Tensor& weight);
+
+  /// When set, told of every input of a prepared layer with one weight.
+  std::function<void(const torch::Tensor&)> watch;
+
   /// The quantizers by name.
   const std::vector<std::pair<std::string, std::shared_ptr<quantization::FakeQuantizerImpl>>>& quantizers() const {
     return quantizers_;
@@ -61,6 +80,14 @@ class RAREFY_API QuantStateImpl : public torch::nn::Cloneable<QuantStateImpl> {
   Specs specs_;
   std::vector<std::pair<std::string, std::shared_ptr<quantization::FakeQuantizerImpl>>> quantizers_;
   std::shared_ptr<ByteGridImpl> next_;
+
+  struct Kept {
+    std::vector<torch::Tensor> sources;
+    std::vector<int64_t> versions;
+    Rounded result;
+  };
+  bool keeps_ = false;
+  std::map<std::string, Kept> kept_;
 };
 TORCH_MODULE(QuantState);
 
@@ -96,6 +123,10 @@ class RAREFY_API Quantizable {
   virtual bool has_weight() const { return false; }
   /// Whether scales per channel of the weight are those of several groups; see TargetProfile::scales_of_groups.
   virtual bool has_scales_of_groups() const { return false; }
+  /// The axis of an input of `dims` dimensions that has an index for each input channel; unset for layers that have no such axis.
+  virtual std::optional<int64_t> input_axis(int64_t /*dims*/) const { return std::nullopt; }
+  /// A value for each input channel, in a shape that broadcasts to the weight as its quantizer sees it.
+  virtual torch::Tensor by_input(const torch::Tensor& values) const { return values; }
   /// "Linear", "Conv2d", ...
   virtual std::string kind() const = 0;
   /// Attaches the quantizers. Throws c10::ValueError unless the layer is floating.

@@ -132,13 +132,24 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     if (trains_in_integers(x)) {
       return compute_integer(x, weight, {}, bias, grids_for(x, weight), integer_options());
     }
-    return compute(quant->apply("input", x), as_stored(quant->apply("weight", by_channel(weight))), bias);
+    const auto input = quant->apply("input", x);
+    const auto [w, b] = rounded();
+    return compute(input, w, b);
   }
   /// The weight with the output channels on channel_axis(), and back, for layers that store them otherwise.
   virtual torch::Tensor by_channel(const torch::Tensor& w) const { return w; }
   virtual torch::Tensor as_stored(const torch::Tensor& w) const { return w; }
   /// The float weight and bias that are quantized.
   virtual std::pair<torch::Tensor, torch::Tensor> folded() { return {weight, bias}; }
+  /// The tensors that folded() reads.
+  virtual std::vector<torch::Tensor> sources() const { return {weight, bias}; }
+  /// The weight on its grid and the bias: folded() as evaluation computes with it.
+  QuantStateImpl::Rounded rounded() {
+    return quant->rounded("weight", sources(), [this] {
+      const auto [w, b] = folded();
+      return QuantStateImpl::Rounded{as_stored(quant->apply("weight", by_channel(w))), b};
+    });
+  }
   /// Called by convert() and restore() while the layer does not yet count as converted.
   virtual void after_convert() {}
 
@@ -147,10 +158,16 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     if (mode_ == Mode::converted && executes_integers()) {
       return this->with_output_grid(execute(x));
     }
-    const auto y = mode_ == Mode::floating   ? run_floating(x)
-                   : mode_ == Mode::prepared ? run_prepared(x)
-                                             : compute(quant->apply("input", x), dequantized_weight(), bias);
-    return this->with_output_grid(relu_ ? ops::relu(y) : y);
+    if (mode_ == Mode::prepared && quant->watch) {
+      quant->watch(x);
+    }
+    auto y = mode_ == Mode::floating   ? run_floating(x)
+             : mode_ == Mode::prepared ? run_prepared(x)
+                                       : compute(quant->apply("input", x), dequantized_weight(), bias);
+    if (relu_) {
+      y = mode_ == Mode::prepared && quant->keeps() ? y.clamp_min_(0) : ops::relu(y);
+    }
+    return this->with_output_grid(y);
   }
 
   /// Takes over the parameters of another layer: the tensors themselves.

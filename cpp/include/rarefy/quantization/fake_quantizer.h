@@ -8,10 +8,13 @@
 
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
 namespace rarefy::quantization {
+
+class ObservedOnce;
 
 /// Options of a FakeQuantizer.
 struct FakeQuantizerOptions {
@@ -36,14 +39,15 @@ struct FakeQuantizerOptions {
 /// k-means at the first forward and kept. Stochastic rounding has the buffer `draws` (int64 [2]: seed, number of forwards).
 ///
 /// Observers that choose their range from statistics (chooses_at_end) keep these in the module `statistics`. The range is chosen
-/// at the first use after something was observed: once, at the end of a calibration; at every step of training.
+/// at the first use after something was observed: once, at the end of a calibration; at every step of training. Which observers
+/// serve which schemes is what why_not_observed (rarefy/quantization/format_search.h) says.
 ///
 /// A weight (an observer that follows the latest tensor) is observed at every forward; an activation while training, and in
 /// calibration (observe without quantize) always, but not inside of a backward pass: such a forward recomputes activations
 /// (gradient checkpointing).
 class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerImpl> {
  public:
-  /// Throws c10::ValueError for an invalid scheme or observer, or channels < 1.
+  /// Throws c10::ValueError for an invalid scheme or observer, an observer that does not serve the scheme, or channels < 1.
   explicit FakeQuantizerImpl(FakeQuantizerOptions options);
   void reset() override;
   void pretty_print(std::ostream& stream) const override;
@@ -106,11 +110,20 @@ class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerIm
   /// Null unless the observer keeps more than a range.
   RangeStatistics statistics{nullptr};
 
+  /// When set, told of every tensor that forward is given.
+  std::function<void(const torch::Tensor&)> watch;
+  /// Set by calibrate while it runs.
+  std::shared_ptr<ObservedOnce> observed_once;
+
  private:
+  friend class ObservedOnce;
   void register_format_buffers();
   torch::Tensor forward_format(const torch::Tensor& x);
   void observe_weight_format(const torch::Tensor& x);
-  void derive_format_scale();
+  void search_format(const torch::Tensor& x);
+  void derive_format_scale() const;
+  bool was_searched(const torch::Tensor& weight) const;
+  void note_searched(const torch::Tensor& weight);
   bool observes_now() const;
   bool is_recomputing() const;
   void require_calibrated();

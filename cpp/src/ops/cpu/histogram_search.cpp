@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <numeric>
 
 #include "ops/cpu/divergence_search.h"
@@ -29,6 +30,32 @@ class ExpectedError {
         points_.emplace_back(edges_[i], count);
       }
     }
+    if (norm_ == 2.0) {
+      below_.resize(edges_.size());
+      above_.resize(edges_.size());
+      for (size_t i = 0; i < counts.size(); ++i) {
+        below_[i + 1] = below_[i].with(static_cast<double>(counts[i]), 0.5 * (edges_[i] + edges_[i + 1]));
+      }
+      for (size_t i = counts.size(); i-- > 0;) {
+        above_[i] = above_[i + 1].with(static_cast<double>(counts[i]), 0.5 * (edges_[i] + edges_[i + 1]));
+      }
+    }
+  }
+
+  /// No more than the error: what clamping alone costs, from the bins that lie wholly beyond the grid, each with all its values in
+  /// its middle. A search need not look closer at a grid that is worse than its best by this alone.
+  double at_least(const QParams& parameters) const {
+    if (norm_ != 2.0) {
+      return 0.0;
+    }
+    const auto scale = static_cast<double>(parameters.scale);
+    const double first = static_cast<double>(grid_.qmin - parameters.zero_point) * scale;
+    const double last = static_cast<double>(grid_.qmax - parameters.zero_point) * scale;
+    const auto beyond = std::lower_bound(edges_.begin(), edges_.end(), last) - edges_.begin();
+    const auto before = std::upper_bound(edges_.begin(), edges_.end(), first) - edges_.begin() - 1;
+    const auto size = static_cast<std::ptrdiff_t>(edges_.size());
+    return (beyond < size ? above_[static_cast<size_t>(beyond)].square_from(last) : 0.0) +
+           (before >= 0 ? below_[static_cast<size_t>(before)].square_from(first) : 0.0);
   }
 
   double operator()(const QParams& parameters) const {
@@ -58,7 +85,22 @@ class ExpectedError {
   }
 
  private:
+  /// Sums over bins: of counts, counts * middle, counts * middle^2.
+  struct Moments {
+    double count = 0.0, sum = 0.0, squares = 0.0;
+    Moments with(double more, double middle) const {
+      return {count + more, sum + more * middle, squares + more * middle * middle};
+    }
+    /// The sum of counts * (middle - x)^2, less than rounding can have added to it.
+    double square_from(double x) const {
+      constexpr double kRounding = 1e-10;
+      const double whole = squares + x * x * count;
+      return std::max(whole - 2.0 * x * sum - kRounding * whole, 0.0);
+    }
+  };
+
   std::vector<double> edges_, weights_;
+  std::vector<Moments> below_, above_;             // of the bins before and from an edge on
   std::vector<std::pair<double, double>> points_;  // bins without width: all values are equal
   double norm_, clip_weight_;
   TargetGrid grid_;
