@@ -13,11 +13,13 @@ and a model that is pruned to a time in milliseconds, asked for beside measured.
 With --sparsity: ResNet-20 with nine of ten weights at zero (at once, gradually, with RigL), and in 2:4; see
 accuracy_sparsity.py.
 
+With --ladder: 8 bits down to 2, rounded and with learned scales; see accuracy_ladder.py.
+
 With --distillation: a small student trained on the labels, and the same student (the same first weights, batches and
 schedule) distilled from a ResNet-20, or from the Transformer of the sentences, which is more than twice as large. The teacher
 looks at each image and at its mirror image once; its logits are kept.
 
-    python benchmarks/accuracy.py [--data DIR] [--task images|sentences|all] [--structured | --distillation | --sparsity]
+    python benchmarks/accuracy.py [--data DIR] [--task images|sentences|all] [--structured | --distillation | --sparsity | --ladder]
                                   [--seeds 0 1 2] [--cache DIR] [--threads 2] [--continued] [--quick] [--json]
 
 Three seeds of both tasks with --data take about 25 minutes of processor time (images 400 s and sentences 80 s a seed).
@@ -33,6 +35,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import accuracy_ladder
 import accuracy_sparsity
 import datasets
 import models
@@ -257,6 +260,7 @@ def main() -> None:
     parser.add_argument("--structured", action="store_true", help="structured pruning instead of quantization; images")
     parser.add_argument("--distillation", action="store_true", help="distillation instead of quantization")
     parser.add_argument("--sparsity", action="store_true", help="masks instead of quantization; images")
+    parser.add_argument("--ladder", action="store_true", help="8 bits down to 2, learned scales; images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cache", type=Path, help="folder that keeps the FP32 models, so that a rerun only quantizes")
     parser.add_argument("--continued", action="store_true", help="also continue FP32 as long as QAT does")
@@ -266,20 +270,22 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
-    if arguments.structured + arguments.distillation + arguments.sparsity > 1:
-        parser.error("--structured, --distillation and --sparsity are different benchmarks")
+    if arguments.structured + arguments.distillation + arguments.sparsity + arguments.ladder > 1:
+        parser.error("--structured, --distillation, --sparsity and --ladder are different benchmarks")
     run, option = (structured if arguments.structured else quantized), arguments.continued
     if arguments.distillation:
         run, option = distillation, arguments.quick
-    if arguments.sparsity:
-        run = accuracy_sparsity.results
-    if (arguments.structured or arguments.sparsity) and arguments.task == "sentences":
-        parser.error("--structured and --sparsity prune the network of the images")
+    own = accuracy_sparsity if arguments.sparsity else accuracy_ladder if arguments.ladder else None
+    if own is not None:
+        run = own.results
+    images_alone = arguments.structured or own is not None
+    if images_alone and arguments.task == "sentences":
+        parser.error("--structured, --sparsity and --ladder take the network of the images")
     names = ["images", "sentences"] if arguments.task == "all" else [arguments.task]
-    for name in names[:1] if arguments.structured or arguments.sparsity else names:
+    for name in names[:1] if images_alone else names:
         task = make_task(name, arguments.data, arguments.quick)
-        if arguments.sparsity:
-            task = accuracy_sparsity.task_of(task, arguments.quick)
+        if own is not None:
+            task = own.task_of(task, arguments.quick)
         results: dict[str, list[float]] = {}
         for seed in seeds:
             for result in run(task, seed, arguments.cache, option):
@@ -301,8 +307,8 @@ def main() -> None:
                 json.dumps(record) if arguments.json else "  ".join(f"{key} {value}" for key, value in record.items())
             )
             continue
-        if arguments.sparsity:
-            for record in accuracy_sparsity.summary(task.split.name, results, arguments.quick):
+        if own is not None:
+            for record in own.summary(task.split.name, results, arguments.quick):
                 print(json.dumps(record) if arguments.json else "  ".join(f"{k} {v}" for k, v in record.items()))
             continue
         mean = {kind: statistics.fmean(values) for kind, values in results.items()}

@@ -1,5 +1,6 @@
 #include <pybind11/stl/filesystem.h>
 #include <rarefy/quantization/format_search.h>
+#include <rarefy/quantization/learned_grids.h>
 #include <rarefy/quantization/observer.h>
 #include <rarefy/quantization/statistics.h>
 
@@ -44,6 +45,57 @@ Histogram make_histogram(int64_t bins, const std::optional<std::string>& search,
   }
   const auto kind = !search.has_value() ? RangeSearch::none : *search == "mse" ? RangeSearch::mse : RangeSearch::kl;
   return checked(Histogram{bins, kind, norm});
+}
+
+template <typename Kind>
+void define_scaled(py::module_& m, const char* name, const char* doc) {
+  observer_class<Kind>(m, name, doc)
+      .def(py::init([](std::optional<double> gradient_scale) { return checked(Kind{gradient_scale}); }),
+           py::arg("gradient_scale") = py::none())
+      .def_readonly("gradient_scale", &Kind::gradient_scale)
+      .def(py::pickle([](const Kind& self) { return py::make_tuple(self.gradient_scale); },
+                      [](const py::tuple& state) { return Kind{state[0].cast<std::optional<double>>()}; }));
+}
+
+void define_learned(py::module_& m) {
+  define_scaled<LSQ>(m, "LSQ", R"(Learned step size (Esser et al., 2020, arXiv:1902.08153): the scale is a parameter.
+
+For weights and activations. Begins at 2 * mean|x| / sqrt(levels) where the grid is symmetric, at the range of least error
+elsewhere.
+
+gradient_scale: what the scale's gradient is multiplied with. None: 1 / sqrt(n * levels), n being the number of elements of a
+    channel of a weight (of the weight, per tensor), or of one sample of an activation, and levels the integers above 0.)");
+  define_scaled<LSQPlus>(m, "LSQPlus", R"(Learned step size and offset (Bhalgat et al., 2020, arXiv:2004.09576).
+
+For asymmetric activations. The offset is rounded to the grid, so that 0 is on it and integer kernels run.
+
+gradient_scale: of both parameters, as in LSQ.)");
+  define_plain<PACT>(m, "PACT", R"(Learned clipping of activations (Choi et al., 2018, arXiv:1805.06085).
+
+For asymmetric unsigned activations that are not negative: those after a ReLU.)");
+  define_plain<TQT>(m, "TQT",
+                    R"(Learned thresholds and scales that are powers of two (Jain et al., 2019, arXiv:1903.08066).
+
+For weights and activations.)");
+  observer_class<LearnedBits>(m, "LearnedBits", R"(Learned bit width and range (Uhlich et al., 2020, arXiv:1905.11452).
+
+For symmetric weights and activations, and for asymmetric unsigned activations that are not negative. The scheme's width is the
+greatest, and where training begins; the loss holds model_size_bits against it.
+
+lowest: smallest width, 2 to 8.)")
+      .def(py::init([](int64_t lowest) { return checked(LearnedBits{lowest}); }), py::arg("lowest") = 2)
+      .def_readonly("lowest", &LearnedBits::lowest)
+      .def(py::pickle([](const LearnedBits& self) { return py::make_tuple(self.lowest); },
+                      [](const py::tuple& state) { return LearnedBits{state[0].cast<int64_t>()}; }));
+  m.def("learned_kind", &learned_kind, py::arg("observer"), "The name by which operators know a learned grid, or ''.");
+  m.def("learned_names", &learned_names, py::arg("kind"), "The parameters of a learned grid.");
+  m.def(
+      "check_learned_scheme",
+      [](const Observer& observer, const Scheme& scheme, bool is_weight) {
+        check_learned_scheme("FakeQuantizer", observer, scheme, is_weight);
+      },
+      py::arg("observer"), py::arg("scheme"), py::arg("is_weight"),
+      "Raises ValueError for a scheme that a learned grid cannot have.");
 }
 
 }  // namespace
@@ -154,6 +206,8 @@ iterations: at most so many.)")
             return HalfQuadratic{state[0].cast<double>(), state[1].cast<double>(), state[2].cast<double>(),
                                  state[3].cast<int64_t>()};
           }));
+
+  define_learned(m);
 
   m.def("averaging_constant", &averaging_constant, py::arg("observer"),
         "The averaging constant that torch.ops.rarefy.observe takes for an observer.");

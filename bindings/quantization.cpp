@@ -40,10 +40,14 @@ void init_quantization(py::module_& parent) {
       py::arg("gradient_dtype"), "Raises ValueError for a scheme that no layer can execute.");
   m.def(
       "why_not_integer",
-      [](const std::optional<Scheme>& weight, const std::optional<Scheme>& activation) {
-        return LayerConfig{.weight = weight, .activation = activation}.why_not_integer();
+      [](const std::optional<Scheme>& weight, const std::optional<Scheme>& activation,
+         const std::optional<Observer>& observer, const std::optional<Observer>& weight_observer) {
+        return LayerConfig{
+            .weight = weight, .activation = activation, .observer = observer, .weight_observer = weight_observer}
+            .why_not_integer();
       },
-      py::arg("weight"), py::arg("activation"), "Why a layer with these schemes cannot compute in integers, or None.");
+      py::arg("weight"), py::arg("activation"), py::arg("observer") = py::none(),
+      py::arg("weight_observer") = py::none(), "Why a layer with these schemes cannot compute in integers, or None.");
 
   const auto make_options = [](int64_t observe_from, int64_t quantize_from, std::optional<int64_t> freeze_observers_at,
                                std::optional<int64_t> freeze_batch_norm_at) {

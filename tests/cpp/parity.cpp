@@ -1,6 +1,7 @@
 // What the Python tests run to compare the two languages. All files are of the safetensors format.
 //
 // rarefy_parity --train EXECUTION MODEL DATA FIRST LAST OUT: the network with one layer of every kind, of test_parity.py.
+//   EXECUTION: integer, simulated, or the name of a learned grid (lsq, lsq_plus, tqt, bits), of test_learned_parity.py.
 //   MODEL: its state, of floating point or prepared. DATA: ids<i>, volumes<i> and labels<i> of batch i.
 //   Prepares it, trains on the batches FIRST up to LAST, and writes
 //   OUT: the prepared state; OUT.converted: that of the converted network;
@@ -25,21 +26,37 @@
 // rarefy_parity --read FILE...: one line per file, its tensors' sum of bytes or why it is refused.
 #include "parity.h"
 
+#include <rarefy/quantization/learned_grids.h>
+
 #include <algorithm>
 #include <iostream>
 #include <numeric>
 
 namespace {
 
+rarefy::quantization::QConfig config_of(const std::string& execution) {
+  using namespace rarefy::quantization;
+  auto config = QConfig::int8();
+  if (execution == "integer" || execution == "simulated") {
+    config.execution = execution == "integer" ? Execution::integer : Execution::simulated;
+    return config;
+  }
+  TORCH_CHECK(!learned_names(execution).empty(), "EXECUTION must be integer, simulated or a learned grid");
+  config.activation->symmetric = execution == "tqt" || execution == "bits";
+  const auto of_weights = execution == "tqt"    ? Observer(TQT{})
+                          : execution == "bits" ? Observer(LearnedBits{})
+                                                : Observer(LSQ{});
+  config.weight_observer = of_weights;
+  config.observer = execution == "lsq_plus" ? Observer(LSQPlus{}) : of_weights;
+  return config;
+}
+
 template <typename Model>
 int train(char** argv) {
   const std::string execution = argv[2], model_file = argv[3], out = argv[7];
-  TORCH_CHECK(execution == "integer" || execution == "simulated", "EXECUTION must be integer or simulated");
   const auto data = rarefy::load_safetensors(argv[4]).tensors;
   const int first = std::stoi(argv[5]), last = std::stoi(argv[6]);
-  auto config = rarefy::quantization::QConfig::int8();
-  config.execution =
-      execution == "integer" ? rarefy::quantization::Execution::integer : rarefy::quantization::Execution::simulated;
+  const auto config = config_of(execution);
 
   Model model;
   if (rarefy::load_safetensors(model_file).tensors.contains("out.quant.weight.scale")) {

@@ -46,6 +46,7 @@
 #include <rarefy/ops/distillation_loss.h>
 #include <rarefy/ops/fake_quantize.h>
 #include <rarefy/ops/fake_quantize_learned.h>
+#include <rarefy/ops/fake_quantize_range.h>
 #include <rarefy/ops/formats.h>
 #include <rarefy/ops/histogram.h>
 #include <rarefy/ops/inverse_std.h>
@@ -84,6 +85,8 @@
 #include <rarefy/quantization/batch_norm.h>
 #include <rarefy/quantization/fake_quantizer.h>
 #include <rarefy/quantization/format_search.h>
+#include <rarefy/quantization/learned.h>
+#include <rarefy/quantization/learned_parameters.h>
 #include <rarefy/quantization/observer.h>
 #include <rarefy/quantization/packed.h>
 #include <rarefy/quantization/prepare.h>

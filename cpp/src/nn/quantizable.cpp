@@ -17,6 +17,11 @@ void ByteGridImpl::pretty_print(std::ostream& stream) const {
 QuantStateImpl::QuantStateImpl(Specs specs) : specs_(std::move(specs)) { QuantStateImpl::reset(); }
 
 void QuantStateImpl::reset() {
+  for (size_t i = 0; i < quantizers_.size(); ++i) {  // of a copy: what has become of them
+    if (const auto& options = quantizers_[i].second->options; !quantization::is_learned(options.observer)) {
+      specs_[i].second = options;
+    }
+  }
   quantizers_.clear();
   for (const auto& [name, options] : specs_) {
     quantizers_.emplace_back(name, register_module(name, quantization::FakeQuantizer(options)));

@@ -104,6 +104,12 @@ void RecurrentModule<Derived>::prepare(const quantization::LayerConfig& config,
     return;
   }
   const auto observer = config.observer.value_or(default_observer);
+  const auto of_weights = config.weight_observer.value_or(quantization::Latest{});
+  for (const auto& each : {observer, of_weights}) {
+    TORCH_CHECK_VALUE(!quantization::is_learned(each), "[prepare] ", kind(),
+                      " must have observers of ranges (its steps run on a grid that is fixed for the sequence), got ",
+                      quantization::str(each), "; give it an override");
+  }
   for (const auto& d : directions_) {
     const bool first = !d.suffix.ends_with("_reverse");
     if (config.activation.has_value()) {

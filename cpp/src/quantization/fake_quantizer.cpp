@@ -1,6 +1,7 @@
 #include <rarefy/ops/fake_quantize.h>
 #include <rarefy/quantization/fake_quantizer.h>
 #include <rarefy/quantization/format_search.h>
+#include <rarefy/quantization/learned_grids.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/types.h>
 
@@ -8,10 +9,19 @@
 #include <ostream>
 
 namespace rarefy::quantization {
+namespace {
+
+/// Whether the scale is a parameter.
+bool holds_scale(const Observer& observer) {
+  return std::holds_alternative<LSQ>(observer) || std::holds_alternative<LSQPlus>(observer);
+}
+
+}  // namespace
 
 FakeQuantizerImpl::FakeQuantizerImpl(FakeQuantizerOptions options_) : options(std::move(options_)) {
   options.scheme.validate();
   validate(options.observer);
+  check_learned_scheme("FakeQuantizer", options.observer, options.scheme, is_weight());
   const auto refused = why_not_observed(options.scheme, options.observer);
   TORCH_CHECK_VALUE(!refused.has_value(), "[FakeQuantizer] ", str(options.observer), " does not serve ",
                     options.scheme.str(), ": ", refused.value_or(""));
@@ -25,12 +35,15 @@ void FakeQuantizerImpl::reset() {
     size = options.scheme.scale_shape(options.shape);
   }
   constexpr float infinity = std::numeric_limits<float>::infinity();
-  scale = register_buffer("scale", torch::ones(size));
+  if (!holds_scale(options.observer)) {
+    scale = register_buffer("scale", torch::ones(size));
+  }
   zero_point = register_buffer("zero_point", torch::zeros(size, torch::kInt32));
   min_val = register_buffer("min_val", torch::full(size, infinity));
   max_val = register_buffer("max_val", torch::full(size, -infinity));
   skipped = register_buffer("skipped", torch::zeros({1}, torch::kInt64));
   register_format_buffers();
+  register_learned(size);
   if (chooses_at_end(options.observer)) {
     statistics = register_module("statistics", RangeStatistics(options.observer, size.at(0)));
   }
@@ -69,6 +82,12 @@ torch::Tensor FakeQuantizerImpl::scaled_ends(const torch::Tensor& x, const torch
 }
 
 void FakeQuantizerImpl::update(const torch::Tensor& x, const torch::Tensor& factor) {
+  if (!learned.empty()) {
+    const torch::NoGradGuard no_grad;
+    forward_learned(x);
+    settle();
+    return;
+  }
   if (!observes_now()) {
     require_calibrated();
     return;
@@ -99,6 +118,9 @@ torch::Tensor FakeQuantizerImpl::forward(const torch::Tensor& x) {
   const auto& scheme = options.scheme;
   if (!scheme.is_plain()) {
     return forward_format(x);
+  }
+  if (!learned.empty()) {
+    return forward_learned(x);
   }
   const bool observe_here = observes_now();
   const bool has_range_alone = !statistics && (!is_weight() || std::holds_alternative<Latest>(options.observer));
@@ -150,6 +172,7 @@ void FakeQuantizerImpl::tell_skipped(const torch::Tensor& x) {
 }
 
 torch::Tensor FakeQuantizerImpl::quantize_to_integer(const torch::Tensor& x) const {
+  settle();
   const auto& scheme = options.scheme;
   return ops::quantize(x.detach(), scale, zero_point, scheme.axis(), scheme.qmin(), scheme.qmax());
 }
@@ -164,6 +187,7 @@ void FakeQuantizerImpl::refresh() {
   pending_ = bool(statistics) && !(min_val <= max_val).all().item<bool>();
   searched_.reset();
   known_calibrated_ = calibrated();
+  started_from_ = known_calibrated_ ? 1 : 0;
 }
 
 bool FakeQuantizerImpl::calibrated() const {

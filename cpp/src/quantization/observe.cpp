@@ -81,6 +81,10 @@ void FakeQuantizerImpl::chosen_after_observing() {
 }
 
 void FakeQuantizerImpl::settle() const {
+  if (!learned.empty()) {
+    settle_learned();
+    return;
+  }
   if (!pending_) {
     return;
   }
@@ -93,6 +97,13 @@ void FakeQuantizerImpl::settle() const {
 void FakeQuantizerImpl::take_statistics(const std::map<std::string, torch::Tensor>& values) {
   const torch::NoGradGuard no_grad;
   skipped.copy_(values.at("skipped"));
+  if (!learned.empty()) {
+    min_val.copy_(values.at("min_val"));
+    max_val.copy_(values.at("max_val"));
+    start_from(min_val, max_val);
+    refresh();
+    return;
+  }
   take(values.at("min_val").to(min_val.device()), values.at("max_val").to(max_val.device()), 1.0);
   if (statistics) {
     for (const auto& [name, tensor] : statistics->tensors()) {
@@ -104,6 +115,10 @@ void FakeQuantizerImpl::take_statistics(const std::map<std::string, torch::Tenso
 }
 
 void FakeQuantizerImpl::drop_statistics() {
+  if (!learned.empty()) {
+    freeze_learned();
+    return;
+  }
   settle();
   if (statistics) {
     unregister_module("statistics");
@@ -147,6 +162,19 @@ void FakeQuantizerImpl::require_all_processes() const {
 
 void FakeQuantizerImpl::merge_over_processes() {
   const torch::NoGradGuard no_grad;
+  if (!learned.empty()) {
+    auto low = min_val.clone(), high = max_val.clone();
+    average_over_processes(low, high, /*all=*/false);
+    min_val.copy_(low);
+    max_val.copy_(high);
+    if (calibrated()) {
+      start_from(min_val, max_val);
+    }
+    auto count = skipped.to(torch::kFloat32);
+    all_reduce_max(count);
+    skipped.copy_(count);
+    return;
+  }
   if (statistics) {
     require_all_processes();
     statistics->merge_over_processes(all_reduce_max, all_reduce_sum, all_gather);

@@ -18,6 +18,11 @@ void check_bins(const char* kind, int64_t bins) {
   TORCH_CHECK_VALUE(bins >= 16 && bins <= 65536, "[", kind, "] bins must be in 16..65536, got ", bins);
 }
 
+void check_gradient_scale(const char* kind, std::optional<double> scale) {
+  TORCH_CHECK_VALUE(!scale.has_value() || (*scale > 0.0 && std::isfinite(*scale)), "[", kind,
+                    "] gradient_scale must be finite and positive, got ", scale.value_or(0.0));
+}
+
 void check_norm(const char* kind, double norm) {
   TORCH_CHECK_VALUE(norm >= 1.0 && norm <= 8.0, "[", kind, "] norm must be in [1, 8], got ", norm);
 }
@@ -42,6 +47,13 @@ std::optional<int64_t> histogram_bins(const Observer& observer) {
       Match{[](const Histogram& o) { return Bins(o.bins); }, [](const Percentile& o) { return Bins(o.bins); },
             [](const SQNR& o) { return Bins(o.bins); }, [](const auto&) { return Bins(); }},
       observer);
+}
+
+bool is_learned(const Observer& observer) {
+  return std::visit(Match{[](const LSQ&) { return true; }, [](const LSQPlus&) { return true; },
+                          [](const PACT&) { return true; }, [](const TQT&) { return true; },
+                          [](const LearnedBits&) { return true; }, [](const auto&) { return false; }},
+                    observer);
 }
 
 bool follows_a_range(const Observer& observer) {
@@ -99,6 +111,11 @@ void validate(const Observer& observer) {
               TORCH_CHECK_VALUE(o.iterations >= 0 && o.iterations <= 10000,
                                 "[HalfQuadratic] iterations must be in 0..10000, got ", o.iterations);
             },
+            [](const LSQ& o) { check_gradient_scale("LSQ", o.gradient_scale); },
+            [](const LSQPlus& o) { check_gradient_scale("LSQPlus", o.gradient_scale); },
+            [](const LearnedBits& o) {
+              TORCH_CHECK_VALUE(o.lowest >= 2 && o.lowest <= 8, "[LearnedBits] lowest must be in 2..8, got ", o.lowest);
+            },
             [](const auto&) {}},
       observer);
 }
@@ -127,7 +144,11 @@ std::string str(const Observer& observer) {
             [](const HalfQuadratic& o) {
               return fmt::format("HalfQuadratic(norm={}, beta={}, kappa={}, iterations={})", o.norm, o.beta, o.kappa,
                                  o.iterations);
-            }},
+            },
+            [&](const LSQ& o) { return fmt::format("LSQ(gradient_scale={})", optional(o.gradient_scale)); },
+            [&](const LSQPlus& o) { return fmt::format("LSQPlus(gradient_scale={})", optional(o.gradient_scale)); },
+            [](const PACT&) { return std::string("PACT()"); }, [](const TQT&) { return std::string("TQT()"); },
+            [](const LearnedBits& o) { return fmt::format("LearnedBits(lowest={})", o.lowest); }},
       observer);
 }
 

@@ -297,7 +297,12 @@ void calibrate(torch::nn::Module& model, const std::function<void()>& run) {
     std::map<std::string, torch::Tensor> statistics;
   };
   const auto state_of = [](FakeQuantizerImpl& q) {
-    return std::vector<torch::Tensor>{q.min_val, q.max_val, q.scale, q.zero_point, q.skipped};
+    std::vector<torch::Tensor> state;
+    for (const auto& [key, parameter] : q.learned) {
+      state.push_back(parameter);
+    }
+    state.insert(state.end(), {q.min_val, q.max_val, q.scale, q.zero_point, q.skipped});
+    return state;
   };
   const torch::NoGradGuard no_grad;
   std::vector<Before> before;
@@ -408,6 +413,11 @@ void convert(torch::nn::Module& model, const std::function<std::vector<torch::Te
     const torch::NoGradGuard no_grad;
     const Evaluating guard(model);
     forward();
+  }
+  for (const auto& layer : layers) {
+    for (const auto& [name, quantizer] : quantizers_of(layer)) {
+      quantizer->settle_bits();
+    }
   }
   remove_masks(model);  // the zeros are integers from now on, and nothing writes those
   for (const auto& layer : layers) {

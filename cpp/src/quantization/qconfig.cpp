@@ -1,4 +1,5 @@
 #include <c10/util/Exception.h>
+#include <rarefy/quantization/learned_grids.h>
 #include <rarefy/quantization/target.h>
 
 namespace rarefy::quantization {
@@ -41,11 +42,18 @@ void LayerConfig::validate() const {
     quantization::validate(*observer);
     TORCH_CHECK_VALUE(std::holds_alternative<Latest>(*observer) || !follows_latest(*observer),
                       "[QConfig] observer must gather over batches (for least error: Histogram), got ", str(*observer));
+    if (activation.has_value()) {
+      check_learned_scheme("QConfig", *observer, *activation, /*is_weight=*/false);
+    }
   }
   if (weight_observer.has_value()) {
     quantization::validate(*weight_observer);
-    TORCH_CHECK_VALUE(follows_latest(*weight_observer),
-                      "[QConfig] weight_observer must be Latest, MSE or HalfQuadratic, got ", str(*weight_observer));
+    TORCH_CHECK_VALUE(follows_latest(*weight_observer) || is_learned(*weight_observer),
+                      "[QConfig] weight_observer must be Latest, MSE, HalfQuadratic, LSQ, TQT or LearnedBits, got ",
+                      str(*weight_observer));
+    if (weight.has_value()) {
+      check_learned_scheme("QConfig", *weight_observer, *weight, /*is_weight=*/true);
+    }
   }
   TORCH_CHECK_VALUE(gradient_dtype == c10::ScalarType::Float || gradient_dtype == c10::ScalarType::BFloat16,
                     "[QConfig] gradient_dtype must be float32 or bfloat16, got ", gradient_dtype);
@@ -65,6 +73,11 @@ std::optional<std::string> LayerConfig::why_not_integer() const {
   }
   if (activation->bits > 8) {
     return "activations of " + std::to_string(activation->bits) + " bits have no integer kernels";
+  }
+  for (const auto& learned : {observer, weight_observer}) {
+    if (learned.has_value() && is_learned(*learned)) {
+      return str(*learned) + " trains its grid, whose gradient is that of simulated execution";
+    }
   }
   return std::nullopt;
 }

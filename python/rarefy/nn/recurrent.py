@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rarefy._core.quantization import LONGEST_INTEGER_SUM, Latest
+from rarefy._core.quantization import LONGEST_INTEGER_SUM, Latest, learned_kind
 from rarefy.nn._base import _EXACT_PRODUCTS, QuantizableLayer, QuantState, activation_quantizer
 from rarefy.quantization import checkpoint
 from rarefy.quantization.fake_quantizer import FakeQuantizer
@@ -284,6 +284,12 @@ class RecurrentLayer(Run, QuantizableLayer):
 
     def _make_quantizers(self, config: QConfig) -> dict[str, FakeQuantizer]:
         assert config.weight is not None
+        for observer in (config.observer, config.weight_observer):
+            if observer is not None and learned_kind(observer):
+                raise ValueError(
+                    f"[{type(self).__name__}] must have observers of ranges (its steps run on a grid that is fixed for the "
+                    f"sequence), got {observer}; give it an override"
+                )
         quantizers = {}
         for layer in self.sizes.layers():
             for direction in layer:

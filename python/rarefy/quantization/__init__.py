@@ -1,17 +1,22 @@
 """Quantization: schemes, fake quantizers, quantization-aware training, calibration, integer execution."""
 
 from rarefy._core.quantization import (
+    LSQ,
     MSE,
     MX,
     NF4,
     NVFP4,
+    PACT,
     SQNR,
+    TQT,
     Binary,
     Codebook,
     HalfQuadratic,
     Histogram,
     Integer,
     Latest,
+    LearnedBits,
+    LSQPlus,
     MeanNoOutliers,
     Minifloat,
     MinMax,
@@ -30,6 +35,7 @@ from rarefy._core.quantization import (
 from rarefy.quantization.batch_norm import freeze_batch_norm, reestimate_batch_norm
 from rarefy.quantization.checkpoint import checkpoint_context
 from rarefy.quantization.fake_quantizer import FakeQuantizer
+from rarefy.quantization.learned_parameters import model_size_bits, pact_penalty, parameter_groups
 from rarefy.quantization.prepare import calibrate, convert, prepare, prepare_qat, set_state
 from rarefy.quantization.qconfig import QConfig
 from rarefy.quantization.report import LayerReport, QuantizationReport, report
@@ -40,19 +46,24 @@ from rarefy.quantization.statistics import load_statistics, save_statistics
 from rarefy.quantization.weight_importance import collect_importance
 
 __all__ = [
+    "LSQ",
     "MSE",
     "MX",
     "NF4",
     "NVFP4",
+    "PACT",
     "SQNR",
+    "TQT",
     "Binary",
     "Codebook",
     "FakeQuantizer",
     "HalfQuadratic",
     "Histogram",
     "Integer",
+    "LSQPlus",
     "Latest",
     "LayerReport",
+    "LearnedBits",
     "MeanNoOutliers",
     "MinMax",
     "Minifloat",
@@ -77,6 +88,9 @@ __all__ = [
     "load_float_state_dict",
     "load_quantized",
     "load_statistics",
+    "model_size_bits",
+    "pact_penalty",
+    "parameter_groups",
     "prepare",
     "prepare_qat",
     "quantize_to",

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rarefy.quantization import learned
 from rarefy.quantization.formats import derive_scale
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ class RangeSync:
         sum of histograms."""
         with torch.no_grad():
             for q in quantizers:
+                if q.learning is not None:
+                    learned.merge(q, q.learning, self)
+                    continue
                 if q.statistics is not None:
                     q.statistics.merge_over_processes(self)
                     count = q.skipped.float()

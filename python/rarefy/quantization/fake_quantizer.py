@@ -25,12 +25,23 @@ from rarefy._core.quantization import (
     follows_latest,
     why_not_observed,
 )
-from rarefy.quantization import checkpoint, formats
+from rarefy.quantization import checkpoint, formats, learned
 from rarefy.quantization.distributed import RangeSync
 from rarefy.quantization.observed_once import ObservedOnce
 from rarefy.quantization.range_statistics import RangeStatistics, keeps_statistics
 
-Observer = MinMax | MovingAverage | Latest | Histogram | Percentile | SQNR | MeanNoOutliers | MSE | HalfQuadratic
+Observer = (
+    MinMax
+    | MovingAverage
+    | Latest
+    | Histogram
+    | Percentile
+    | SQNR
+    | MeanNoOutliers
+    | MSE
+    | HalfQuadratic
+    | learned.Learned
+)
 
 
 class FakeQuantizer(nn.Module):
@@ -51,7 +62,13 @@ class FakeQuantizer(nn.Module):
     observed: once, at the end of a calibration; at every step of training. Schemes that are not plain can have every observer
     that finds scales for them; what cannot be is refused by name.
 
-    A weight (observer ``Latest``, ``MSE`` or ``HalfQuadratic``) is observed at every forward; an activation while training,
+    A learned grid (``LSQ``, ``LSQPlus``, ``PACT``, ``TQT``, ``LearnedBits``) has parameters: ``scale``; ``scale`` and ``offset``;
+    ``alpha``; ``log2_threshold``; ``bits`` and ``bound``. Its ``min_val`` and ``max_val`` are the range that training began with.
+    It starts from the first batch that is rounded in training, from all batches of a calibration (the mean of their ranges), or
+    from the weight, and is the same in all processes. From then on ``observe`` does not matter: a parameter that does not
+    require a gradient is frozen. A sign that a step of the optimizer gives to a scale, alpha or bound does not count.
+
+    A weight (observer ``Latest``, ``MSE`` or ``HalfQuadratic``, or a learned grid with a ``shape``) is observed at every forward; an activation while training,
     and in calibration (``observe`` without ``quantize``) always, but not inside of a backward pass: such a forward
     recomputes activations (gradient checkpointing, see ``checkpoint_context``).
 
@@ -79,6 +96,11 @@ class FakeQuantizer(nn.Module):
     skipped: Tensor
     codebook: Tensor  # of codebooks alone
     draws: Tensor  # of stochastic rounding alone
+    offset: nn.Parameter  # of LSQPlus
+    alpha: nn.Parameter  # of PACT
+    log2_threshold: nn.Parameter  # of TQT
+    bits: nn.Parameter  # of LearnedBits
+    bound: nn.Parameter  # of LearnedBits
 
     def __init__(
         self,
@@ -92,6 +114,8 @@ class FakeQuantizer(nn.Module):
             raise ValueError(f"[FakeQuantizer] channels must be at least 1, got {channels}")
         self.scheme = scheme
         self.observer = MovingAverage() if observer is None else observer
+        is_weight = follows_latest(self.observer) or shape is not None
+        self.learning = learned.plan_of(self.observer, scheme, is_weight)
         refused = why_not_observed(scheme, self.observer)
         if refused is not None:
             raise ValueError(f"[FakeQuantizer] {self.observer} does not serve {scheme}: {refused}")
@@ -106,7 +130,8 @@ class FakeQuantizer(nn.Module):
         self.is_plain, self.plan = scheme.is_plain, formats.plan_of(scheme)
         self._symmetric = scheme.symmetric
         self._constant = averaging_constant(self.observer)
-        self._is_weight = follows_latest(self.observer)
+        self._is_weight = is_weight if self.learning is not None else follows_latest(self.observer)
+        self._batches = 0  # whose mean range a learned grid has started from
         self._searches = isinstance(self.observer, (MSE, HalfQuadratic))
         self._mse, self._half_quadratic = _search_arguments(self.observer)
         self.importance: Tensor | None = None
@@ -127,11 +152,13 @@ class FakeQuantizer(nn.Module):
         self.register_buffer("max_val", torch.full(size, float("-inf")))
         self.register_buffer("skipped", torch.zeros(1, dtype=torch.int64))
         formats.register_buffers(self, self.plan, scheme.seed)
+        if self.learning is not None:
+            learned.register_parameters(self, self.learning)
         self.statistics = RangeStatistics(self.observer, size[0]) if keeps_statistics(self.observer) else None
 
     @property
     def is_weight(self) -> bool:
-        """Whether it belongs to a weight: the observer follows the latest tensor."""
+        """Whether it belongs to a weight: the observer follows the latest tensor, or it is learned for a tensor of a shape."""
         return self._is_weight
 
     @property
@@ -141,7 +168,10 @@ class FakeQuantizer(nn.Module):
         return self.plan.dynamic or bool((self.min_val <= self.max_val).all())
 
     def settle(self) -> None:
-        """Choose the range from the statistics, where something was observed since that was last done."""
+        """Choose the range from the statistics, where something was observed since that was last done; make scale and zero point
+        those of a learned grid's parameters."""
+        if self.learning is not None:
+            learned.settle(self, self.learning)
         if self._pending:
             self._choose()
             self._pending = False
@@ -166,6 +196,11 @@ class FakeQuantizer(nn.Module):
     def take_statistics(self, values: Mapping[str, Tensor]) -> None:
         """Take over ``min_val``, ``max_val``, ``skipped`` and statistics by name, and choose the range."""
         self.skipped.copy_(values["skipped"])
+        if self.learning is not None:
+            low, high = (values[name].to(self.scale.device) for name in ("min_val", "max_val"))
+            learned.start_from(self, self.learning, low, high)
+            self._has_observed, self._batches = True, 1
+            return
         self._take(values["min_val"].to(self.scale.device), values["max_val"].to(self.scale.device))
         if self.statistics is not None:
             for name, tensor in self.statistics.named_buffers():
@@ -177,7 +212,9 @@ class FakeQuantizer(nn.Module):
         """Forget the statistics and keep the range: the observer becomes ``MinMax``, or ``Latest`` where it follows the latest
         tensor. What conversion does."""
         self.settle()
-        if self.statistics is not None:
+        if self.learning is not None:
+            learned.freeze(self, self.learning)
+        elif self.statistics is not None:
             self.statistics, self.observer = None, MinMax()
         elif self._is_weight:
             self.observer = Latest()
@@ -192,6 +229,8 @@ class FakeQuantizer(nn.Module):
         """``x`` on the grid when ``quantize`` is set, ``x`` itself otherwise."""
         if not self.is_plain:
             return formats.forward(self, x)
+        if self.learning is not None:
+            return learned.forward(self, x)
         if self.observe and (self.training or not self.quantize or self._is_weight):
             return self._observe(x)
         if not self.quantize:
@@ -209,6 +248,11 @@ class FakeQuantizer(nn.Module):
         Raises:
             ValueError: as ``forward``.
         """
+        if self.learning is not None:
+            raise ValueError(
+                f"[FakeQuantizer] {self.name or 'the quantizer'} must have an observer of ranges to compute in integers, got "
+                f"{self.observer}"
+            )
         if not (self.observe and (self.training or not self.quantize or self._is_weight)):
             self._require_calibrated()
             return self.scale, self.zero_point
@@ -384,6 +428,7 @@ class FakeQuantizer(nn.Module):
 
     def quantize_to_integer(self, x: Tensor) -> Tensor:
         """The integers of ``x``, int8 or uint8, with the parameters as they are."""
+        self.settle()
         return torch.ops.rarefy.quantize(x.detach(), self.scale, self.zero_point, self.axis, self.qmin, self.qmax)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
@@ -396,6 +441,7 @@ class FakeQuantizer(nn.Module):
             self._pending = self.statistics is not None and not has_range
             self._known_calibrated = has_range
             self._has_observed = has_range or self._pending
+            self._batches = int(has_range)
             self._told = bool(self.skipped.item())
 
     def extra_repr(self) -> str:

@@ -509,6 +509,8 @@ def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: 
     check_masks(model)
     if not inplace:
         model = copy.deepcopy(model)
+    for _, quantizer in _quantizers(model):
+        quantizer.settle()
     tied = tied_groups(model)
     swaps: dict[int, nn.Module] = {}
     for module in model.modules():

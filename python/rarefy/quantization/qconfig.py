@@ -36,9 +36,9 @@ class QConfig:
             are symmetric and signed: integer kernels have no weight zero point.
         activation: format of the inputs of quantized layers, per tensor or dynamic; None quantizes weights only.
         observer: how activation ranges follow the data. None: ``MovingAverage(0.01)`` in ``prepare_qat``, ``MinMax()``
-            in ``prepare``.
+            in ``prepare``. Or a learned grid: ``LSQ()``, ``LSQPlus()``, ``PACT()``, ``TQT()`` or ``LearnedBits()``.
         weight_observer: how a weight's range is found: ``Latest()`` (the default: its own range), ``MSE()`` or
-            ``HalfQuadratic()``.
+            ``HalfQuadratic()``. Or a learned grid: ``LSQ()``, ``TQT()`` or ``LearnedBits()``.
         overrides: from a name pattern (``*`` and ``?``, matched against the whole dotted name) or a module type to a
             ``QConfig``, or to None, which keeps the layer in FP32. A name counts before a type, and of several the last.
             Or a function ``(name, module)`` that gives the same, and ``NotImplemented`` where the default holds.
@@ -160,8 +160,8 @@ class QConfig:
         return None if self.target is None else target_profile(self.target)
 
     def why_not_integer(self) -> str | None:
-        """Why a layer with these schemes cannot compute in integers; None when it can."""
-        return why_not_integer(self.weight, self.activation)
+        """Why a layer with these schemes cannot compute in integers while it trains; None when it can."""
+        return why_not_integer(self.weight, self.activation, self.observer, self.weight_observer)
 
     def with_observer(self, observer: Observer) -> QConfig:
         """The same for one layer, with an observer where none was chosen."""

@@ -60,6 +60,7 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     if (quantizer->observe) {
       quantizer->forward(laid_out);
     }
+    quantizer->settle_bits();
     return {as_stored(quantizer->quantize_to_integer(laid_out)), quantizer->scale.expand({channels()}).contiguous(),
             folded_bias.defined() ? folded_bias.detach().to(torch::kFloat32) : folded_bias};
   }

@@ -42,7 +42,12 @@ struct FakeQuantizerOptions {
 /// at the first use after something was observed: once, at the end of a calibration; at every step of training. Which observers
 /// serve which schemes is what why_not_observed (rarefy/quantization/format_search.h) says.
 ///
-/// A weight (an observer that follows the latest tensor) is observed at every forward; an activation while training, and in
+/// A learned grid (rarefy/quantization/learned.h) has parameters in `learned`, and `scale` is one of them for LSQ and LSQPlus; its
+/// min_val and max_val are the range that training began with. It starts from the first batch that is rounded in training, from
+/// all batches of a calibration (the mean of their ranges), or from the weight, and is the same for all processes. From then on
+/// `observe` does not matter: a parameter that does not require a gradient is frozen.
+///
+/// A weight (an observer that follows the latest tensor, or a learned grid with a `shape`) is observed at every forward; an activation while training, and in
 /// calibration (observe without quantize) always, but not inside of a backward pass: such a forward recomputes activations
 /// (gradient checkpointing).
 class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerImpl> {
@@ -88,8 +93,14 @@ class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerIm
   /// differ in number.
   void merge_over_processes();
 
-  /// Whether it belongs to a weight: the observer follows the latest tensor.
-  bool is_weight() const { return follows_latest(options.observer); }
+  /// Whether it belongs to a weight: the observer follows the latest tensor, or it is learned for a tensor of a shape.
+  bool is_weight() const {
+    return follows_latest(options.observer) || (!options.shape.empty() && is_learned(options.observer));
+  }
+  /// Makes the scheme that of the width that LearnedBits has come to; nothing for others. What conversion does first.
+  void settle_bits();
+  /// The greatest width that LearnedBits may have: that of the scheme it was made with.
+  int64_t greatest_bits() const;
 
   FakeQuantizerOptions options;
   bool observe = true;
@@ -107,6 +118,8 @@ class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerIm
   torch::Tensor importance;
   torch::Tensor scale, zero_point, min_val, max_val, skipped;
   torch::Tensor codebook, draws;  // undefined where the scheme has none
+  /// The parameters of a learned grid by name: scale, offset, alpha, log2_threshold, bits, bound. Empty for others.
+  std::map<std::string, torch::Tensor> learned;
   /// Null unless the observer keeps more than a range.
   RangeStatistics statistics{nullptr};
 
@@ -117,6 +130,15 @@ class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerIm
 
  private:
   friend class ObservedOnce;
+  void register_learned(c10::IntArrayRef size);
+  std::vector<torch::Tensor> learned_values() const;
+  torch::Tensor forward_learned(const torch::Tensor& x);
+  void start_learned(const torch::Tensor& x);
+  void start_from(const torch::Tensor& low, const torch::Tensor& high) const;
+  void average_over_processes(torch::Tensor& low, torch::Tensor& high, bool all);
+  const Scheme& widest() const;
+  void settle_learned() const;
+  void freeze_learned();
   void register_format_buffers();
   torch::Tensor forward_format(const torch::Tensor& x);
   void observe_weight_format(const torch::Tensor& x);
@@ -141,6 +163,8 @@ class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerIm
   bool told_ = false;              // of the first skipped batch
   bool known_calibrated_ = false;  // saves reading the buffers back at every forward
   mutable bool pending_ = false;   // observed since the range was last chosen
+  std::optional<Scheme> widest_;   // the scheme before settle_bits
+  int64_t started_from_ = 0;       // batches whose mean range a learned grid has started from
   // What a weight's range was searched on, so that a search is made once for the same values.
   c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> searched_{
       c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>()};

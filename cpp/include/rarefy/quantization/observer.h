@@ -1,6 +1,7 @@
 #pragma once
 
 #include <rarefy/export.h>
+#include <rarefy/quantization/learned.h>
 
 #include <cstdint>
 #include <optional>
@@ -87,9 +88,9 @@ struct HalfQuadratic {
   bool operator==(const HalfQuadratic&) const = default;
 };
 
-/// How a range follows the data.
-using Observer =
-    std::variant<MinMax, MovingAverage, Latest, Histogram, Percentile, SQNR, MeanNoOutliers, MSE, HalfQuadratic>;
+/// How a range follows the data, or how a grid is learned (rarefy/quantization/learned.h).
+using Observer = std::variant<MinMax, MovingAverage, Latest, Histogram, Percentile, SQNR, MeanNoOutliers, MSE,
+                              HalfQuadratic, LSQ, LSQPlus, PACT, TQT, LearnedBits>;
 
 /// The averaging constant that the operator `observe` takes for it: c for MovingAverage, 1 for what follows the latest tensor,
 /// unset for the rest.
@@ -97,6 +98,8 @@ RAREFY_API std::optional<double> averaging_constant(const Observer& observer);
 /// Whether the range is that of the latest tensor alone (Latest, MSE, HalfQuadratic): such a quantizer belongs to a weight,
 /// and observes at every forward.
 RAREFY_API bool follows_latest(const Observer& observer);
+/// Whether the grid has parameters that are trained (LSQ, LSQPlus, PACT, TQT, LearnedBits).
+RAREFY_API bool is_learned(const Observer& observer);
 /// The bins of its histogram; unset where it keeps none.
 RAREFY_API std::optional<int64_t> histogram_bins(const Observer& observer);
 /// Whether its statistics come first and its range later, from all of them: Histogram, Percentile, SQNR, MeanNoOutliers.
