@@ -1,3 +1,4 @@
+#include <rarefy/onnx/weight_form.h>
 #include <rarefy/quantization/target.h>
 
 #include "bindings.h"
@@ -28,6 +29,9 @@ void init_target(py::module_& parent) {
                     "Whether the zero point of symmetric weights is written.")
       .def_readonly("int4_weights", &TargetProfile::int4_weights,
                     "Whether 4-bit weights of layers with a float input are stored as INT4.")
+      .def_readonly(
+          "formats", &TargetProfile::formats,
+          "Formats beside plain grids that files may hold: 'all', 'explicit' (int4 in groups, e4m3) or 'none'.")
       .def_property_readonly(
           "residual", [](const TargetProfile& self) { return str(self.residual); },
           "Inputs of a residual addition that are quantized: 'both' or 'identity'.")
@@ -71,12 +75,36 @@ void init_target(py::module_& parent) {
           "Why the runtime does not execute such a layer: the rule and the value; None when it does.")
       .def("why_not_written", &TargetProfile::why_not_written, py::arg("activation"),
            "Why no file for the runtime can hold activations on this grid; None when it can.")
+      .def("why_weight_not_written", &TargetProfile::why_weight_not_written, py::arg("weight"),
+           "Why no file for the runtime can hold weights of this scheme; None when it can.")
       .def("__repr__", [](const TargetProfile& self) { return "TargetProfile('" + self.name + "')"; })
       .def(py::pickle([](const TargetProfile& self) { return py::make_tuple(self.name); },
                       [](const py::tuple& state) { return target_profile(state[0].cast<std::string>()); }));
 
   m.def("target_profile", &target_profile, py::arg("name"), py::return_value_policy::reference,
         "The profile of a target. Raises ValueError, naming the known ones, for another name.");
+  m.def(
+      "onnx_weight_form",
+      [](const QuantizedTensorParts& parts, int64_t opset, bool transposed, bool zero_points) {
+        const auto form = onnx_weight_form(parts, {opset, transposed, zero_points});
+        py::list tensors, nodes;
+        for (const auto& tensor : form.tensors) {
+          tensors.append(py::make_tuple(tensor.name, tensor.values, tensor.is_int4));
+        }
+        for (const auto& node : form.nodes) {
+          py::dict attributes;
+          for (const auto& [name, value] : node.attributes) {
+            attributes[py::str(name)] = value;
+          }
+          nodes.append(py::make_tuple(node.op, node.inputs, node.output, attributes, node.dtype, node.shape));
+        }
+        return py::make_tuple(tensors, nodes);
+      },
+      py::arg("parts"), py::arg("opset"), py::arg("transposed") = false, py::arg("zero_points") = true,
+      R"(A stored weight in ONNX's operators: tensors (name, values, is_int4) and nodes (operator, inputs, output, attributes,
+dtype, shape), of which the last gives the weight. rarefy/onnx/weight_form.h says which operators.
+
+Raises ValueError for a weight that is not float32, and where the operator set cannot say it.)");
   m.def("target_names", &target_names, "The names that target_profile knows.");
   m.def(
       "layer_family", &layer_family, py::arg("kind"),

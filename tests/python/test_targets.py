@@ -229,8 +229,9 @@ def test_16_bit_activations(symmetric):
     q = prepared.stem.quant.input
     rounded = (torch.round(x / q.scale) + q.zero_point).clamp(q.qmin, q.qmax)
     assert torch.equal(q(x), (rounded - q.zero_point) * q.scale)
-    with pytest.raises(ValueError, match=r"\[QConfig\] weight must have at most 8 bits, got int16"):
-        QConfig(weight=Scheme(bits=16))
+    assert QConfig(weight=Scheme(bits=16), activation=Scheme()).why_not_integer() == (
+        "weights of 16 bits have no integer kernels"
+    )
     with pytest.raises(ValueError, match=r"layer stem cannot execute in integers: activations of 16 bits"):
         rf.quantization.prepare(model, QConfig(weight=Scheme(), activation=Scheme(bits=16), execution="integer"))
 

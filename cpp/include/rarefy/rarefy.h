@@ -39,6 +39,7 @@
 #include <rarefy/nn/sdpa.h>
 #include <rarefy/nn/sparse_linear.h>
 #include <rarefy/onnx/export_onnx.h>
+#include <rarefy/onnx/weight_form.h>
 #include <rarefy/ops/accumulator.h>
 #include <rarefy/ops/apply_masks.h>
 #include <rarefy/ops/compact_logits.h>

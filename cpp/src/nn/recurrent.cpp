@@ -110,6 +110,10 @@ void RecurrentModule<Derived>::prepare(const quantization::LayerConfig& config,
                       " must have observers of ranges (its steps run on a grid that is fixed for the sequence), got ",
                       quantization::str(each), "; give it an override");
   }
+  const auto of_weight = [&](const torch::Tensor& weight) {
+    return quantization::FakeQuantizerOptions{*config.weight, quantization::Latest{}, shape_.gates(),
+                                              weight.sizes().vec()};
+  };
   for (const auto& d : directions_) {
     const bool first = !d.suffix.ends_with("_reverse");
     if (config.activation.has_value()) {
@@ -118,8 +122,8 @@ void RecurrentModule<Derived>::prepare(const quantization::LayerConfig& config,
       }
       specs_.push_back({"hidden" + d.suffix, {*config.activation, observer, 1}});
     }
-    specs_.push_back({"weight_ih" + d.suffix, {*config.weight, quantization::Latest{}, shape_.gates()}});
-    specs_.push_back({"weight_hh" + d.suffix, {*config.weight, quantization::Latest{}, shape_.gates()}});
+    specs_.push_back({"weight_ih" + d.suffix, of_weight(d.weight_ih)});
+    specs_.push_back({"weight_hh" + d.suffix, of_weight(d.weight_hh)});
   }
   quant = this->register_module("quant", QuantState(specs_));
   quant->train(this->is_training());

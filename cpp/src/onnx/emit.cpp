@@ -160,10 +160,21 @@ Value* shaped_like(Value* y, const Value* x) {
 Value* Translator::quantize(Value* x, const Grid& grid) {
   const auto type = grid.zero_point.scalar_type();
   auto *scale = constant(grid.scale, "scale"), *zero_point = constant(grid.zero_point, "zero_point");
-  auto* q = shaped_like(emit("QuantizeLinear", {x, scale, zero_point}, axis_of(grid), type), x);
-  const int64_t levels = grid.zero_point.element_size() > 1 ? 65536 : 256;
+  const bool wide = grid.zero_point.element_size() > 1;
+  const int64_t levels = wide ? 65536 : 256;
   const int64_t lowest = at::isSignedType(type) ? -levels / 2 : 0;
-  if (grid.qmin == lowest && grid.qmax == lowest + levels - 1) {
+  const bool fills = grid.qmin == lowest && grid.qmax == lowest + levels - 1;
+  if (wide && !fills) {  // runtimes have no Clip of 16 bits; (k * s) / s rounds to k
+    const auto edge = [&](int64_t q, const char* role) {
+      return constant((q - grid.zero_point.to(at::kInt)) * grid.scale, role);
+    };
+    if (grid.axis.has_value()) {
+      refuse("ranges that do not fill 16 bits are per tensor in a file");
+    }
+    x = shaped_like(emit("Clip", {x, edge(grid.qmin, "min"), edge(grid.qmax, "max")}), x);
+  }
+  auto* q = shaped_like(emit("QuantizeLinear", {x, scale, zero_point}, axis_of(grid), type), x);
+  if (wide || fills) {
     return q;
   }
   // The operator saturates at the limits of the type only.

@@ -103,11 +103,6 @@ void check_quantizers(const std::vector<NamedQuantizer>& quantizers, const quant
     TORCH_CHECK_VALUE(wrong.empty(), "[export_onnx] every quantizer must ", rule, ", got ", wrong.size(), " of ",
                       quantizers.size(), ": ", fmt::format("{}", fmt::join(wrong, ", ")));
   };
-  for (const auto& item : quantizers) {
-    TORCH_CHECK_VALUE(item.quantizer->options.scheme.is_plain(),
-                      "[export_onnx] a file holds integers with one observed scale per tensor or channel, got ",
-                      item.quantizer->options.scheme.str(), " in ", item.name);
-  }
   // A weight is observed when the model runs.
   refuse("have observed data (train a step, or calibrate), but these have not", [](const auto& item) {
     return !item.quantizer->calibrated() && !(item.is_weight() && item.quantizer->observe);
@@ -115,12 +110,17 @@ void check_quantizers(const std::vector<NamedQuantizer>& quantizers, const quant
   refuse("quantize (rarefy::quantization::set_state), but these are switched off",
          [](const auto& item) { return !item.quantizer->quantize; });
   for (const auto& item : quantizers) {
+    const auto& scheme = item.quantizer->options.scheme;
+    if (item.is_weight()) {
+      const auto why = profile.why_weight_not_written(scheme);
+      TORCH_CHECK_VALUE(!why.has_value(), "[export_onnx] ", item.name, ": ", why.value_or(""));
+    }
     const auto smallest = item.quantizer->scale.min().item<double>(),
                largest = item.quantizer->scale.max().item<double>();
     TORCH_CHECK_VALUE(smallest > 0 && std::isfinite(largest), "[export_onnx] scales must be finite and positive, got ",
                       smallest, " to ", largest, " in ", item.name);
     if (!item.is_weight()) {
-      const auto why = profile.why_not_written(item.quantizer->options.scheme);
+      const auto why = profile.why_not_written(scheme);
       TORCH_CHECK_VALUE(!why.has_value(), "[export_onnx] ", item.name, ": ", why.value_or(""));
     }
   }
@@ -184,6 +184,9 @@ void take_tables(const torch::nn::Module& model, onnx::TranslateOptions& options
       continue;
     }
     const auto& quantizer = *layer->quant->find("weight");
+    if (!quantizer.options.scheme.is_plain()) {
+      continue;
+    }
     auto integers = layer->integer_weight();
     integers.scale = quantizer.options.scheme.axis().has_value() ? integers.scale : quantizer.scale;
     // What has several names has the one in the recording that comes first.
@@ -216,6 +219,9 @@ void place_quantizers(onnx::Model& model, const quantization::TargetProfile& pro
   }
   if (profile.clipping != quantization::Clipping::keep) {
     onnx::absorb_clipping(model, profile.clipping == quantization::Clipping::integers);
+  }
+  if (profile.clipping != quantization::Clipping::keep) {
+    onnx::keep_clipping(model);
   }
   if (profile.splits_linear_bias) {
     onnx::split_linear_bias(model);

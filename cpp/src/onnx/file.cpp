@@ -153,7 +153,7 @@ struct Stored {
 at::Tensor packed(const at::Tensor& values) {
   const auto count = values.numel();
   auto out = at::zeros({(count + 1) / 2}, at::TensorOptions().dtype(at::kByte));
-  const auto* from = values.const_data_ptr<int8_t>();
+  const auto* from = static_cast<const uint8_t*>(values.const_data_ptr());
   auto* to = out.mutable_data_ptr<uint8_t>();
   for (int64_t i = 0; i < count; ++i) {
     to[i / 2] = static_cast<uint8_t>(to[i / 2] | (from[i] & 0xF) << (i % 2 * 4));
@@ -161,7 +161,7 @@ at::Tensor packed(const at::Tensor& values) {
   return out;
 }
 
-constexpr int64_t kInt4 = 22;  // TensorProto.DataType
+constexpr int64_t kUint4 = 21, kInt4 = 22;  // TensorProto.DataType
 
 /// The head of a TensorProto; where the data belongs into the message it follows.
 Message tensor_head(const Stored& stored, const std::string& data_file) {
@@ -171,7 +171,8 @@ Message tensor_head(const Stored& stored, const std::string& data_file) {
   for (auto size : tensor.sizes()) {
     out.integer(field::dims, size);
   }
-  out.integer(field::data_type, stored.value->is_int4 ? kInt4 : type_number(tensor.scalar_type()));
+  const auto half_byte = tensor.scalar_type() == at::kByte ? kUint4 : kInt4;
+  out.integer(field::data_type, stored.value->is_int4 ? half_byte : type_number(tensor.scalar_type()));
   out.string(field::name, stored.value->name);
   if (!stored.offset.has_value()) {
     out.announce(field::raw_data, stored.data.nbytes());
@@ -235,8 +236,9 @@ Message graph_message(const Model& model) {
 
 int64_t type_number(at::ScalarType dtype) {
   static const std::unordered_map<at::ScalarType, int64_t> numbers = {
-      {at::kFloat, 1}, {at::kByte, 2}, {at::kChar, 3},  {at::kShort, 5},   {at::kInt, 6},      {at::kUInt16, 4},
-      {at::kLong, 7},  {at::kBool, 9}, {at::kHalf, 10}, {at::kDouble, 11}, {at::kBFloat16, 16}};
+      {at::kFloat, 1},     {at::kByte, 2},           {at::kChar, 3},        {at::kShort, 5}, {at::kInt, 6},
+      {at::kUInt16, 4},    {at::kLong, 7},           {at::kBool, 9},        {at::kHalf, 10}, {at::kDouble, 11},
+      {at::kBFloat16, 16}, {at::kFloat8_e4m3fn, 17}, {at::kFloat8_e5m2, 19}};
   const auto found = numbers.find(dtype);
   TORCH_CHECK_TYPE(found != numbers.end(), "[export_onnx] ONNX has no tensors of ", dtype);
   return found->second;

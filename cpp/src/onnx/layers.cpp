@@ -93,6 +93,9 @@ Value* grouped_weight(const Call& c) {
     if (const auto weight = c.t.integers(source); weight.has_value() && weight->grid.axis == 1) {
       return by_group(c.t, c.t.weight(*weight, "weight"), weight->values.sizes().vec(), groups);
     }
+    if (const auto parts = c.t.stored(source)) {
+      return by_group(c.t, c.t.weight(*parts, /*transposed=*/false, "weight"), parts->shape, groups);
+    }
     made_by = c.t.maker(source);
   }
   return nullptr;

@@ -41,7 +41,7 @@ struct Value {
   Shape shape;
   bool has_shape = false;
   at::Tensor constant;           // of an initializer
-  bool is_int4 = false;          // its integers, int8 in memory, are stored in 4 bits
+  bool is_int4 = false;          // its integers, int8 or uint8 in memory, are stored in 4 bits
   Node* producer = nullptr;      // null for inputs and initializers
   std::vector<Node*> consumers;  // one entry per use
 };

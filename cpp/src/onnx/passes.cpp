@@ -130,6 +130,8 @@ int64_t merge_duplicates(Model& model) {
 
 namespace {
 
+bool is_integral(const Value* value) { return at::isIntegralType(value->dtype, /*includeBool=*/false); }
+
 bool never_negative(const Value* value) {
   const auto* node = value->producer;
   if (node == nullptr) {
@@ -140,7 +142,7 @@ bool never_negative(const Value* value) {
   }
   if (is(node, "DequantizeLinear")) {
     const auto* zero_point = node->input(2);
-    if (zero_point != nullptr && zero_point->constant.defined()) {
+    if (zero_point != nullptr && zero_point->constant.defined() && is_integral(zero_point)) {
       const int64_t lowest = zero_point->dtype == at::kChar ? -128 : zero_point->dtype == at::kShort ? -32768 : 0;
       if ((zero_point->constant.to(at::kLong) == lowest).all().item<bool>()) {
         return true;
@@ -331,11 +333,16 @@ void absorb_clipping(Model& model, bool integers) {
     const auto limits = clip_limits(node);
     auto* output = node->outputs[0];
     if (!limits.has_value() || !only_readers(model, output, "QuantizeLinear") ||
-        std::any_of(output->consumers.begin(), output->consumers.end(), is_per_channel)) {
+        std::any_of(output->consumers.begin(), output->consumers.end(), is_per_channel) ||
+        !std::all_of(output->consumers.begin(), output->consumers.end(),
+                     [](const Node* quantize) { return is_integral(quantize->outputs[0]); })) {
       continue;
     }
     const auto quantizers = output->consumers;
-    if (!integers && !std::all_of(quantizers.begin(), quantizers.end(), [&](const Node* quantize) {
+    const bool clips = integers && std::all_of(quantizers.begin(), quantizers.end(), [](const Node* quantize) {
+                         return c10::elementSize(quantize->outputs[0]->dtype) == 1;
+                       });
+    if (!clips && !std::all_of(quantizers.begin(), quantizers.end(), [&](const Node* quantize) {
           return integer_limits(quantize, *limits) == type_limits(quantize);
         })) {
       continue;
@@ -345,6 +352,28 @@ void absorb_clipping(Model& model, bool integers) {
       model.set_input(quantize, 0, node->inputs[0]);
     }
     model.remove(node);
+  }
+}
+
+void keep_clipping(Model& model) {
+  for (auto* node : model.nodes({"QuantizeLinear"})) {
+    auto* clip = node->inputs[0]->producer;
+    if (is_integral(node->outputs[0]) || !(is(clip, "Relu") || is(clip, "Clip"))) {
+      continue;
+    }
+    auto* source = clip->inputs[0];
+    auto* limited = source;
+    if (is(clip, "Relu")) {
+      auto* zero = model.add_constant(stem(clip) + "zero", at::full({}, 0.0f));
+      limited = add_like(model, clip, stem(clip) + "Max", "Max", {limited, zero}, source->dtype, source);
+    } else {
+      for (const auto& [side, op] : {std::pair<size_t, const char*>{1, "Max"}, {2, "Min"}}) {
+        if (auto* limit = clip->input(side)) {
+          limited = add_like(model, clip, stem(clip) + op, op, {limited, limit}, source->dtype, source);
+        }
+      }
+    }
+    model.set_input(node, 0, limited);
   }
 }
 

@@ -26,6 +26,10 @@ int64_t hoist_quantizers(Model& model);
 /// Without `integers`, only what saturation does goes.
 void absorb_clipping(Model& model, bool integers);
 
+/// Writes a Relu or Clip before a quantizer to FP8 as Max and Min: ONNX Runtime drops those before a quantizer whose type it does not
+/// ask for.
+void keep_clipping(Model& model);
+
 /// Writes the bias of a quantized linear layer so that its product runs in integers: into a Gemm where the product is 2-D and
 /// goes straight to one quantizer, as Sum(product, bias) elsewhere.
 void split_linear_bias(Model& model);

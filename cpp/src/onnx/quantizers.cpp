@@ -22,7 +22,14 @@ std::vector<Value*> fake_quantize(const Call& c) {
   if (!scale.defined() || !zero_point.defined()) {
     c.refuse("scale and zero point must not depend on the input");
   }
-  const auto qmin = c.integer("qmin"), qmax = c.integer("qmax");
+  const auto axis = c.has("axis") ? std::optional(c.integer("axis")) : std::nullopt;
+  return {quantize_on_grid(c, scale, zero_point, axis, c.integer("qmin"), c.integer("qmax"))};
+}
+
+}  // namespace
+
+Value* quantize_on_grid(const Call& c, const at::Tensor& scale, const at::Tensor& zero_point,
+                        std::optional<int64_t> axis, int64_t qmin, int64_t qmax) {
   if (qmin < -32768 || qmax > 65535 || (qmin < 0 && qmax > 32767)) {
     c.refuse("the integers must fit into 16 bits");
   }
@@ -32,13 +39,10 @@ std::vector<Value*> fake_quantize(const Call& c) {
     c.refuse("its input must be float32");
   }
   const auto integers = zero_point.to(qmin < 0 ? (wide ? at::kShort : at::kChar) : (wide ? at::kUInt16 : at::kByte));
-  const auto axis = c.has("axis") ? std::optional(c.integer("axis")) : std::nullopt;
   const auto grid =
       c.t.as_written({axis ? scale : scale.reshape({}), axis ? integers : integers.reshape({}), axis, qmin, qmax});
-  return {c.t.dequantize(c.t.quantize(x, grid), grid)};
+  return c.t.dequantize(c.t.quantize(x, grid), grid);
 }
-
-}  // namespace
 
 void add_quantization_rules(Rules& rules) { rules["rarefy::fake_quantize"] = fake_quantize; }
 

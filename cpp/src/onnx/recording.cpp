@@ -75,7 +75,16 @@ graph::Graph fold(graph::Graph graph) {
   for (auto& value : graph.values) {
     value.origin = value.origin == graph::Origin::parameter ? graph::Origin::buffer : value.origin;
   }
-  return graph::fold_constants(graph);
+  // The weights before they are rounded to a format: their codes follow from them.
+  const auto outputs = graph.outputs;
+  for (const auto& node : graph.nodes) {
+    if (rounds_to_format(node) && node.input(0) >= 0) {
+      graph.outputs.push_back(node.input(0));
+    }
+  }
+  auto folded = graph::fold_constants(graph);
+  folded.outputs = outputs;
+  return folded;
 }
 
 }  // namespace

@@ -58,6 +58,7 @@ const Rule* find_rule(const c10::OperatorName& op) {
     add_movement_rules(table);
     add_layer_rules(table);
     add_quantization_rules(table);
+    add_format_rules(table);
     add_converted_rules(table);
     return table;
   }();
@@ -130,6 +131,11 @@ std::string Translator::module_of(const graph::Node& node) const {
   if (node.op.name == "rarefy::fake_quantize") {
     return folder(graph().values[node.input(1)].name);
   }
+  if (rounds_to_format(node) && node.input_values.size() > 1 && node.input(1) >= 0) {
+    if (const auto module = folder(graph().values[node.input(1)].name); !module.empty()) {
+      return module;
+    }
+  }
   if (!node.module.empty()) {
     return node.module;
   }
@@ -201,6 +207,8 @@ Value* Translator::value(int64_t id, std::string_view role) {
     result = batch_constant(id, role);
   } else if (const auto weight = integers(id)) {
     result = this->weight(*weight, role);
+  } else if (const auto parts = stored(id)) {
+    result = this->weight(*parts, /*transposed=*/false, role);
   } else {
     result =
         recorded.name.empty() ? constant(recorded.tensor, role) : model_.add_constant(recorded.name, recorded.tensor);
@@ -242,6 +250,9 @@ std::optional<IntegerTensor> Translator::integers(int64_t id) const {
   }
   const auto axis = node.inputs[3].toOptional<int64_t>();
   const auto qmin = node.inputs[4].toInt(), qmax = node.inputs[5].toInt();
+  if (qmax - qmin > 255) {
+    return std::nullopt;  // stored() has them
+  }
   // What is on the grid stays where it is: quantizing it again gives the integers that it was made of.
   const auto values = ops::quantize(graph().values[id].tensor, scale, zero_point, axis, qmin, qmax);
   const auto of_type = zero_point.to(values.scalar_type());
@@ -259,6 +270,8 @@ Value* Translator::transposed(int64_t id, std::string_view role) {
         weight->grid.axis = *weight->grid.axis == rank - 2 ? rank - 1 : rank - 2;
       }
       result = this->weight(*weight, role);
+    } else if (const auto parts = stored(id); parts.has_value() && parts->shape.size() == 2) {
+      result = this->weight(*parts, /*transposed=*/true, role);
     } else {
       const auto& recorded = graph().values[id];
       result = model_.add_constant(recorded.name.empty() ? name_here(role) : recorded.name,

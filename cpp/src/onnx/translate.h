@@ -3,6 +3,7 @@
 
 #include <rarefy/graph/graph.h>
 #include <rarefy/nn/quantizable.h>
+#include <rarefy/onnx/weight_form.h>
 
 #include <cstdint>
 #include <functional>
@@ -117,11 +118,18 @@ using Rules = std::unordered_map<std::string_view, Rule>;
 /// A weight [in / groups, out, kernel...], which has an axis of all output channels, as [in, out / groups, kernel...].
 Value* by_group(Translator& t, Value* weight, const std::vector<int64_t>& sizes, int64_t groups);
 
+/// x on a grid with constant scale and zero point, which `axis` says the channels of.
+Value* quantize_on_grid(const Call& c, const at::Tensor& scale, const at::Tensor& zero_point,
+                        std::optional<int64_t> axis, int64_t qmin, int64_t qmax);
+/// Whether an operator rounds its first argument to a format: what a weight in a file is stored by.
+bool rounds_to_format(const graph::Node& node);
+
 // The table, by operator name without "aten::"; the rule of "relu" is that of "relu_" too.
 void add_elementwise_rules(Rules& rules);
 void add_movement_rules(Rules& rules);
 void add_layer_rules(Rules& rules);
 void add_quantization_rules(Rules& rules);
+void add_format_rules(Rules& rules);
 void add_converted_rules(Rules& rules);
 
 class Translator {
@@ -139,6 +147,8 @@ class Translator {
   Value* value(int64_t id, std::string_view role = "constant");
   /// The quantized weight that a constant of the recording holds; unset for others.
   std::optional<IntegerTensor> integers(int64_t id) const;
+  /// The same of weights in formats beside plain grids.
+  std::optional<quantization::QuantizedTensorParts> stored(int64_t id) const;
   Value* transposed(int64_t id, std::string_view role);
   /// Nodes of the current module. The result has the type of the first input unless told.
   Value* emit(const std::string& op, std::vector<Value*> inputs, Attributes attributes = {},
@@ -156,6 +166,8 @@ class Translator {
   Value* shape_value(const Shape& shape);
   /// The integers of a weight behind DequantizeLinear.
   Value* weight(const IntegerTensor& weight, std::string_view role);
+  /// The codes of a weight behind the operators of their format.
+  Value* weight(const quantization::QuantizedTensorParts& parts, bool transposed, std::string_view role);
   /// A grid of activations in the types of the target.
   Grid as_written(Grid grid) const;
   Value* quantize(Value* x, const Grid& grid);

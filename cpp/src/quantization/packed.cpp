@@ -301,17 +301,23 @@ QuantizedTensorParts quantize_to(const at::Tensor& x, const Scheme& scheme, cons
   return parts;
 }
 
-at::Tensor dequantize(const QuantizedTensorParts& parts) {
+at::Tensor stored_codes(const QuantizedTensorParts& parts) {
   const auto& scheme = parts.scheme;
   const auto& data = part(parts, "data");
-  const auto like = at::empty(parts.shape, at::kFloat);
-  const auto sharing = sharing_of(like, scheme);
   const auto type = torch_type(scheme);
-  const int64_t n = like.numel(), bytes = type.has_value() ? n : (n * scheme.bits + 7) / 8;
+  const int64_t n = c10::multiply_integers(parts.shape), bytes = type.has_value() ? n : (n * scheme.bits + 7) / 8;
   TORCH_CHECK_VALUE(static_cast<int64_t>(data.nbytes()) == bytes, "[dequantize] data must have ", bytes,
-                    " bytes for shape ", like.sizes(), ", got ", data.nbytes());
+                    " bytes for shape ", at::IntArrayRef(parts.shape), ", got ", data.nbytes());
   const auto codes =
       type.has_value() ? data.view(at::kByte).reshape(-1).to(at::kInt) : unpack(data.contiguous(), n, scheme.bits);
+  return codes.reshape(parts.shape);
+}
+
+at::Tensor dequantize(const QuantizedTensorParts& parts) {
+  const auto& scheme = parts.scheme;
+  const auto like = at::empty(parts.shape, at::kFloat);
+  const auto sharing = sharing_of(like, scheme);
+  const auto codes = stored_codes(parts).reshape(-1);
   const auto computing = parts.dtype == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor values;
   if (const auto* codebook = std::get_if<Codebook>(&scheme.format); codebook != nullptr) {

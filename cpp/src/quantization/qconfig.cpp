@@ -16,7 +16,6 @@ bool is_one_of(const Variant& variant) {
 void LayerConfig::validate() const {
   if (weight.has_value()) {
     weight->validate();
-    TORCH_CHECK_VALUE(weight->bits <= 8, "[QConfig] weight must have at most 8 bits, got ", weight->str());
     TORCH_CHECK_VALUE((weight->symmetric && weight->signed_range()) || !weight->block().empty(),
                       "[QConfig] weight must be symmetric and signed (integer kernels have no weight zero point), got ",
                       weight->str());
@@ -71,8 +70,10 @@ std::optional<std::string> LayerConfig::why_not_integer() const {
       return reason;
     }
   }
-  if (activation->bits > 8) {
-    return "activations of " + std::to_string(activation->bits) + " bits have no integer kernels";
+  for (const auto& [scheme, what] : {std::pair(&*weight, "weights"), std::pair(&*activation, "activations")}) {
+    if (scheme->bits > 8) {
+      return std::string(what) + " of " + std::to_string(scheme->bits) + " bits have no integer kernels";
+    }
   }
   for (const auto& learned : {observer, weight_observer}) {
     if (learned.has_value() && is_learned(*learned)) {

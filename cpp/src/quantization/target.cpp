@@ -27,6 +27,7 @@ const std::vector<TargetProfile>& profiles() {
        .activation_bits = {5, 6, 7, 8},
        .narrow_grids = true,
        .int4_weights = true,
+       .formats = "all",
        .clipping = Clipping::integers,
        .splits_linear_bias = true,
        .pools_means = true,
@@ -41,7 +42,8 @@ const std::vector<TargetProfile>& profiles() {
        .wide_activations = false,
        .narrow_grids = true,
        .weight_zero_points = false,
-       .int4_weights = true},
+       .int4_weights = true,
+       .formats = "all"},
       // Explicit quantization: quantizers on what weighted operators read and nowhere else, but for the identity branch
       // of a residual. TensorRT 10.0 reads operator sets up to 20.
       {.name = "tensorrt",
@@ -51,6 +53,7 @@ const std::vector<TargetProfile>& profiles() {
        .wide_activations = false,
        .unsigned_activations = false,
        .zero_points = false,
+       .formats = "explicit",
        .residual = Residual::identity,
        .quantizes_outputs = false,
        .quantizes_before_moves = false,
@@ -66,6 +69,31 @@ const std::vector<TargetProfile>& profiles() {
        .dynamic_shapes = false},
   };
   return table;
+}
+
+template <typename... Alternatives, typename Variant>
+bool is_one_of(const Variant& variant) {
+  return (std::holds_alternative<Alternatives>(variant) || ...);
+}
+
+bool is_saturating_e4m3(const Scheme& scheme) {
+  const auto* minifloat = std::get_if<Minifloat>(&scheme.format);
+  return minifloat != nullptr && *minifloat == Minifloat::e4m3() && scheme.rounding == Rounding::nearest_even;
+}
+
+/// What TensorRT's explicit quantization has beside plain grids: INT4 in groups, and FP8 E4M3 per tensor or channel.
+bool is_explicit_weight(const Scheme& weight) {
+  const bool whole = is_one_of<PerTensor, PerChannel>(weight.granularity);
+  if (is_saturating_e4m3(weight)) {
+    return whole;
+  }
+  return weight.is_integer() && weight.symmetric && weight.signed_range() &&
+         (whole ? weight.bits <= 8 : is_one_of<PerGroup>(weight.granularity) && weight.bits == 4);
+}
+
+/// Integers with a scale and a zero point per tensor or channel that were observed, however they follow from the range.
+bool is_observed_grid(const Scheme& scheme) {
+  return scheme.is_integer() && !scheme.dynamic && is_one_of<PerTensor, PerChannel>(scheme.granularity);
 }
 
 template <typename T>
@@ -123,8 +151,40 @@ LayerConfig TargetProfile::adapt(LayerConfig config, const std::string& kind) co
   return config;
 }
 
+std::optional<std::string> TargetProfile::why_weight_not_written(const Scheme& weight) const {
+  if (weight.is_plain()) {
+    if (weight.bits > 8 && formats != "all") {
+      return fmt::format("{} has no weights of more than 8 bits, got {}", name, weight.str());
+    }
+    return std::nullopt;
+  }
+  if (formats == "all" || (formats == "explicit" && is_explicit_weight(weight))) {
+    return std::nullopt;
+  }
+  return fmt::format("{} holds weights as integers with one observed scale per tensor or channel{}, got {}", name,
+                     formats == "explicit" ? ", int4 in groups and e4m3" : "", weight.str());
+}
+
 std::optional<std::string> TargetProfile::why_not_written(const Scheme& activation) const {
-  if (!activation.is_plain()) {
+  if (activation.rounding == Rounding::stochastic) {
+    return fmt::format("ONNX has no operator that draws the numbers of stochastic rounding, got {}", activation.str());
+  }
+  if (is_one_of<Binary, Ternary, NF4, Codebook>(activation.format)) {
+    return fmt::format("{} is a format of weights: ONNX has no operator that rounds activations to it, got {}",
+                       quantization::name(activation.format), activation.str());
+  }
+  if (!activation.is_plain() && formats == "all") {
+    if (!activation.dynamic && !activation.block().empty()) {
+      return fmt::format("observed scales of activations are per tensor or channel, got {}", activation.str());
+    }
+    return std::nullopt;
+  }
+  const bool explicit_float = formats == "explicit" && is_saturating_e4m3(activation) &&
+                              is_one_of<PerTensor>(activation.granularity) && !activation.dynamic;
+  if (explicit_float) {
+    return std::nullopt;
+  }
+  if (!is_observed_grid(activation)) {
     return fmt::format("{} holds integers with one observed scale per tensor or channel, got {}", name,
                        activation.str());
   }
@@ -139,7 +199,7 @@ std::optional<std::string> TargetProfile::why_not_written(const Scheme& activati
     return fmt::format("{} has no activations of 16 bits, got {}", name, activation.str());
   }
   const bool fills_type = !activation.narrow_range && (activation.bits == 8 || activation.bits == 16);
-  if ((!narrow_grids || activation.bits > 8) && !fills_type) {
+  if (!narrow_grids && !fills_type) {
     return fmt::format(
         "{} saturates at the limits of the type only: activations must have 8 or 16 bits and their whole "
         "range, got {}",
@@ -152,14 +212,15 @@ std::optional<std::string> TargetProfile::why_not(const LayerConfig& config, con
   if (!stores(kind)) {
     return fmt::format("{} runs {} in integers, got {}", name, fmt::join(families, ", "), kind);
   }
-  if (config.weight.has_value() && !config.weight->is_plain()) {
-    return fmt::format("{} holds integers with one scale per tensor or channel, got the weight {}", name,
-                       config.weight->str());
+  if (config.weight.has_value()) {
+    if (auto reason = why_weight_not_written(*config.weight)) {
+      return reason;
+    }
   }
   if (!config.activation.has_value() || layer_family(kind) == "embedding") {
     return std::nullopt;
   }
-  if (!contains(activation_bits, config.activation->bits)) {
+  if (config.activation->is_plain() && !contains(activation_bits, config.activation->bits)) {
     return fmt::format("{} executes activations of {} bits, got {}", name, fmt::join(activation_bits, ", "),
                        config.activation->str());
   }

@@ -14,11 +14,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy import nn as rnn
+from rarefy.export.lowering_formats import (
+    Float8QuantizeDequantize,
+    FormatActivation,
+    FormatWeight,
+    is_bytes,
+    is_observed_grid,
+    is_quantized_to_float8,
+    stored_parts,
+)
 from rarefy.nn.conv_transpose import weight_by_channel, weight_by_group
 from rarefy.nn.sdpa import attention
 from rarefy.quantization import FakeQuantizer
@@ -73,12 +83,20 @@ class QuantizeDequantize(nn.Module):
         if self.axis is not None:
             q = ops.quantize_per_channel(x, self.scale, self.zero_point, self.axis, *limits)
             return ops.dequantize_per_channel(q, self.scale, self.zero_point, self.axis, *limits)
-        q = ops.quantize_per_tensor(x, self.scale, self.zero_point, *limits)
         info = torch.iinfo(self.dtype)
-        if (self.qmin, self.qmax) != (info.min, info.max):
+        narrow = (self.qmin, self.qmax) != (info.min, info.max)
+        if narrow and info.bits > 8:  # runtimes have no Clip of 16 bits; (k * s) / s rounds to k
+            x, narrow = torch.clamp(x, *self._ends()), False
+        q = ops.quantize_per_tensor(x, self.scale, self.zero_point, *limits)
+        if narrow:
             # Formats saturate at the limits of the type, and torch's ONNX translation drops qmin and qmax.
             q = torch.clamp(q, self.qmin, self.qmax)
         return ops.dequantize_per_tensor(q, self.scale, self.zero_point, *limits)
+
+    def _ends(self) -> tuple[float, float]:
+        """The ends of the range, as float32 has them."""
+        scale = np.float32(self.scale)
+        return tuple(float(np.float32(q - self.zero_point) * scale) for q in (self.qmin, self.qmax))  # type: ignore[return-value]
 
     def _clamp(self, x: Tensor) -> Tensor:
         scale, zero_point = torch.as_tensor(self.scale, dtype=x.dtype), torch.as_tensor(self.zero_point)
@@ -87,6 +105,15 @@ class QuantizeDequantize(nn.Module):
             shape[self.axis] = -1
             scale, zero_point = scale.view(shape), zero_point.view(shape)
         return torch.clamp(x, (self.qmin - zero_point) * scale, (self.qmax - zero_point) * scale)
+
+
+def quantize_dequantize(quantizer: FakeQuantizer, form: Form) -> nn.Module:
+    """An activation's quantizer as a program has it."""
+    if is_observed_grid(quantizer.scheme) and quantizer.scheme.rounding != "stochastic":
+        return QuantizeDequantize(quantizer, form)
+    if is_quantized_to_float8(quantizer.scheme):
+        return Float8QuantizeDequantize(quantizer)
+    return FormatActivation(quantizer)
 
 
 class _Lowered(nn.Module):
@@ -101,7 +128,7 @@ class _Lowered(nn.Module):
         self.quant = nn.Module()
         for name in ("input", "input0", "input1", "output"):
             quantizer = getattr(module.quant, name, None)
-            self.quant.add_module(name, nn.Identity() if quantizer is None else QuantizeDequantize(quantizer, form))
+            self.quant.add_module(name, nn.Identity() if quantizer is None else quantize_dequantize(quantizer, form))
 
     def finish(self, y: Tensor) -> Tensor:
         return self.quant.output(torch.relu(y) if self.relu else y)
@@ -119,6 +146,13 @@ class _LoweredWeighted(_Lowered):
     ) -> None:
         super().__init__(module, form)
         quantizer = module.quant.weight
+        self.format = self._format_of(module, transposed)
+        if self.format is not None:
+            self.transposed, self.quantizes, self.axis = transposed, False, None
+            self._buffers["weight"] = None
+            bias = module.folded()[1]
+            self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+            return
         if isinstance(module, rnn.WeightedLayer):
             integers = module.integer_weight()
         else:  # converted: the integers are its parameters
@@ -144,12 +178,23 @@ class _LoweredWeighted(_Lowered):
             self._buffers["weight"] = self.float_weight()
             self.quantizes = True
 
+    @staticmethod
+    def _format_of(module: nn.Module, transposed: bool) -> FormatWeight | None:
+        """The weight of a layer with another scheme than integers of at most 8 bits; a grouped one with all its output channels on one axis."""
+        quantizer = module.quant.weight
+        if is_bytes(quantizer):
+            return None
+        values = module._by_channel(module.folded()[0])
+        return FormatWeight(stored_parts(quantizer, values), transposed)
+
     @property
     def weight(self) -> Tensor:
         """What the integers stand for, for models that cast to its dtype or compute with it in their forward."""
         return self.float_weight().t() if self.transposed else self.float_weight()
 
     def float_weight(self) -> Tensor:
+        if self.format is not None:
+            return self.format()
         ops, integers = torch.ops.quantized_decomposed, self._buffers["weight"]
         if self.quantizes and self.axis is None:
             integers = ops.quantize_per_tensor(integers, self.scale, self.zero_point, *self.limits)
@@ -197,7 +242,9 @@ class _LoweredConvTranspose(_LoweredWeighted):
 
     @property
     def weight(self) -> Tensor:
-        return self.float_weight() if self.axis is None else weight_by_group(self.float_weight(), self.movement.groups)
+        if self.axis is None and self.format is None:
+            return self.float_weight()
+        return weight_by_group(self.float_weight(), self.movement.groups)
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         movement = self.movement.for_size(x, self.kernel_size, output_size)
@@ -209,7 +256,7 @@ class _LoweredEmbedding(_LoweredWeighted):
         super().__init__(module, form, transposed=False)
 
     def forward(self, indices: Tensor) -> Tensor:
-        if torch.compiler.is_exporting() or self.quantizes or self.axis not in (None, 0):
+        if torch.compiler.is_exporting() or self.format is not None or self.quantizes or self.axis not in (None, 0):
             return F.embedding(indices, self.float_weight())
         rows = F.embedding(indices, self._buffers["weight"]).float()  # the same numbers without a table of floats
         if self.axis is None:
@@ -269,7 +316,7 @@ class _LoweredSDPA(nn.Module):
         super().__init__()
         self.quant = nn.Module()
         for name in ("query", "key", "probabilities", "value"):
-            self.quant.add_module(name, QuantizeDequantize(module.quant.find(name), form))
+            self.quant.add_module(name, quantize_dequantize(module.quant.find(name), form))
 
     def forward(
         self,
@@ -325,7 +372,7 @@ class _LoweredBoundary(nn.Module):
         self.quant = nn.Module()
         for name in ("input", "output"):
             quantizer = getattr(module.quant, name)
-            self.quant.add_module(name, nn.Identity() if quantizer is None else QuantizeDequantize(quantizer, form))
+            self.quant.add_module(name, nn.Identity() if quantizer is None else quantize_dequantize(quantizer, form))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.quant.output(self.operation(self.quant.input(x)))
@@ -357,16 +404,21 @@ _LOWERED: dict[type[nn.Module], Callable[[nn.Module, Form], nn.Module]] = {
     rnn.LoRALinear: _LoweredLoRA,
     rnn.BoundaryLayer: _LoweredBoundary,
     rnn.ReLU: _LoweredReLU,
-    FakeQuantizer: QuantizeDequantize,
+    FakeQuantizer: quantize_dequantize,
 }
 
 
-def check_quantizers(function: str, model: nn.Module) -> None:
+def check_quantizers(function: str, model: nn.Module, formats: bool = False) -> None:
     """Whether every fake quantizer of the model can be written.
+
+    Args:
+        function: whose error it is.
+        model: prepared, or converted.
+        formats: the file may hold formats beside plain grids, where its target does (`targets.check_target`).
 
     Raises:
         ValueError: some have seen no data or are switched off (they are named), have a scale that is not positive, or a format
-            that no file here holds.
+            that the file does not hold.
     """
     quantizers = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantizer)}
 
@@ -378,9 +430,11 @@ def check_quantizers(function: str, model: nn.Module) -> None:
             )
 
     for name, q in quantizers.items():
-        if not q.is_plain:
+        grid = is_bytes(q) if q.is_weight else is_observed_grid(q.scheme) and q.scheme.rounding != "stochastic"
+        if not grid and not formats:
             raise ValueError(
-                f"[{function}] a file holds integers with one observed scale per tensor or channel, got {q.scheme} in {name}"
+                f"[{function}] a file holds integers with one observed scale per tensor or channel (weights of at most 8 bits), "
+                f"got {q.scheme} in {name}"
             )
     # A weight is observed when its integers are read; nobody needs to have run it before.
     waiting = [name for name, q in quantizers.items() if not q.calibrated and not (q.observe and q.is_weight)]
@@ -400,7 +454,7 @@ def check_quantizers(function: str, model: nn.Module) -> None:
 @contextmanager
 def without_rounding(lowered: nn.Module) -> Iterator[None]:
     """Lets a lowered model clamp its activations to their ranges but not round them, to see what rounding does."""
-    quantizers = [module for module in lowered.modules() if isinstance(module, QuantizeDequantize)]
+    quantizers = [m for m in lowered.modules() if isinstance(m, (QuantizeDequantize, FormatActivation))]
     for quantizer in quantizers:
         quantizer.rounds = False
     try:

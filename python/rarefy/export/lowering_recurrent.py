@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rarefy import nn as rnn
-from rarefy.export.lowering import Form, QuantizeDequantize
+from rarefy.export.lowering import Form, quantize_dequantize
+from rarefy.export.lowering_formats import FormatWeight, is_bytes, stored_parts
 from rarefy.nn.recurrent import Direction, State
 
 
@@ -49,12 +50,18 @@ class LoweredWeight(nn.Module):
             values = ops.quantize_per_channel(values, *grid)
         return ops.dequantize_per_channel(values, *grid)
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., in] times what ``forward`` gave."""
-        if not self.matmul:
-            return F.linear(x, weight, bias)
-        y = torch.matmul(x, weight)
-        return y if bias is None else y + bias
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, matmul: bool) -> Tensor:
+    """x [..., in] times a weight, [in, out] for `matmul`."""
+    if not matmul:
+        return F.linear(x, weight, bias)
+    y = torch.matmul(x, weight)
+    return y if bias is None else y + bias
+
+
+def _biases(module: rnn.RecurrentLayer) -> dict[str, Tensor]:
+    names = (name.replace("weight", "bias") for name in module.weight_names() if module.sizes.bias)
+    return {name: getattr(module, name).detach().float().clone() for name in names}
 
 
 class LoweredRecurrent(nn.Module):
@@ -67,11 +74,20 @@ class LoweredRecurrent(nn.Module):
             if hasattr(module, name):
                 setattr(self, name, getattr(module, name))
         quant: rnn.QuantState = module.quant
+        formats: dict[str, FormatWeight] = {}
+        self.matmul = form.linear == "matmul"
         self.quant = nn.Module()
         if isinstance(module, rnn.RecurrentLayer):
-            tensors = module.integer_tensors()
+            for name in module.weight_names():
+                quantizer = quant.find(name)
+                assert quantizer is not None
+                if not is_bytes(quantizer):
+                    formats[name] = FormatWeight(stored_parts(quantizer, getattr(module, name)), self.matmul)
+            tensors = _biases(module) if formats else module.integer_tensors()
         else:
             tensors = dict(module.named_buffers(recurse=False))
+        for name, weight in formats.items():
+            self.add_module(name, weight)
         for name, tensor in tensors.items():
             if name.startswith("weight"):
                 self.add_module(name, LoweredWeight(tensor, quant.find(name), form))
@@ -79,7 +95,7 @@ class LoweredRecurrent(nn.Module):
                 self.register_buffer(name, tensor.detach().clone())
         for name, quantizer in quant.named_children():
             if not name.startswith("weight"):
-                self.quant.add_module(name, QuantizeDequantize(quantizer, form))
+                self.quant.add_module(name, quantize_dequantize(quantizer, form))
 
     def flatten_parameters(self) -> None:
         """Nothing, as models may ask for it."""
@@ -89,9 +105,9 @@ class LoweredRecurrent(nn.Module):
         return x if module is None else module(x)
 
     def _product(self, part: str, direction: Direction) -> Callable[[Tensor], Tensor]:
-        lowered: LoweredWeight = getattr(self, f"weight_{part}{direction.suffix}")
+        lowered: LoweredWeight | FormatWeight = getattr(self, f"weight_{part}{direction.suffix}")
         bias, weight = getattr(self, f"bias_{part}{direction.suffix}", None), lowered()
-        return lambda x: lowered.product(x, weight, bias)
+        return lambda x: _product(x, weight, bias, self.matmul)
 
     def _step(self, gates: Tensor, product: Tensor | None, h: Tensor | None, c: Tensor | None) -> State:
         """One step; without a product and states the first one, of zeros."""

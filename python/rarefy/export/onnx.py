@@ -98,7 +98,7 @@ def to_onnx(
     import onnx
     from torch.utils.flop_counter import FlopCounterMode
 
-    from rarefy.export import onnx_graph, onnx_opset, onnx_targets, onnx_verify, openvino_verify, targets
+    from rarefy.export import onnx_formats, onnx_graph, onnx_opset, onnx_targets, onnx_verify, openvino_verify, targets
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"[to_onnx] model must be a torch.nn.Module, got {type(model).__name__}")
@@ -107,14 +107,14 @@ def to_onnx(
     if target not in target_names():
         raise ValueError(f"[to_onnx] target must be one of {', '.join(target_names())}, got {target!r}")
     profile = target_profile(target)
-    wide = targets.needs_wide_types(model)
+    needed = targets.needs_newer_types(model)
     if verify and target == "openvino":
         openvino_verify.require("to_onnx")
-    opset = onnx_opset.choose_opset("to_onnx", opset, profile, onnx.defs.onnx_opset_version(), wide)
+    opset = onnx_opset.choose_opset("to_onnx", opset, profile, onnx.defs.onnx_opset_version(), needed)
     inputs, keywords, constants = _check_inputs(example_inputs)
     input_names = _names("input_names", input_names, len(inputs), keywords or _numbered("input", len(inputs)))
     axes = free_axes(inputs, input_names, _check_dynamic(profile, dynamic_batch, dynamic_shapes), dynamic_shapes)
-    check_quantizers("to_onnx", model)
+    check_quantizers("to_onnx", model, formats=True)
     targets.check_target("to_onnx", model, profile)
 
     with staged("to_onnx", path) as stage:
@@ -129,8 +129,12 @@ def to_onnx(
         del model
         overflow = targets.pairwise_overflow(lowered)
         program_opset = max(opset, onnx_opset.EXPORTER_OPSET)
-        program = _translate(lowered, inputs, keywords, axes, program_opset, input_names, output_names)
+        try:
+            program = _translate(lowered, inputs, keywords, axes, program_opset, input_names, output_names)
+        finally:
+            targets.check_blocks("to_onnx", lowered)
         onnx_graph.tidy(program.model)
+        onnx_formats.write_formats(program.model, lowered, profile, opset)
         onnx_targets.place(program.model, profile)
         onnx_opset.lower_opset(program.model, opset)
         _check_free(program.model, axes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -11,6 +12,15 @@ import onnx_ir as ir
 def constant(value: ir.Value | None) -> np.ndarray | None:
     """The value of an initializer, or None."""
     return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def integer_limits(dtype: np.dtype) -> tuple[int, int] | None:
+    """The smallest and largest integer of a type, those of 4 bits included; None of others."""
+    try:
+        info = ml_dtypes.iinfo(dtype)
+    except ValueError:
+        return None
+    return int(info.min), int(info.max)
 
 
 def same(a: ir.Value | None, b: ir.Value | None) -> bool:

@@ -17,6 +17,7 @@ from rarefy.export.onnx_edit import (
     bypass,
     constant,
     initializer,
+    integer_limits,
     is_dequantized,
     nodes_of,
     only_consumers,
@@ -94,7 +95,8 @@ def _never_negative(value: ir.Value) -> bool:
         return True
     if node.op_type == "DequantizeLinear":
         zero_point = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        if zero_point is not None and (zero_point == np.iinfo(zero_point.dtype).min).all():
+        limits = None if zero_point is None else integer_limits(zero_point.dtype)
+        if limits is not None and (zero_point.astype(np.int32) == limits[0]).all():
             return True
         source = node.inputs[0].producer()
         if source is not None and source.op_type == "Clip":
@@ -192,6 +194,8 @@ def absorb_clipping(graph: ir.Graph, integers: bool) -> None:
             continue
         if any(axis_of(q) is not None or len(q.inputs) < 3 or constant(q.inputs[2]) is None for q in quantizers):
             continue
+        if any(integer_limits(constant(q.inputs[2]).dtype) is None for q in quantizers):
+            continue  # FP8
         clips = integers and all(constant(q.inputs[2]).dtype.itemsize == 1 for q in quantizers)
         if not clips and not all(_saturates_at(q, limits) for q in quantizers):
             continue

@@ -16,7 +16,6 @@ from rarefy.export.onnx_edit import add_node, bypass, constant, initializer, nod
 
 #: The oldest operator set that torch's exporter writes.
 EXPORTER_OPSET = 18
-_WIDE_OPSET = 21  # INT4, INT16, UINT16 and scales per block are in the standard from here on
 
 #: Version of the file format that came with each operator set.
 _IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
@@ -42,7 +41,9 @@ _REDUCTIONS = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1",
                "ReduceLogSumExp", "ReduceSumSquare")  # fmt: skip
 
 
-def choose_opset(function: str, opset: int | None, profile: TargetProfile, newest: int, wide: str | None) -> int:
+def choose_opset(
+    function: str, opset: int | None, profile: TargetProfile, newest: int, needed: tuple[str, int] | None
+) -> int:
     """The operator set of the file: the one asked for, or the target's own.
 
     Args:
@@ -50,14 +51,14 @@ def choose_opset(function: str, opset: int | None, profile: TargetProfile, newes
         opset: asked for, or None.
         profile: of the target.
         newest: what the installed onnx knows.
-        wide: what in the model needs operator set 21 ("uint16 activations of fc1", say), or None.
+        needed: what in the model needs a newer operator set ("uint16 activations of fc1", say), and which; or None.
 
     Raises:
         TypeError: not an integer.
         ValueError: older than the target's oldest, newer than the newest, or too old for what the model holds.
     """
     if opset is None:
-        return profile.default_opset if wide is None else max(profile.default_opset, _WIDE_OPSET)
+        return profile.default_opset if needed is None else max(profile.default_opset, needed[1])
     if isinstance(opset, bool) or not isinstance(opset, int):
         raise TypeError(f"[{function}] opset must be an integer, got {opset!r}")
     if not profile.oldest_opset <= opset <= newest:
@@ -65,8 +66,8 @@ def choose_opset(function: str, opset: int | None, profile: TargetProfile, newes
             f"[{function}] opset must be between {profile.oldest_opset} and {newest} (the newest that the installed onnx "
             f"knows), got {opset}"
         )
-    if wide is not None and opset < _WIDE_OPSET:
-        raise ValueError(f"[{function}] opset must be {_WIDE_OPSET} or more for {wide}, got {opset}")
+    if needed is not None and opset < needed[1]:
+        raise ValueError(f"[{function}] opset must be {needed[1]} or more for {needed[0]}, got {opset}")
     return opset
 
 

@@ -25,12 +25,16 @@ from rarefy.export.onnx_edit import (
     bypass,
     constant,
     initializer,
+    integer_limits,
     is_dequantized,
     nodes_of,
     remove_unused,
 )
 
 _INT4_OPSET = 21
+
+#: The types of integers that Gather takes.
+_GATHERED = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16)
 
 
 def place(model: ir.Model, profile: TargetProfile) -> None:
@@ -47,6 +51,8 @@ def place(model: ir.Model, profile: TargetProfile) -> None:
         onnx_graph.merge_duplicates(graph)
     if profile.clipping != "keep":
         onnx_graph.absorb_clipping(graph, integers=profile.clipping == "integers")
+    if profile.clipping != "keep":
+        keep_clipping(graph)
     if profile.splits_linear_bias:
         onnx_graph.split_linear_bias(graph)
     else:
@@ -73,6 +79,8 @@ def gather_integers(graph: ir.Graph) -> None:
         zero_point = constant(dequantize.inputs[2]) if len(dequantize.inputs) > 2 else None
         if constant(table) is None or len(table.shape) != 2 or axis_of(dequantize) not in (None, 0):
             continue
+        if "block_size" in dequantize.attributes or table.dtype not in _GATHERED:
+            continue
         if axis_of(dequantize) == 0 and zero_point is not None and zero_point.any():
             continue
         output, stem = node.outputs[0], node.name.rpartition("/")[0]
@@ -90,6 +98,27 @@ def gather_integers(graph: ir.Graph) -> None:
                 scales.shape = ir.Shape([*output.shape[:-1], 1])
             found = add_node(node, True, "Mul", [real, scales], output, output.dtype, f"{stem}/Mul")
         bypass(node, found)
+
+
+def keep_clipping(graph: ir.Graph) -> None:
+    """Writes a Relu or Clip before a quantizer to FP8 as Max and Min.
+
+    ONNX Runtime 1.32 drops those before a quantizer whose type it does not ask for.
+    """
+    for node in nodes_of(graph, "QuantizeLinear"):
+        clip, zero_point = node.inputs[0].producer(), constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        if clip is None or clip.op_type not in ("Relu", "Clip") or zero_point is None:
+            continue
+        if integer_limits(zero_point.dtype) is not None:
+            continue
+        value, stem = clip.inputs[0], clip.name.rpartition("/")[0]
+        limits = [("Max", initializer(graph, f"{stem}/zero", np.zeros((), np.float32)))]
+        if clip.op_type == "Clip":
+            sides = zip(("Max", "Min"), clip.inputs[1:], strict=False)
+            limits = [(op_type, limit) for op_type, limit in sides if limit is not None]
+        for op_type, limit in limits:
+            value = add_node(clip, True, op_type, [value, limit], clip.outputs[0], value.dtype, f"{stem}/{op_type}")
+        node.replace_input_with(0, value)
 
 
 def residual_to_sum(graph: ir.Graph) -> None:

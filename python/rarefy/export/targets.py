@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from rarefy import nn as rnn
-from rarefy._core.quantization import TargetProfile, has_exact_integer_products
+from rarefy._core.quantization import Integer, TargetProfile, has_exact_integer_products
 from rarefy.export.lowering import QuantizeDequantize, _LoweredConv, _LoweredLinear
+from rarefy.export.lowering_formats import FormatActivation, holds_float8, needs_blocks
 from rarefy.export.report import Overflow
 from rarefy.quantization import FakeQuantizer
 
@@ -59,8 +60,19 @@ def check_target(function: str, model: nn.Module, profile: TargetProfile) -> Non
     hint = f"prepare the model with QConfig.int8(target={profile.name!r})"
     for name, quantizer in _activations(model):
         reason = profile.why_not_written(quantizer.scheme)
+        if reason is not None and not quantizer.is_plain:
+            raise ValueError(
+                f"[{function}] {name} must have a format that a file for the target can hold, but {reason}"
+            )
         if reason is not None:
             raise ValueError(f"[{function}] {name} must have a grid that the target can hold, but {reason}; {hint}")
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantizer) and module.is_weight:
+            reason = profile.why_weight_not_written(module.scheme)
+            if reason is not None:
+                raise ValueError(
+                    f"[{function}] {name} must have a format that a file for the target can hold, but {reason}"
+                )
     for name, module in model.named_modules():
         kind = next((kind for type_, kind in _KINDS if isinstance(module, type_)), None)
         state = getattr(module, "quant", None)
@@ -88,10 +100,31 @@ def check_target(function: str, model: nn.Module, profile: TargetProfile) -> Non
             )
 
 
-def needs_wide_types(model: nn.Module) -> str | None:
-    """What in the model needs the integer types of operator set 21, or None."""
-    wide = [name for name, quantizer in _activations(model) if quantizer.scheme.bits == 16]
-    return f"16-bit activations ({wide[0]})" if wide else None
+def needs_newer_types(model: nn.Module) -> tuple[str, int] | None:
+    """What in the model needs types that came with an operator set, and that set; the newest, or None."""
+    found: list[tuple[str, int]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, FakeQuantizer):
+            continue
+        scheme = module.scheme
+        if isinstance(scheme.format, Integer) and scheme.bits > 8 and not scheme.dynamic:
+            found.append((f"{scheme.bits}-bit {'weights' if module.is_weight else 'activations'} ({name})", 21))
+        elif module.is_weight and needs_blocks(scheme):
+            found.append((f"{scheme} ({name})", 21))
+        elif holds_float8(scheme):
+            found.append((f"{scheme} ({name})", 19))
+    return max(found, key=lambda item: item[1], default=None)
+
+
+def check_blocks(function: str, lowered: nn.Module) -> None:
+    """Whether all blocks of activations lay along axes of fixed sizes when the program was traced.
+
+    Raises:
+        ValueError: one did not; names the module.
+    """
+    for name, module in lowered.named_modules():
+        if isinstance(module, FormatActivation) and module.refused is not None:
+            raise ValueError(f"[{function}] {module.refused} in {name or 'the root'}")
 
 
 def warn_of_overflow(function: str, overflow: tuple[Overflow, ...]) -> None:
@@ -124,7 +157,8 @@ def pairwise_overflow(lowered: nn.Module) -> tuple[Overflow, ...]:
         if not isinstance(quantizer, QuantizeDequantize) or quantizer.dtype != torch.uint8:
             continue
         weight = module._buffers["weight"]
-        assert weight is not None
+        if weight is None or weight.dtype is not torch.int8:  # another format, more bits: no products of bytes
+            continue
         if isinstance(module, _LoweredConv):
             rows = weight.movedim(1, -1)  # [out, kernel..., in / groups]
         else:

@@ -230,7 +230,7 @@ class WeightedLayer(QuantizableLayer):
         if scheme.axis is not None and scheme.axis != self.channel_axis:
             scheme = scheme.with_granularity(PerChannel(self.channel_axis))
         observer = config.weight_observer or Latest()
-        return FakeQuantizer(scheme, observer, self._channels(), self.weight.shape)
+        return FakeQuantizer(scheme, observer, self._channels(), self._by_channel(self.weight).shape)
 
     def _channels(self) -> int:
         """The number of output channels."""

@@ -298,9 +298,9 @@ class RecurrentLayer(Run, QuantizableLayer):
                         quantizers[f"input{direction.layer}"] = activation_quantizer(config)
                     quantizers[f"hidden{direction.suffix}"] = activation_quantizer(config)
                 for part in ("ih", "hh"):
-                    quantizers[f"weight_{part}{direction.suffix}"] = FakeQuantizer(
-                        config.weight, Latest(), self.sizes.gates
-                    )
+                    name = f"weight_{part}{direction.suffix}"
+                    shape = getattr(self, name).shape
+                    quantizers[name] = FakeQuantizer(config.weight, Latest(), self.sizes.gates, shape)
         return quantizers
 
     def weight_names(self) -> list[str]:

@@ -6,6 +6,8 @@
 #include <filesystem>
 #include <iostream>
 
+#include "formats.h"
+
 namespace {
 
 namespace quantization = rarefy::quantization;
@@ -227,5 +229,6 @@ int main(int argc, char** argv) {
   write_networks(argv[1]);
   write_operators(argv[1]);
   write_bytes(argv[1]);
+  write_formats(argv[1]);
   return 0;
 }

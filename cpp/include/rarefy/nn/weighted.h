@@ -38,9 +38,9 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     if (scheme.axis().has_value()) {
       scheme.granularity = quantization::PerChannel{channel_axis()};
     }
-    specs_.push_back(
-        {"weight",
-         {scheme, config.weight_observer.value_or(quantization::Latest{}), channels(), weight.sizes().vec()}});
+    specs_.push_back({"weight",
+                      {scheme, config.weight_observer.value_or(quantization::Latest{}), channels(),
+                       by_channel(weight).sizes().vec()}});
     quant = this->register_module("quant", QuantState(specs_));
     quant->train(this->is_training());
     quant->to(weight.device());

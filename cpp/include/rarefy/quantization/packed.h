@@ -43,6 +43,9 @@ RAREFY_API QuantizedTensorParts quantize_to(const at::Tensor& x, const Scheme& s
                                             const std::optional<at::Tensor>& scale = std::nullopt,
                                             const std::optional<at::Tensor>& zero_point = std::nullopt);
 
+/// The codes of the parts, int32 in the tensor's shape. Throws as dequantize().
+RAREFY_API at::Tensor stored_codes(const QuantizedTensorParts& parts);
+
 /// The tensor of the parts, in its shape and dtype. Throws c10::ValueError for parts that are missing or of another size.
 RAREFY_API at::Tensor dequantize(const QuantizedTensorParts& parts);
 

@@ -55,6 +55,10 @@ struct TargetProfile {
   /// Whether 4-bit weights of layers with a float input are stored as INT4 (from opset 21 on).
   bool int4_weights = false;
 
+  /// Whether files may hold formats beside plain grids: scales in groups and blocks or from the tensor itself, minifloats, MX,
+  /// NVFP4, NF4, codebooks. All of them, or what explicit quantization has: "all", "explicit", "none".
+  std::string formats = "none";
+
   Residual residual = Residual::both;
   /// Whether a result that only floating-point operations read gets a quantizer of its own.
   bool quantizes_outputs = true;
@@ -92,6 +96,8 @@ struct TargetProfile {
   /// Why no file for the runtime can hold activations on this grid; unset when it can. Weaker than why_not: a file for ONNX
   /// Runtime may hold 4-bit activations, from which it has no gain.
   RAREFY_API std::optional<std::string> why_not_written(const Scheme& activation) const;
+  /// Why no file for the runtime can hold weights of this scheme; unset when it can.
+  RAREFY_API std::optional<std::string> why_weight_not_written(const Scheme& weight) const;
 };
 
 /// The profile of a target. Throws c10::ValueError, naming the known ones, for another name.
