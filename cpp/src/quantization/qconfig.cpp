@@ -1,4 +1,5 @@
 #include <c10/util/Exception.h>
+#include <rarefy/quantization/format_search.h>
 #include <rarefy/quantization/target.h>
 
 namespace rarefy::quantization {
@@ -47,6 +48,13 @@ void LayerConfig::validate() const {
     TORCH_CHECK_VALUE(follows_latest(*weight_observer),
                       "[QConfig] weight_observer must be Latest, MSE or HalfQuadratic, got ", str(*weight_observer));
   }
+  const auto check_served = [](const std::optional<Scheme>& scheme, const std::optional<Observer>& by) {
+    const auto reason = scheme.has_value() && by.has_value() ? why_not_observed(*scheme, *by) : std::nullopt;
+    TORCH_CHECK_VALUE(!reason.has_value(), "[QConfig] ", str(*by), " does not serve ", scheme->str(), ": ",
+                      reason.value_or(""));
+  };
+  check_served(activation, observer);
+  check_served(weight, weight_observer);
   TORCH_CHECK_VALUE(gradient_dtype == c10::ScalarType::Float || gradient_dtype == c10::ScalarType::BFloat16,
                     "[QConfig] gradient_dtype must be float32 or bfloat16, got ", gradient_dtype);
 }
