@@ -1,5 +1,4 @@
 #include <pybind11/stl/filesystem.h>
-#include <rarefy/quantization/format_search.h>
 #include <rarefy/quantization/learned_grids.h>
 #include <rarefy/quantization/observer.h>
 #include <rarefy/quantization/statistics.h>
@@ -213,8 +212,6 @@ iterations: at most so many.)")
         "The averaging constant that torch.ops.rarefy.observe takes for an observer.");
   m.def("follows_latest", &follows_latest, py::arg("observer"),
         "Whether the range is that of the latest tensor alone, as a weight wants it.");
-  m.def("why_not_observed", &why_not_observed, py::arg("scheme"), py::arg("observer"),
-        "Why an observer cannot serve a scheme, or None.");
   m.def("histogram_bins", &histogram_bins, py::arg("observer"), "The bins of its histogram; None where it keeps none.");
 
   py::class_<QuantizerStatistics>(m, "QuantizerStatistics", "What a file of statistics holds of one quantizer.")

@@ -1,3 +1,4 @@
+#include <rarefy/quantization/format_search.h>
 #include <rarefy/quantization/packed.h>
 
 #include "bindings.h"
@@ -364,6 +365,8 @@ Raises ValueError, with the rule and the value, for a combination that does not 
       .def("__repr__", &scheme_repr)
       .def(py::pickle([](const Scheme& self) { return py::make_tuple(self.to_json()); },
                       [](const py::tuple& state) { return Scheme::from_json(state[0].cast<std::string>()); }));
+  m.def("why_not_observed", &why_not_observed, py::arg("scheme"), py::arg("observer"),
+        "Why an observer cannot serve a scheme, or None.");
   init_packed(m);
 }
 

@@ -384,6 +384,13 @@ def test_what_cannot_be_is_refused_by_name(scheme: Scheme, observer: object, rea
         FakeQuantizer(scheme, observer)
 
 
+def test_a_configuration_refuses_what_its_quantizers_would() -> None:
+    with pytest.raises(ValueError, match=r"\[QConfig\] Histogram\(.*'kl'.*\) does not serve e4m3.*: the divergence"):
+        QConfig.fp8(observer=Histogram(search="kl"))
+    with pytest.raises(ValueError, match=r"\[QConfig\] MSE\(.*\) does not serve .*: its scales are those of the very"):
+        QConfig.nf4(weight_observer=MSE())
+
+
 def test_a_model_in_fp8_is_calibrated_by_a_histogram() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))

@@ -262,6 +262,18 @@ def test_a_weight_that_changes_during_a_calibration_is_rounded_again() -> None:
     assert torch.equal(prepared[1].quant.input.max_val, slow[1].quant.input.max_val)
 
 
+def test_a_compiled_model_is_calibrated() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    x = torch.randn(2, 3, 8, 8)
+    prepared = rf.quantization.prepare(model.eval(), QConfig.int8(), x)
+    slow = calibrate_slowly(copy.deepcopy(prepared), [x, 2 * x])
+    compiled = torch.compile(prepared, backend="eager")
+    rf.quantization.calibrate(prepared, [x, 2 * x], forward=lambda _, batch: compiled(batch))
+    for key, tensor in slow.state_dict().items():
+        torch.testing.assert_close(prepared.state_dict()[key], tensor, msg=key)
+
+
 def test_an_error_in_a_calibration_leaves_nothing_kept() -> None:
     prepared = make()
 

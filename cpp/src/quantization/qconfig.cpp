@@ -1,4 +1,5 @@
 #include <c10/util/Exception.h>
+#include <rarefy/quantization/format_search.h>
 #include <rarefy/quantization/learned_grids.h>
 #include <rarefy/quantization/target.h>
 
@@ -54,6 +55,13 @@ void LayerConfig::validate() const {
       check_learned_scheme("QConfig", *weight_observer, *weight, /*is_weight=*/true);
     }
   }
+  const auto check_served = [](const std::optional<Scheme>& scheme, const std::optional<Observer>& by) {
+    const auto reason = scheme.has_value() && by.has_value() ? why_not_observed(*scheme, *by) : std::nullopt;
+    TORCH_CHECK_VALUE(!reason.has_value(), "[QConfig] ", str(*by), " does not serve ", scheme->str(), ": ",
+                      reason.value_or(""));
+  };
+  check_served(activation, observer);
+  check_served(weight, weight_observer);
   TORCH_CHECK_VALUE(gradient_dtype == c10::ScalarType::Float || gradient_dtype == c10::ScalarType::BFloat16,
                     "[QConfig] gradient_dtype must be float32 or bfloat16, got ", gradient_dtype);
 }

@@ -54,6 +54,7 @@ __all__: list[str] = [
     "target_profile",
     "validate_layer_config",
     "why_not_integer",
+    "why_not_observed",
     "write_quantized",
     "write_statistics",
 ]
@@ -994,6 +995,14 @@ def validate_layer_config(
 def why_not_integer(weight: Scheme | None, activation: Scheme | None) -> str | None:
     """
     Why a layer with these schemes cannot compute in integers, or None.
+    """
+
+def why_not_observed(
+    scheme: Scheme,
+    observer: MinMax | MovingAverage | Latest | Histogram | Percentile | SQNR | MeanNoOutliers | MSE | HalfQuadratic,
+) -> str | None:
+    """
+    Why an observer cannot serve a scheme, or None.
     """
 
 def write_quantized(

@@ -151,13 +151,18 @@ class QuantizableLayer(nn.Module):
         raise NotImplementedError
 
     @property
+    def _keeper(self) -> Kept | None:
+        # Compiled graphs see no identities of tensors, and keep nothing.
+        return None if self._kept is None or torch.compiler.is_compiling() else self._kept
+
+    @property
     def prepared(self) -> bool:
         """Whether the layer has quantizers."""
         return bool(self.quant._modules)
 
     def _finish(self, y: Tensor, rectified: bool = False) -> Tensor:
         if self.relu and not rectified:
-            y = rectify(y) if self._kept is None else torch.relu_(y)
+            y = rectify(y) if self._keeper is None else torch.relu_(y)
         if self.quant.output is not None:
             y = self.quant.output(y)
         return mark_rectified(y) if self.relu else y
@@ -277,9 +282,8 @@ class WeightedLayer(QuantizableLayer):
 
     def _rounded(self) -> tuple[Tensor, Tensor | None]:
         """The weight on its grid and the bias: ``folded()`` as evaluation computes with it."""
-        if self._kept is None:
-            return self._round()
-        return self._kept.get("weight", self._sources(), self._round)
+        keeper = self._keeper
+        return self._round() if keeper is None else keeper.get("weight", self._sources(), self._round)
 
     def _round(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.folded()

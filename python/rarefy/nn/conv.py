@@ -82,10 +82,11 @@ class ConvLayer(WeightedLayer):
         return rows.reshape(*rows.shape, *[1] * (self.weight.dim() - 2))
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        layout = None if self._kept is None else self._kept.layout(x, self.stride)
-        if self._kept is not None and layout is not None:
+        keeper = self._keeper
+        layout = None if keeper is None else keeper.layout(x, self.stride)
+        if keeper is not None and layout is not None:
             rounded = weight
-            weight = self._kept.get(layout, (rounded,), lambda: rounded.contiguous(memory_format=layout))
+            weight = keeper.get(layout, (rounded,), lambda: rounded.contiguous(memory_format=layout))
             x = x.contiguous(memory_format=layout)
         return self.geometry().convolve(x, weight, bias)
 

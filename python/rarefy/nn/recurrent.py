@@ -374,9 +374,8 @@ class RecurrentLayer(Run, QuantizableLayer):
         """The weight of this name on its grid."""
         weight, quantizer = getattr(self, name), self.quant.find(name)
         assert quantizer is not None
-        if self._kept is None:
-            return quantizer(weight)
-        return self._kept.get(name, (weight,), lambda: quantizer(weight))
+        keeper = self._keeper
+        return quantizer(weight) if keeper is None else keeper.get(name, (weight,), lambda: quantizer(weight))
 
     def _hidden(self, direction: Direction) -> tuple[object, ...]:
         name = f"weight_hh{direction.suffix}"

@@ -325,7 +325,8 @@ class FakeQuantizer(nn.Module):
             self._observe_alone(x, self.axis)
 
     def _observe_alone(self, x: Tensor, axis: int | None) -> None:
-        if self.observed_once is not None and self.observed_once.take_over(self, x):
+        once = None if torch.compiler.is_compiling() else self.observed_once  # it tells tensors by identity
+        if once is not None and once.take_over(self, x):
             return
         if self.statistics is not None:
             self.statistics.observe(x, axis, self.skipped)
@@ -335,8 +336,8 @@ class FakeQuantizer(nn.Module):
         else:
             arguments = (axis, self._constant, self.qmin, self.qmax, self._symmetric)
             torch.ops.rarefy.observe(x.detach(), *self._state, *arguments)
-        if self.observed_once is not None:
-            self.observed_once.observed(self, x)
+        if once is not None:
+            once.observed(self, x)
 
     def _observe_over_processes(self, x: Tensor) -> None:
         assert self.sync is not None

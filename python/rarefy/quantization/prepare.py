@@ -401,6 +401,10 @@ def calibrate(
     between processes they are merged once, at the end, so that the processes may have different numbers of batches: all of
     them must call this.
 
+    Weights are folded, observed, searched and rounded once, and a tensor that several quantizers see is observed once, with
+    the result of doing it for every batch. A model that ``prepare`` has seen run channels-last computes its 2-d convolutions in
+    the layout that is faster at their size; the weights stay as they are.
+
     Args:
         model: of ``prepare`` (or ``prepare_qat``).
         loader: batches. A tensor is the model's input; of a tuple or list the first element is; a dict is keyword

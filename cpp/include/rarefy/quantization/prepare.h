@@ -32,6 +32,8 @@ RAREFY_API void prepare(torch::nn::Module& model, const QConfig& config, bool st
 
 /// Runs `run` (which feeds the model) in evaluation mode without gradients while the activation quantizers observe and do
 /// not quantize; afterwards they quantize with the ranges seen. Restores the training mode.
+/// Weights are folded, observed, searched and rounded once, and a tensor that several quantizers see is observed once, with the
+/// result of doing it for every batch: on one thread, as the quantizers share what they have seen.
 /// Batches with NaN or infinite values are left out; a warning says how many at which quantizer. Where ranges are shared
 /// between processes (set_process_group) they are merged once, at the end: every process must call this.
 /// Throws c10::ValueError when the model was not prepared or `run` fed nothing, or nothing finite, to some layer (they are
