@@ -19,7 +19,8 @@ With --distillation: a small student trained on the labels, and the same student
 schedule) distilled from a ResNet-20, or from the Transformer of the sentences, which is more than twice as large. The teacher
 looks at each image and at its mirror image once; its logits are kept.
 
-    python benchmarks/accuracy.py [--data DIR] [--task images|sentences|all] [--structured | --distillation | --sparsity | --ladder]
+    python benchmarks/accuracy.py [--data DIR] [--task images|sentences|all]
+                                  [--structured | --distillation | --sparsity | --ladder]
                                   [--seeds 0 1 2] [--cache DIR] [--threads 2] [--continued] [--quick] [--json]
 
 Three seeds of both tasks with --data take about 25 minutes of processor time (images 400 s and sentences 80 s a seed).

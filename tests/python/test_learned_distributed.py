@@ -1,4 +1,4 @@
-"""Two gloo processes start a learned grid alike, from the mean of their ranges, and stay equal under DistributedDataParallel."""
+"""Two gloo processes start a learned grid alike, from the mean of their ranges, and stay equal under DDP."""
 
 import math
 import traceback

@@ -62,15 +62,15 @@ class FakeQuantizer(nn.Module):
     observed: once, at the end of a calibration; at every step of training. Schemes that are not plain can have every observer
     that finds scales for them; what cannot be is refused by name.
 
-    A learned grid (``LSQ``, ``LSQPlus``, ``PACT``, ``TQT``, ``LearnedBits``) has parameters: ``scale``; ``scale`` and ``offset``;
-    ``alpha``; ``log2_threshold``; ``bits`` and ``bound``. Its ``min_val`` and ``max_val`` are the range that training began with.
-    It starts from the first batch that is rounded in training, from all batches of a calibration (the mean of their ranges), or
+    A learned grid (``LSQ``, ``LSQPlus``, ``PACT``, ``TQT``, ``LearnedBits``) has parameters: ``scale``; ``scale`` and
+    ``offset``; ``alpha``; ``log2_threshold``; ``bits`` and ``bound``. Its ``min_val`` and ``max_val`` are the range that
+    training began with. It starts from the first batch that is rounded in training, from all batches of a calibration (the mean of their ranges), or
     from the weight, and is the same in all processes. From then on ``observe`` does not matter: a parameter that does not
     require a gradient is frozen. A sign that a step of the optimizer gives to a scale, alpha or bound does not count.
 
-    A weight (observer ``Latest``, ``MSE`` or ``HalfQuadratic``, or a learned grid with a ``shape``) is observed at every forward; an activation while training,
-    and in calibration (``observe`` without ``quantize``) always, but not inside of a backward pass: such a forward
-    recomputes activations (gradient checkpointing, see ``checkpoint_context``).
+    A weight (observer ``Latest``, ``MSE`` or ``HalfQuadratic``, or a learned grid with a ``shape``) is observed at every
+    forward; an activation while training, and in calibration (``observe`` without ``quantize``) always, but not inside of a
+    backward pass: such a forward recomputes activations (gradient checkpointing, see ``checkpoint_context``).
 
     Args:
         scheme: the grid.
@@ -168,8 +168,8 @@ class FakeQuantizer(nn.Module):
         return self.plan.dynamic or bool((self.min_val <= self.max_val).all())
 
     def settle(self) -> None:
-        """Choose the range from the statistics, where something was observed since that was last done; make scale and zero point
-        those of a learned grid's parameters."""
+        """Choose the range from the statistics, where something was observed since that was last done; make scale and zero
+        point those of a learned grid's parameters."""
         if self.learning is not None:
             learned.settle(self, self.learning)
         if self._pending:

@@ -142,7 +142,7 @@ def _start(quantizer: FakeQuantizer, plan: LearnedPlan, x: Tensor) -> None:
         targets = [*parameters_of(quantizer, plan), quantizer.zero_point, quantizer.min_val, quantizer.max_val]
         for target, value in zip(targets, [*values, zero_point, low, high], strict=True):
             target.copy_(torch.where(takes, value, target))
-        quantizer.skipped += ~finite
+        quantizer.skipped.add_(~finite)
         quantizer._has_observed = True
         return
     low, high = torch.full_like(quantizer.min_val, torch.inf), torch.full_like(quantizer.max_val, -torch.inf)
@@ -152,7 +152,7 @@ def _start(quantizer: FakeQuantizer, plan: LearnedPlan, x: Tensor) -> None:
         assert sync is not None
         low, high = mean_range(sync, low, high, every=True)
     if not bool((low <= high).all()):
-        quantizer.skipped += 1
+        quantizer.skipped.add_(1)
         if quantizer._is_weight:
             quantizer._refuse_not_finite(x)
         if not quantizer._told:

@@ -13,8 +13,8 @@ def _quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
 
 
 def parameter_groups(model: nn.Module, quantizer_lr: float | None = None) -> list[dict[str, object]]:
-    """The parameters of a model that require a gradient, for an optimizer: those of the network, and those of learned quantizers
-    without weight decay.
+    """The parameters of a model that require a gradient, for an optimizer: those of the network, and those of learned
+    quantizers without weight decay.
 
         torch.optim.SGD(parameter_groups(model, quantizer_lr=0.001), lr=0.01, momentum=0.9, weight_decay=1e-4)
 
@@ -74,8 +74,8 @@ def model_size_bits(model: nn.Module) -> Tensor:
 
 
 def pact_penalty(model: nn.Module) -> Tensor:
-    """The sum of the squares of all ``PACT`` clipping values, for the loss (Choi et al., 2018, section 3): a float32 scalar with a
-    gradient, 0 where there are none."""
+    """The sum of the squares of all ``PACT`` clipping values, for the loss (Choi et al., 2018, section 3): a float32 scalar
+    with a gradient, 0 where there are none."""
     total = torch.zeros(())
     for quantizer in _quantizers(model).values():
         if "alpha" in quantizer._parameters:
