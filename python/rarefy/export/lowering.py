@@ -180,7 +180,7 @@ class _LoweredWeighted(_Lowered):
 
     @staticmethod
     def _format_of(module: nn.Module, transposed: bool) -> FormatWeight | None:
-        """The weight of a layer with another scheme than integers of at most 8 bits; a grouped one with all its output channels on one axis."""
+        """The weight of a layer whose scheme is not integers of at most 8 bits, with all output channels on one axis."""
         quantizer = module.quant.weight
         if is_bytes(quantizer):
             return None
@@ -433,8 +433,8 @@ def check_quantizers(function: str, model: nn.Module, formats: bool = False) -> 
         grid = is_bytes(q) if q.is_weight else is_observed_grid(q.scheme) and q.scheme.rounding != "stochastic"
         if not grid and not formats:
             raise ValueError(
-                f"[{function}] a file holds integers with one observed scale per tensor or channel (weights of at most 8 bits), "
-                f"got {q.scheme} in {name}"
+                f"[{function}] a file holds integers with one observed scale per tensor or channel (weights of at most 8 "
+                f"bits), got {q.scheme} in {name}"
             )
     # A weight is observed when its integers are read; nobody needs to have run it before.
     waiting = [name for name, q in quantizers.items() if not q.calibrated and not (q.observe and q.is_weight)]

@@ -207,8 +207,7 @@ class FormatActivation(nn.Module):
     scales from the tensor in float64.
 
     Raises:
-        ValueError: a format that ONNX has no operators for: formats of weights, stochastic rounding, observed scales in blocks;
-            in forward, blocks along an axis whose size is free.
+        ValueError: a format that ONNX has no operators for: formats of weights, stochastic rounding, observed scales in blocks.
     """
 
     def __init__(self, quantizer: FakeQuantizer) -> None:
@@ -220,7 +219,7 @@ class FormatActivation(nn.Module):
         self.register_buffer("scale", quantizer.scale.detach().clone())
         self.register_buffer("powers", 2.0 ** torch.arange(-126, 128, dtype=torch.float32), persistent=False)
         self.text = str(scheme)
-        self.refused: str | None = None
+        self.seen: set[tuple[int, ...]] = set()  #: sizes of the axes of blocks in runs that are not traced
         self._round = self._rounding(scheme)
 
     def _rounding(self, scheme: Scheme) -> Callable[[Tensor, Any], Tensor]:
@@ -307,13 +306,8 @@ class FormatActivation(nn.Module):
             return self._round(x, axis)
         first = axis - len(self.block) + 1
         sizes = [x.shape[first + i] for i in range(len(self.block))]
-        for i, size in enumerate(sizes):
-            if not isinstance(size, int):  # kept, for the exporter tries again in other ways, which fix the size
-                self.refused = (
-                    f"the axis of blocks must have a fixed size to be exported, got axis {first + i} with a free one for "
-                    f"{self.text}"
-                )
-                raise ValueError(f"[lower] {self.refused}")
+        if not torch.compiler.is_compiling():
+            self.seen.add(tuple(sizes))
         short = [-size % block for size, block in zip(sizes, self.block, strict=True)]
         if any(short):  # 0 widens no range of a block
             after = [(0, pad) for pad in (*short, *[0] * (rank - 1 - axis))]

@@ -120,19 +120,21 @@ def to_onnx(
     with staged("to_onnx", path) as stage:
         name = stage.path.name
         model = _with_constants(_private_copy(model), constants)
-        cases = _cases(model, inputs, keywords, axes, verify)
+        blocked = targets.has_blocks(model)
+        cases = _cases(model, inputs, keywords, axes, verify or blocked)
         output_count = len(cases[0].expected)
         default = _numbered("output", output_count, taken=input_names)
         output_names = _names("output_names", output_names, output_count, default, taken=input_names)
 
         lowered = lower(model, unsigned=profile.unsigned_activations)
         del model
+        if blocked:
+            for case in cases:
+                _run(lowered, [torch.from_numpy(x) for x in case.inputs], keywords)
+            targets.check_blocks("to_onnx", lowered)
         overflow = targets.pairwise_overflow(lowered)
         program_opset = max(opset, onnx_opset.EXPORTER_OPSET)
-        try:
-            program = _translate(lowered, inputs, keywords, axes, program_opset, input_names, output_names)
-        finally:
-            targets.check_blocks("to_onnx", lowered)
+        program = _translate(lowered, inputs, keywords, axes, program_opset, input_names, output_names)
         onnx_graph.tidy(program.model)
         onnx_formats.write_formats(program.model, lowered, profile, opset)
         onnx_targets.place(program.model, profile)

@@ -116,15 +116,24 @@ def needs_newer_types(model: nn.Module) -> tuple[str, int] | None:
     return max(found, key=lambda item: item[1], default=None)
 
 
+def has_blocks(model: nn.Module) -> bool:
+    """Whether activations have scales per group or block."""
+    return any(quantizer.scheme.block not in ([], [-1]) for _, quantizer in _activations(model))
+
+
 def check_blocks(function: str, lowered: nn.Module) -> None:
-    """Whether all blocks of activations lay along axes of fixed sizes when the program was traced.
+    """Whether all blocks of activations lay along axes of one size in the runs so far.
 
     Raises:
         ValueError: one did not; names the module.
     """
     for name, module in lowered.named_modules():
-        if isinstance(module, FormatActivation) and module.refused is not None:
-            raise ValueError(f"[{function}] {module.refused} in {name or 'the root'}")
+        if isinstance(module, FormatActivation) and len(module.seen) > 1:
+            sizes = " and ".join(str(list(size)) for size in sorted(module.seen))
+            raise ValueError(
+                f"[{function}] the axes of blocks must have a fixed size to be exported, got {sizes} for {module.text} in "
+                f"{name or 'the root'} (dynamic_batch=False fixes the batch)"
+            )
 
 
 def warn_of_overflow(function: str, overflow: tuple[Overflow, ...]) -> None:
