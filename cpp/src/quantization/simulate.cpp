@@ -9,6 +9,8 @@
 #include <mutex>
 #include <string>
 
+#include "quantization/scheme_cache.h"
+
 namespace rarefy::quantization {
 namespace {
 
@@ -76,25 +78,24 @@ struct Simulation {
   }
 };
 
-/// The scheme of a JSON text; each text is read once.
-const Scheme& scheme_of(const std::string& json) {
+at::Tensor simulate_json(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point, std::string scheme,
+                         const std::optional<at::Tensor>& seed) {
+  return simulate(x, scale, zero_point, scheme_of_json(scheme), seed);
+}
+
+std::tuple<at::Tensor, at::Tensor> scheme_qparams_json(const at::Tensor& x, std::string scheme) {
+  return scheme_qparams(x, scheme_of_json(scheme));
+}
+
+}  // namespace
+
+const Scheme& scheme_of_json(const std::string& json) {
   static std::mutex mutex;
   static std::map<std::string, Scheme> known;
   const std::lock_guard lock(mutex);
   const auto found = known.find(json);
   return found != known.end() ? found->second : known.emplace(json, Scheme::from_json(json)).first->second;
 }
-
-at::Tensor simulate_json(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point, std::string scheme,
-                         const std::optional<at::Tensor>& seed) {
-  return simulate(x, scale, zero_point, scheme_of(scheme), seed);
-}
-
-std::tuple<at::Tensor, at::Tensor> scheme_qparams_json(const at::Tensor& x, std::string scheme) {
-  return scheme_qparams(x, scheme_of(scheme));
-}
-
-}  // namespace
 
 at::Tensor simulate(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point, const Scheme& scheme,
                     const std::optional<at::Tensor>& seed) {

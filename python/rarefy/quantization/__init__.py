@@ -25,6 +25,7 @@ from rarefy._core.quantization import (
     QuantizedTensorParts,
     Scheme,
     Ternary,
+    part_names,
     quantize_to,
 )
 from rarefy.quantization.batch_norm import freeze_batch_norm, reestimate_batch_norm
@@ -75,6 +76,7 @@ __all__ = [
     "load_float_state_dict",
     "load_quantized",
     "load_statistics",
+    "part_names",
     "prepare",
     "prepare_qat",
     "quantize_to",
