@@ -12,11 +12,16 @@ namespace {
 
 using namespace rarefy::quantization;
 
+using Packing = std::optional<std::tuple<Scheme, std::vector<int64_t>, c10::ScalarType>>;
 using Range = std::optional<std::pair<int64_t, int64_t>>;
 
 SavedLayer make_layer(std::string kind, bool relu, bool channels_last, std::map<std::string, Scheme> quantizers,
-                      const Range& next, const std::optional<std::string>& target) {
-  SavedLayer layer{std::move(kind), relu, channels_last, std::move(quantizers), std::nullopt, target.value_or("")};
+                      const Range& next, const std::optional<std::string>& target, const Packing& packed) {
+  SavedLayer layer{std::move(kind),     relu,        channels_last, std::move(quantizers), std::nullopt,
+                   target.value_or(""), std::nullopt};
+  if (packed.has_value()) {
+    layer.packed = SavedPacking{std::get<0>(*packed), std::get<1>(*packed), std::get<2>(*packed)};
+  }
   if (next.has_value()) {
     layer.next = IntegerRange{next->first, next->second};
   }
@@ -49,7 +54,7 @@ void init_quantized_checkpoint(py::module_& parent) {
 
   py::class_<SavedLayer>(m, "SavedLayer", "What a file says of one converted layer.")
       .def(py::init(&make_layer), py::arg("kind"), py::arg("relu"), py::arg("channels_last"), py::arg("quantizers"),
-           py::arg("next"), py::arg("target"))
+           py::arg("next"), py::arg("target"), py::arg("packed") = py::none())
       .def_readonly("kind", &SavedLayer::kind, "'Linear', 'Conv2d' (batch normalization folded in or not), 'Add', ...")
       .def_readonly("relu", &SavedLayer::relu, "Whether max(y, 0) is part of the layer.")
       .def_readonly("channels_last", &SavedLayer::channels_last, "Whether the weight lies channels-last in memory.")
@@ -64,6 +69,13 @@ void init_quantized_checkpoint(py::module_& parent) {
           "target",
           [](const SavedLayer& self) { return self.target.empty() ? std::nullopt : std::optional(self.target); },
           "The runtime that the layer was prepared for; None when none was chosen.")
+      .def_property_readonly(
+          "packed",
+          [](const SavedLayer& self) -> Packing {
+            return self.packed.has_value() ? Packing({self.packed->scheme, self.packed->shape, self.packed->dtype})
+                                           : std::nullopt;
+          },
+          "Scheme, shape and dtype of a weight that is kept as codes and scales; None for int8.")
       .def(py::self == py::self)
       .def("__hash__", [](const SavedLayer& self) { return py::hash(py::str(self.kind)); })
       .def("__repr__", [](const SavedLayer& self) {
@@ -71,6 +83,8 @@ void init_quantized_checkpoint(py::module_& parent) {
                std::to_string(self.quantizers.size()) + " quantizers)";
       });
 
+  m.def("weight_quantizer", &weight_quantizer, py::arg("kind"), py::arg("tensor"),
+        "The quantizer of a tensor of a layer with several weights; None for tensors that are none of its weights.");
   m.def("write_quantized", &write, py::arg("names"), py::arg("tensors"), py::arg("layers"), py::arg("folded"),
         py::arg("folder"), "Writes the state of a converted model, with what its layers are.");
   m.def("read_quantized", &read, py::arg("folder"), "Tensors, layers and folded batch normalizations of a folder.");

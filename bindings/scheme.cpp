@@ -1,5 +1,6 @@
 #include <rarefy/quantization/format_search.h>
 #include <rarefy/quantization/packed.h>
+#include <rarefy/quantization/packed_weight.h>
 
 #include "bindings.h"
 
@@ -281,6 +282,8 @@ tensors has "data" and, as the format wants them, "scale", "zero_point", "tensor
       .def("__repr__", [](const QuantizedTensorParts& self) {
         return filled("QuantizedTensorParts({}, shape={}, {} bytes)", self.scheme.str(), self.shape, self.nbytes());
       });
+  m.def("part_names", &part_names, py::arg("scheme"),
+        "The names of a format's parts, in the order in which torch.ops.rarefy.packed_linear and its like take them.");
   m.def(
       "quantize_to", &quantize_to, py::arg("x"), py::arg("scheme"), py::arg("scale") = py::none(),
       py::arg("zero_point") = py::none(),

@@ -80,6 +80,7 @@ struct MoreLayersImpl : torch::nn::Module {
   rarefy::nn::ConvTranspose2d up2{nullptr};
   rarefy::nn::ConvTranspose1d up1{nullptr};
   rarefy::nn::SDPA attention{nullptr};
+  rarefy::nn::MultiheadAttention heads{nullptr};
   rarefy::nn::LayerNorm norm{nullptr};
   rarefy::nn::Linear out{nullptr};
 
@@ -98,6 +99,8 @@ struct MoreLayersImpl : torch::nn::Module {
         up1(register_module(
             "up1", rarefy::nn::ConvTranspose1d(rarefy::nn::ConvTranspose1dOptions(4, 4, 4).stride(2).padding(1)))),
         attention(register_module("attention", rarefy::nn::SDPA())),
+        heads(register_module(
+            "heads", rarefy::nn::MultiheadAttention(rarefy::nn::MultiheadAttentionOptions(4, 2).batch_first(true)))),
         norm(register_module("norm", rarefy::nn::LayerNorm(torch::nn::LayerNormOptions({4})))),
         out(register_module("out", rarefy::nn::Linear(12, 3))) {
     up2->set_relu(true);
@@ -106,6 +109,7 @@ struct MoreLayersImpl : torch::nn::Module {
   torch::Tensor forward(const torch::Tensor& ids, const torch::Tensor& volumes) {
     auto states = std::get<0>(gru(std::get<0>(lstm(words(ids)))));
     states = norm(attention(states, states, states));
+    states = states + std::get<0>(heads->forward(states, states, states, {}, /*need_weights=*/false));
     const auto a = gru_cell(std::get<0>(lstm_cell(states.select(1, 4))));
     const auto b = up1(up2(up3(volumes).flatten(1, 2)).mean(3)).mean(2);
     return out(torch::cat({a, b, bag(ids)}, 1));

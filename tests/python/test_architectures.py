@@ -28,7 +28,6 @@ SKIPPED: dict[str, set[str]] = {
     "DeBERTa-v3": {"not called by the example inputs"},  # reads the weight of its relative positions
     "Whisper": {"WhisperPositionalEmbedding is a subclass of Embedding"},
     "Mamba": {"not called by the example inputs"},  # its scan reads the weights of conv1d and dt_proj
-    "SigLIP": {"MultiheadAttention is not supported", "NonDynamicallyQuantizableLinear is a subclass of Linear"},
 }
 
 

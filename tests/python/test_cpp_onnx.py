@@ -25,7 +25,12 @@ CASES = [
     ),
     *(f"decoder-{target}" for target in ("openvino", "tensorrt", "qnn")),
     "decoder-linked-openvino",
-    *(f"tagger{kind}-{target}" for kind in ("", "-converted") for target in ("onnxruntime", "openvino", "qnn")),
+    *(
+        f"{network}{kind}-{target}"
+        for network in ("tagger", "attention")
+        for kind in ("", "-converted")
+        for target in ("onnxruntime", "openvino", "qnn")
+    ),
     "bytes",
     "transformer-float-external-onnxruntime",
 ]

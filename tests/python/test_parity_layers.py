@@ -29,11 +29,13 @@ class MoreLayers(nn.Module):
         self.up2 = nn.ConvTranspose2d(8, 4, 3, stride=2, padding=1, groups=2)
         self.up1 = nn.ConvTranspose1d(4, 4, 4, stride=2, padding=1)
         self.attention, self.norm = rf.nn.SDPA(), rf.nn.LayerNorm(4)
+        self.heads = nn.MultiheadAttention(4, 2, batch_first=True)
         self.out = nn.Linear(12, 3)
 
     def forward(self, ids: Tensor, volumes: Tensor) -> Tensor:
         states = self.gru(self.lstm(self.words(ids))[0])[0]
         states = self.norm(self.attention(states, states, states))
+        states = states + self.heads(states, states, states, need_weights=False)[0]
         a = self.gru_cell(self.lstm_cell(states[:, 4])[0])
         b = self.up1(torch.relu(self.up2(self.up3(volumes).flatten(1, 2))).mean(3)).mean(2)
         return self.out(torch.cat([a, b, self.bag(ids)], 1))
@@ -91,7 +93,7 @@ def test_the_same_training_conversion_and_folder(training):
     kinds = {type(m).__name__ for m in model.modules() if isinstance(m, rf.nn.QuantizableLayer)}
     assert kinds == {
         "Embedding", "LSTM", "GRU", "LSTMCell", "GRUCell", "EmbeddingBag", "ConvTranspose1d", "ConvTranspose2d",
-        "ConvTranspose3d", "SDPA", "LayerNorm", "Linear",
+        "ConvTranspose3d", "SDPA", "MultiheadAttention", "LayerNorm", "Linear",
     }  # fmt: skip
     torch.testing.assert_close(returned["losses"], in_python(model, batches[:2]), **TOLERANCE)
     assert_equal_states(load_file(folder / "trained"), model.state_dict())
@@ -99,7 +101,7 @@ def test_the_same_training_conversion_and_folder(training):
     integer = convert(model)
     converted = load_file(folder / "trained.converted")
     assert_equal_states(converted, integer.state_dict())
-    assert sum(value.dtype == torch.int8 for value in converted.values()) == 1 + 4 + 4 + 2 + 2 + 1 + 3 + 1
+    assert sum(value.dtype == torch.int8 for value in converted.values()) == 1 + 4 + 4 + 2 + 2 + 1 + 3 + 4 + 1
     batch = batches[0][:2]
     with torch.no_grad():
         torch.testing.assert_close(returned["evaluated"], model.eval()(*batch), **TOLERANCE)

@@ -26,6 +26,7 @@
 #include <rarefy/graph/timing.h>
 #include <rarefy/masks.h>
 #include <rarefy/nn/add.h>
+#include <rarefy/nn/attention.h>
 #include <rarefy/nn/boundaries.h>
 #include <rarefy/nn/cat.h>
 #include <rarefy/nn/conv.h>
@@ -90,6 +91,7 @@
 #include <rarefy/quantization/learned_parameters.h>
 #include <rarefy/quantization/observer.h>
 #include <rarefy/quantization/packed.h>
+#include <rarefy/quantization/packed_weight.h>
 #include <rarefy/quantization/prepare.h>
 #include <rarefy/quantization/qconfig.h>
 #include <rarefy/quantization/quantized_checkpoint.h>

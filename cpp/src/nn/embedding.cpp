@@ -151,7 +151,7 @@ torch::Tensor EmbeddingImpl::execute(const torch::Tensor& indices) {
 }
 
 torch::Tensor EmbeddingImpl::forward(const torch::Tensor& indices) {
-  return mode_ == Mode::converted ? execute(indices) : run(indices);
+  return mode_ == Mode::converted && packed_weight() == nullptr ? execute(indices) : run(indices);
 }
 
 std::optional<std::string> EmbeddingBagImpl::unsupported(const EmbeddingBagOptions& options) {
@@ -220,7 +220,7 @@ torch::Tensor EmbeddingBagImpl::execute(const torch::Tensor& indices) {
 torch::Tensor EmbeddingBagImpl::forward(const torch::Tensor& input, const torch::Tensor& offsets,
                                         const torch::Tensor& per_sample_weights) {
   const auto flat = input.reshape({-1});
-  auto rows = mode_ == Mode::converted ? execute(flat) : run(flat);
+  auto rows = mode_ == Mode::converted && packed_weight() == nullptr ? execute(flat) : run(flat);
   const auto count = flat.size(0);
   auto index = at::arange(count, flat.options().dtype(torch::kInt64));
   const auto padding = options.padding_idx();

@@ -41,6 +41,15 @@ void QuantStateImpl::set_next(std::shared_ptr<ByteGridImpl> grid) {
   }
 }
 
+void QuantStateImpl::remove(const std::string& name) {
+  if (find(name) == nullptr) {
+    return;
+  }
+  unregister_module(name);
+  std::erase_if(quantizers_, [&](const auto& item) { return item.first == name; });
+  std::erase_if(specs_, [&](const auto& item) { return item.first == name; });
+}
+
 void QuantStateImpl::pretty_print(std::ostream& stream) const { stream << "rarefy::nn::QuantState"; }
 
 quantization::FakeQuantizerImpl* QuantStateImpl::find(const std::string& name) const {

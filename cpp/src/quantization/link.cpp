@@ -195,11 +195,17 @@ class Linker {
 
   const FakeQuantizerImpl& grid_of_readers(const std::string& name, const Quantizable& layer) const {
     const auto& quant = *layer.quant_state();
+    if (layer.packed_weight() != nullptr) {
+      throw NotLinked{"its weight is packed, and it computes in floating point"};
+    }
     if (layer.kind() == "Embedding" || layer.kind() == "EmbeddingBag") {
       throw NotLinked{"a table's rows lie on grids of their own"};
     }
     if (layer.kind() == "Mul" || layer.kind() == "SDPA") {
       throw NotLinked{"there is no integer product of two activations"};
+    }
+    if (layer.kind() == "MultiheadAttention") {
+      throw NotLinked{"its output projection gives its result"};
     }
     if (dynamic_cast<const nn::Boundary*>(&layer) != nullptr) {
       throw NotLinked{"it computes in floating point"};

@@ -1,3 +1,5 @@
+#include <ATen/ops/arange.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/frexp.h>
 #include <ATen/ops/tensor.h>
@@ -12,6 +14,7 @@
 #include "ops/block_views.h"
 #include "ops/cpu/block_scales.h"
 #include "ops/nf4.h"
+#include "quantization/packed_codes.h"
 
 namespace rarefy::quantization {
 namespace {
@@ -34,20 +37,6 @@ std::optional<ops::MinifloatShape> element_shape(const Scheme& scheme) {
 bool is_mx_int8(const Scheme& scheme) {
   const auto* mx = std::get_if<MX>(&scheme.format);
   return mx != nullptr && mx->element == MXElement::int8;
-}
-
-/// torch's type with the same bits, where there is one.
-std::optional<at::ScalarType> torch_type(const Scheme& scheme) {
-  auto elements = std::get_if<Minifloat>(&scheme.format) == nullptr ? Minifloat{} : std::get<Minifloat>(scheme.format);
-  if (const auto* mx = std::get_if<MX>(&scheme.format)) {
-    elements = element_float(mx->element);
-  } else if (!std::holds_alternative<Minifloat>(scheme.format)) {
-    return std::nullopt;
-  }
-  elements.saturate = true;
-  return elements == Minifloat::e4m3()   ? std::optional(at::kFloat8_e4m3fn)
-         : elements == Minifloat::e5m2() ? std::optional(at::kFloat8_e5m2)
-                                         : std::nullopt;
 }
 
 ops::Sharing sharing_of(const at::Tensor& x, const Scheme& scheme) {
@@ -76,7 +65,19 @@ at::Tensor pack(const at::Tensor& codes, int64_t bits) {
   return data;
 }
 
+/// The same by torch's operators, for other devices: the three bytes that may hold each code, shifted.
+at::Tensor unpack_anywhere(const at::Tensor& data, int64_t n, int64_t bits) {
+  const auto at_bit = at::arange(n, data.options().dtype(at::kLong)) * bits;
+  const auto first = at_bit.div(8, "trunc"), bytes = at::constant_pad_nd(data, {0, 2}).to(at::kInt);
+  const auto byte = [&](int64_t i) { return bytes.index_select(0, first + i).bitwise_left_shift(8 * i); };
+  const auto window = byte(0).bitwise_or(byte(1)).bitwise_or(byte(2));
+  return window.bitwise_right_shift(at_bit.remainder(8).to(at::kInt)).bitwise_and((int64_t{1} << bits) - 1);
+}
+
 at::Tensor unpack(const at::Tensor& data, int64_t n, int64_t bits) {
+  if (!data.device().is_cpu()) {
+    return unpack_anywhere(data, n, bits);
+  }
   auto codes = at::empty({n}, at::kInt);
   auto* code = codes.data_ptr<int32_t>();
   const auto* bytes = data.const_data_ptr<uint8_t>();
@@ -230,19 +231,28 @@ at::Tensor scales_of_parts(const QuantizedTensorParts& parts) {
     TORCH_CHECK_VALUE(steps.numel() == (n + nf4->scale_block - 1) / nf4->scale_block,
                       "[dequantize] scale_scale must have one element per ", nf4->scale_block, " scales, got ",
                       steps.numel(), " for ", n);
-    const float mean = part(parts, "scale_mean").item<float>();
-    auto out = at::empty(codes.sizes(), at::kFloat);
-    for (int64_t i = 0; i < n; ++i) {
-      out.data_ptr<float>()[i] = ops::double_dequantized(codes.const_data_ptr<int8_t>()[i], mean,
-                                                         steps.const_data_ptr<float>()[i / nf4->scale_block]);
-    }
-    return out;
+    const auto step = steps.repeat_interleave(nf4->scale_block).narrow(0, 0, n).view(codes.sizes());
+    return (codes.to(at::kFloat) * step + part(parts, "scale_mean")).clamp_min(kSmallestScale);
   }
   return scale;
 }
 
-/// The numbers of the codes, where they are few.
-std::vector<float> table_of(const Scheme& scheme) {
+}  // namespace
+
+std::optional<at::ScalarType> stored_type(const Scheme& scheme) {
+  auto elements = std::get_if<Minifloat>(&scheme.format) == nullptr ? Minifloat{} : std::get<Minifloat>(scheme.format);
+  if (const auto* mx = std::get_if<MX>(&scheme.format)) {
+    elements = element_float(mx->element);
+  } else if (!std::holds_alternative<Minifloat>(scheme.format)) {
+    return std::nullopt;
+  }
+  elements.saturate = true;
+  return elements == Minifloat::e4m3()   ? std::optional(at::kFloat8_e4m3fn)
+         : elements == Minifloat::e5m2() ? std::optional(at::kFloat8_e5m2)
+                                         : std::nullopt;
+}
+
+std::vector<float> code_table(const Scheme& scheme) {
   if (is_mx_int8(scheme)) {
     std::vector<float> values;
     for (int code = 0; code < 256; ++code) {
@@ -259,8 +269,6 @@ std::vector<float> table_of(const Scheme& scheme) {
   return std::holds_alternative<Binary>(scheme.format) ? std::vector<float>{-1.0f, 1.0f}
                                                        : std::vector<float>{-1.0f, 0.0f, 1.0f, 0.0f};
 }
-
-}  // namespace
 
 int64_t QuantizedTensorParts::nbytes() const {
   int64_t bytes = 0;
@@ -296,7 +304,7 @@ QuantizedTensorParts quantize_to(const at::Tensor& x, const Scheme& scheme, cons
   }
   Packer packer{values, scheme, sharing_of(values, scheme), s, z, parts.tensors};
   const auto codes = std::visit(packer, scheme.format);
-  const auto type = torch_type(scheme);
+  const auto type = stored_type(scheme);
   parts.tensors["data"] = type.has_value() ? codes.to(at::kByte).view(*type) : pack(codes, scheme.bits);
   return parts;
 }
@@ -304,7 +312,7 @@ QuantizedTensorParts quantize_to(const at::Tensor& x, const Scheme& scheme, cons
 at::Tensor stored_codes(const QuantizedTensorParts& parts) {
   const auto& scheme = parts.scheme;
   const auto& data = part(parts, "data");
-  const auto type = torch_type(scheme);
+  const auto type = stored_type(scheme);
   const int64_t n = c10::multiply_integers(parts.shape), bytes = type.has_value() ? n : (n * scheme.bits + 7) / 8;
   TORCH_CHECK_VALUE(static_cast<int64_t>(data.nbytes()) == bytes, "[dequantize] data must have ", bytes,
                     " bytes for shape ", at::IntArrayRef(parts.shape), ", got ", data.nbytes());
@@ -315,7 +323,7 @@ at::Tensor stored_codes(const QuantizedTensorParts& parts) {
 
 at::Tensor dequantize(const QuantizedTensorParts& parts) {
   const auto& scheme = parts.scheme;
-  const auto like = at::empty(parts.shape, at::kFloat);
+  const auto like = at::empty(parts.shape, part(parts, "data").options().dtype(at::kFloat));
   const auto sharing = sharing_of(like, scheme);
   const auto codes = stored_codes(parts).reshape(-1);
   const auto computing = parts.dtype == at::kDouble ? at::kDouble : at::kFloat;
@@ -333,8 +341,8 @@ at::Tensor dequantize(const QuantizedTensorParts& parts) {
     }
     values = values * spread(part(parts, "scale"), like, sharing, computing);
   } else {
-    const auto list = table_of(scheme);
-    const auto table = at::tensor(at::ArrayRef<float>(list), at::kFloat).to(computing);
+    const auto list = code_table(scheme);
+    const auto table = at::tensor(at::ArrayRef<float>(list), at::kFloat).to(data.device(), computing);
     values = table.index_select(0, codes) * spread(scales_of_parts(parts), like, sharing, computing);
   }
   return values.to(parts.dtype).reshape(parts.shape);

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <map>
 #include <set>
+#include <string_view>
 
 #include "quantization/link.h"
 #include "quantization/observed_once.h"
@@ -120,11 +121,24 @@ std::vector<Candidate> candidates_of(const torch::nn::Module& model, const std::
   return candidates;
 }
 
+/// The attention that computes with a layer, its output projection; empty for other layers.
+std::string owner_of(const std::string& name, const std::vector<Candidate>& candidates) {
+  constexpr std::string_view kProjection = ".out_proj";
+  if (!name.ends_with(kProjection)) {
+    return "";
+  }
+  const auto owner = name.substr(0, name.size() - kProjection.size());
+  const bool is_attention = std::any_of(candidates.begin(), candidates.end(), [&](const auto& candidate) {
+    return candidate.name == owner && candidate.kind() == "MultiheadAttention";
+  });
+  return is_attention ? owner : "";
+}
+
 /// The layers that first_last_fp32 keeps, by name.
 std::vector<std::string> first_and_last(const QConfig& config, const std::vector<Candidate>& candidates) {
   std::vector<std::string> weighted;
   for (const auto& candidate : candidates) {
-    if (config.first_last_fp32 && candidate.has_weight()) {
+    if (config.first_last_fp32 && candidate.has_weight() && owner_of(candidate.name, candidates).empty()) {
       weighted.push_back(candidate.name);
     }
   }
@@ -199,14 +213,22 @@ void prepare_layers(const char* function, torch::nn::Module& model, const QConfi
   std::vector<std::pair<Candidate*, LayerConfig>> todo;
   std::vector<std::pair<Candidate*, std::string>> skipped;
   for (auto& candidate : candidates) {
-    const bool overridden = is_overridden(config, candidate.name);
+    bool overridden = is_overridden(config, candidate.name);
+    const auto owner = owner_of(candidate.name, candidates);
+    const auto is_owner = [&](const auto& item) { return item.first->name == owner; };
+    const auto attention = std::find_if(todo.begin(), todo.end(), is_owner);
+    if (!owner.empty() && attention == todo.end()) {
+      skipped.emplace_back(&candidate, owner + ", to which it belongs, stays in FP32");
+      continue;
+    }
     if (!overridden && std::find(ends.begin(), ends.end(), candidate.name) != ends.end()) {
       skipped.emplace_back(&candidate, candidate.name == ends.front()
                                            ? "kept in FP32 as the first layer (first_last_fp32)"
                                            : "kept in FP32 as the last layer (first_last_fp32)");
       continue;
     }
-    auto resolved = config.resolve(candidate.name);
+    auto resolved = owner.empty() || overridden ? config.resolve(candidate.name) : attention->second;
+    overridden = overridden || (!owner.empty() && is_overridden(config, owner));
     if (!resolved.has_value() || !resolved->weight.has_value()) {
       skipped.emplace_back(&candidate, overridden ? "kept in FP32 by an override" : "");
       continue;
@@ -453,10 +475,16 @@ std::string report(const torch::nn::Module& model) {
     text += fmt::format("{:<32} {:<10} {}", layer.name, layer.layer->kind(),
                         mode == nn::Quantizable::Mode::floating   ? "fp32"
                         : mode == nn::Quantizable::Mode::prepared ? "prepared"
+                        : layer.layer->packed_weight() != nullptr ? "packed"
                                                                   : "integer");
     if (mode != nn::Quantizable::Mode::floating) {
       if (!layer.layer->target.empty()) {
         text += "  for " + layer.layer->target;
+      }
+      if (const auto* packed = layer.layer->packed_weight()) {
+        const auto values = c10::multiply_integers(packed->shape);
+        text += fmt::format("  weight: {} in {} bytes, {:.2f} bits per value", packed->scheme.str(), packed->nbytes(),
+                            8.0 * static_cast<double>(packed->nbytes()) / static_cast<double>(values));
       }
       for (const auto& [name, quantizer] : quantizers_of(layer)) {
         text += fmt::format("  {}: {}", name.substr(name.rfind('.') + 1), quantizer->options.scheme.str());

@@ -1,6 +1,7 @@
 #include <ATen/ops/isfinite.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <rarefy/quantization/packed_weight.h>
 #include <rarefy/quantization/quantized_checkpoint.h>
 #include <rarefy/quantization/target.h>
 #include <rarefy/version.h>
@@ -33,6 +34,7 @@ constexpr uint64_t kFormat = 1;
 constexpr const char* kDescription = "quantization.json";
 constexpr const char* kTensors = "model.safetensors";
 constexpr const char* kMode = "converted";
+constexpr const char* kAttention = "MultiheadAttention";
 constexpr std::array kQuantizers = {"input", "input0", "input1",        "weight", "output",
                                     "query", "key",    "probabilities", "value"};
 
@@ -41,10 +43,15 @@ bool is_weight(const std::string& quantizer, bool several) {
 }
 
 bool is_known(const std::string& quantizer, bool several) {
-  if (several) {
-    return is_weight(quantizer, true) || quantizer.starts_with("input") || quantizer.starts_with("hidden");
+  if (several && (is_weight(quantizer, true) || quantizer.starts_with("input") || quantizer.starts_with("hidden"))) {
+    return true;
   }
   return std::find(kQuantizers.begin(), kQuantizers.end(), quantizer) != kQuantizers.end();
+}
+
+/// The tensor of a weight's quantizer.
+std::string weight_of(const std::string& kind, const std::string& quantizer) {
+  return kind == kAttention ? quantizer.substr(std::string_view("weight_").size(), 1) + "_proj_weight" : quantizer;
 }
 
 std::string described(const torch::Tensor& tensor) {
@@ -53,14 +60,27 @@ std::string described(const torch::Tensor& tensor) {
   return text.str();
 }
 
+constexpr std::array kTypes = {std::pair("float32", c10::kFloat), std::pair("float64", c10::kDouble),
+                               std::pair("bfloat16", c10::kBFloat16), std::pair("float16", c10::kHalf)};
+
+const char* name_of(c10::ScalarType type) {
+  for (const auto& [name, known] : kTypes) {
+    if (known == type) {
+      return name;
+    }
+  }
+  TORCH_CHECK_VALUE(false, "[save_quantized] a weight must be floating point of 16 to 64 bits, got ", type);
+}
+
 const char* boolean(bool value) { return value ? "true" : "false"; }
 
 // ---- writing ----
 
 void append_scheme(std::string& json, const Scheme& scheme) {
-  TORCH_CHECK_VALUE(scheme.is_plain(),
-                    "[save_quantized] a folder holds integers with one observed scale per tensor or channel, got ",
-                    scheme.str());
+  if (!scheme.is_plain()) {
+    json += fmt::format(R"({{"scheme": {}}})", scheme.to_json());
+    return;
+  }
   const auto axis = scheme.axis();
   json += fmt::format(
       R"({{"bits": {}, "symmetric": {}, "signed": {}, "narrow_range": {}, "qmin": {}, "qmax": {}, "axis": {}}})",
@@ -98,7 +118,13 @@ std::string to_json(const QuantizedCheckpoint& checkpoint, const FileSum& sum) {
       json += ": ";
       append_scheme(json, scheme);
     }
-    json += "}}";
+    json += "}";
+    if (layer.packed.has_value()) {
+      json +=
+          fmt::format(R"(, "packed": {{"scheme": {}, "shape": [{}], "dtype": "{}"}})", layer.packed->scheme.to_json(),
+                      fmt::join(layer.packed->shape, ", "), name_of(layer.packed->dtype));
+    }
+    json += "}";
   }
   json += "},\n \"folded\": [";
   const char* comma = "";
@@ -151,13 +177,49 @@ IntegerRange read_range(JsonReader& reader, const std::string& name) {
   return {*qmin, *qmax};
 }
 
+/// A scheme as Scheme::to_json writes it.
+Scheme read_full_scheme(JsonReader& reader) {
+  const auto text = reader.value();
+  try {
+    return Scheme::from_json(std::string(text));
+  } catch (const c10::Error& error) {
+    reader.require(false, "must hold a scheme: ", error.what_without_backtrace());
+    throw;
+  }
+}
+
+SavedPacking read_packing(JsonReader& reader, const std::string& name) {
+  SavedPacking packing;
+  std::set<std::string> seen;
+  reader.object([&](const std::string& field) {
+    seen.insert(field);
+    if (field == "scheme") {
+      packing.scheme = read_full_scheme(reader);
+    } else if (field == "shape") {
+      reader.array([&] { packing.shape.push_back(read_integer(reader, "a size")); });
+    } else {
+      const auto text = reader.string();
+      const auto* known =
+          std::find_if(kTypes.begin(), kTypes.end(), [&](const auto& item) { return text == item.first; });
+      reader.require(field == "dtype" && known != kTypes.end(), "must describe the packed weight of ", name,
+                     " by scheme, shape and a floating-point dtype, got '", field, "': '", text, "'");
+      packing.dtype = known->second;
+    }
+  });
+  reader.require(seen.size() == 3, "must say scheme, shape and dtype of the packed weight of ", name);
+  return packing;
+}
+
 Scheme read_scheme(JsonReader& reader, const std::string& name) {
   Scheme scheme;
+  std::optional<Scheme> full;
   std::set<std::string> seen;
   int64_t qmin = 0, qmax = 0;
   reader.object([&](const std::string& field) {
     seen.insert(field);
-    if (field == "bits") {
+    if (field == "scheme") {
+      full = read_full_scheme(reader);
+    } else if (field == "bits") {
       scheme.bits = read_integer(reader, "bits");
       reader.require((scheme.bits >= 2 && scheme.bits <= 8) || scheme.bits == 16, "must have 2 to 8 or 16 bits at ",
                      name, ", got ", scheme.bits);
@@ -180,6 +242,10 @@ Scheme read_scheme(JsonReader& reader, const std::string& name) {
                      field, "' at ", name);
     }
   });
+  if (full.has_value()) {
+    reader.require(seen.size() == 1, "must describe the format at ", name, " by its scheme alone");
+    return *full;
+  }
   for (const auto* field : {"bits", "symmetric", "signed", "narrow_range", "qmin", "qmax", "axis"}) {
     reader.require(seen.count(field) == 1, "must say ", field, " of the grid at ", name);
   }
@@ -205,17 +271,20 @@ SavedLayer read_layer(JsonReader& reader, const std::string& name) {
       if (!take_null(reader)) {
         layer.next = read_range(reader, name + ".quant.next");
       }
+    } else if (field == "packed") {
+      layer.packed = read_packing(reader, name);
     } else if (field == "quantizers") {
       reader.object([&](const std::string& quantizer) {
         layer.quantizers[quantizer] = read_scheme(reader, fmt::format("{}.quant.{}", name, quantizer));
       });
     } else {
-      reader.require(false, "must describe a layer by kind, target, relu, channels_last, next and quantizers, got '",
+      reader.require(false,
+                     "must describe a layer by kind, target, relu, channels_last, next, quantizers and packed, got '",
                      field, "' at ", name);
     }
   });
   reader.require(!layer.kind.empty(), "must say the kind of layer ", name);
-  reader.require(!layer.quantizers.empty(), "must say the quantizers of layer ", name);
+  reader.require(!layer.quantizers.empty() || layer.packed.has_value(), "must say the quantizers of layer ", name);
   return layer;
 }
 
@@ -275,8 +344,15 @@ class LayerCheck {
     const bool several = has_several_weights(layer.kind);
     for (const auto& [quantizer, scheme] : layer.quantizers) {
       if (is_weight(quantizer, several)) {
-        channels[quantizer] = check_weight(quantizer, scheme, layer.kind.starts_with("ConvTranspose"));
+        const auto name = weight_of(layer.kind, quantizer);
+        channels[quantizer] = check_weight(name, quantizer, scheme, layer.kind.starts_with("ConvTranspose"));
       }
+    }
+    if (layer.kind == kAttention) {
+      check_attention(channels);
+    }
+    if (layer.packed.has_value()) {
+      check_packed(*layer.packed, channels.empty());
     }
     const auto targets = target_names();
     require(layer.target.empty() || std::find(targets.begin(), targets.end(), layer.target) != targets.end(),
@@ -291,6 +367,10 @@ class LayerCheck {
               scheme.str());
       const int64_t size = weight != channels.end() && scheme.axis().has_value() ? weight->second : 1;
       const std::string prefix = "quant." + quantizer + ".";
+      if (!scheme.is_plain()) {
+        check_format(prefix, scheme);
+        continue;
+      }
       check_grid(prefix, {scheme.qmin(), scheme.qmax()}, size);
       check_shape(prefix + "min_val", tensor(prefix + "min_val", torch::kFloat32), size);
       check_shape(prefix + "max_val", tensor(prefix + "max_val", torch::kFloat32), size);
@@ -316,11 +396,12 @@ class LayerCheck {
 
   /// The number of output channels. The weight of a transposed convolution, [in, out / groups, kernel...], has as many as it
   /// has scales: those of each group.
-  int64_t check_weight(const std::string& name, const Scheme& scheme, bool transposed_conv) const {
+  int64_t check_weight(const std::string& name, const std::string& quantizer_name, const Scheme& scheme,
+                       bool transposed_conv) const {
     const auto weight = tensor(name, torch::kInt8);
     require(scheme.symmetric && scheme.bits <= 8, "weights must be symmetric and of 8 bits or fewer, got ",
             scheme.str());
-    const auto quantizer = "quant." + name;
+    const auto quantizer = "quant." + quantizer_name;
     require(tensor(quantizer + ".zero_point", torch::kInt32).eq(0).all().item<bool>(), "the zero points of ", quantizer,
             " must be 0, which integer kernels take them for");
     require(weight.dim() >= 2 && weight.numel() > 0, "weight must have two or more dimensions and values, got shape ",
@@ -331,7 +412,8 @@ class LayerCheck {
     const auto low = weight.min().item<int64_t>(), high = weight.max().item<int64_t>();
     require(low >= scheme.qmin() && high <= scheme.qmax(), "integers must be in [", scheme.qmin(), ", ", scheme.qmax(),
             "], got ", low, " to ", high);
-    const auto bias_name = "bias" + name.substr(std::string_view("weight").size());
+    const auto bias_name =
+        name.starts_with("weight") ? "bias" + name.substr(std::string_view("weight").size()) : std::string("bias");
     if (tensors_.contains(name_ + "." + bias_name)) {
       const auto bias = tensor(bias_name, torch::kFloat32);
       require(bias.dim() == 1, "bias must have one dimension, got shape ", bias.sizes());
@@ -346,6 +428,57 @@ class LayerCheck {
       return count;
     }
     return weight.size(axis);
+  }
+
+  /// Codes and scales of a weight, of the types and sizes that its scheme wants.
+  void check_packed(const SavedPacking& packing, bool is_alone) const {
+    require(is_alone, "a packed weight must have no quantizer");
+    QuantizedTensorParts parts{packing.scheme, packing.shape, packing.dtype, {}};
+    for (const auto size : packing.shape) {
+      require(size > 0, "a packed weight must have values, got shape ", at::IntArrayRef(packing.shape));
+    }
+    for (const auto& name : part_names(packing.scheme)) {
+      const auto* found = tensors_.find(name_ + ".weight_" + name);
+      require(found != nullptr, "weight_", name, " must be there, but is missing");
+      parts.tensors[name] = *found;
+      const bool is_number = found->is_floating_point() && name != "data";
+      require(!is_number || at::isfinite(found->to(torch::kFloat32)).all().item<bool>(), "weight_", name,
+              " must be finite, but is not");
+    }
+    try {
+      check_parts("packed", parts);
+    } catch (const c10::ValueError& error) {
+      require(false, error.what_without_backtrace());
+    }
+    if (tensors_.contains(name_ + ".bias")) {
+      const auto& bias = *tensors_.find(name_ + ".bias");
+      require(bias.scalar_type() == packing.dtype && bias.dim() == 1, "bias must be ", packing.dtype,
+              " with one dimension, got ", described(bias));
+    }
+  }
+
+  /// The range of an activation in a format without integers.
+  void check_format(const std::string& prefix, const Scheme& scheme) const {
+    require(scheme.rounding == Rounding::nearest_even, prefix, " must round to nearest, got ", scheme.str());
+    const auto scale = tensor(prefix + "scale", torch::kFloat32);
+    require((at::isfinite(scale) & (scale > 0)).all().item<bool>(), prefix, "scale must be finite and positive");
+    tensor(prefix + "zero_point", torch::kInt32);
+    for (const auto* name : {"min_val", "max_val"}) {
+      check_shape(prefix + name, tensor(prefix + name, torch::kFloat32), scale.numel());
+    }
+    check_shape(prefix + "skipped", tensor(prefix + "skipped", torch::kInt64), 1);
+  }
+
+  /// All projections, and biases in floating point.
+  void check_attention(const std::map<std::string, int64_t>& channels) const {
+    for (const auto* quantizer : {"weight_query", "weight_key", "weight_value"}) {
+      require(channels.count(quantizer) == 1, "quantizers must have ", quantizer, ", but have none");
+    }
+    for (const auto* name : {"in_proj_bias", "bias_k", "bias_v"}) {
+      if (tensors_.contains(name_ + "." + name)) {
+        require(at::isfinite(tensor(name, torch::kFloat32)).all().item<bool>(), name, " must be finite, but is not");
+      }
+    }
   }
 
   void check_shape(const std::string& name, const torch::Tensor& value, int64_t size) const {
@@ -372,7 +505,20 @@ class LayerCheck {
 }  // namespace
 
 bool has_several_weights(const std::string& kind) {
-  return kind == "LSTM" || kind == "GRU" || kind == "LSTMCell" || kind == "GRUCell";
+  return kind == "LSTM" || kind == "GRU" || kind == "LSTMCell" || kind == "GRUCell" || kind == kAttention;
+}
+
+std::optional<std::string> weight_quantizer(const std::string& kind, const std::string& tensor) {
+  if (kind == kAttention) {
+    for (const auto* part : {"query", "key", "value"}) {
+      const auto quantizer = std::string("weight_") + part;
+      if (weight_of(kind, quantizer) == tensor) {
+        return quantizer;
+      }
+    }
+    return std::nullopt;
+  }
+  return tensor.starts_with("weight_") ? std::optional(tensor) : std::nullopt;
 }
 
 void QuantizedCheckpoint::validate(const std::string& context) const {

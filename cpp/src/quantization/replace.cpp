@@ -157,6 +157,15 @@ class Finder {
       }
       FloatLayer layer;
       layer.name = item.key();
+      if (is_of_attention(item.value())) {
+        continue;
+      }
+      if (dynamic_cast<const torch::nn::MultiheadAttentionImpl*>(item.value().get()) != nullptr) {
+        layer.kind = "MultiheadAttention";
+        layer.reason = "it cannot be replaced: make it a rarefy::nn::MultiheadAttention";
+        found.push_back(std::move(layer));
+        continue;
+      }
       if (describe<torch::nn::LinearImpl>(item.value(), "Linear", layer) ||
           describe<torch::nn::EmbeddingImpl>(item.value(), "Embedding", layer) ||
           describe<torch::nn::EmbeddingBagImpl>(item.value(), "EmbeddingBag", layer) || conv<1>(item.value(), layer) ||
@@ -170,6 +179,14 @@ class Finder {
 
  private:
   const std::vector<Slot>& slots_of(const std::shared_ptr<Module>& module) const { return slots_.at(module.get()); }
+
+  /// Whether a module is the output projection of torch's attention, which reads its weight and does not call it.
+  bool is_of_attention(const std::shared_ptr<Module>& module) const {
+    const auto& slots = slots_of(module);
+    return std::any_of(slots.begin(), slots.end(), [](const Slot& slot) {
+      return dynamic_cast<const torch::nn::MultiheadAttentionImpl*>(slot.parent) != nullptr;
+    });
+  }
 
   /// Fills in what kinds share; false for other kinds.
   template <typename Float>

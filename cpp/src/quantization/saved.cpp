@@ -2,6 +2,7 @@
 #include <rarefy/masks.h>
 #include <rarefy/nn/conv_bn.h>
 #include <rarefy/nn/quantizable.h>
+#include <rarefy/quantization/packed_weight.h>
 #include <rarefy/quantization/saved.h>
 
 #include <algorithm>
@@ -42,11 +43,15 @@ bool is_channels_last(const torch::Tensor& weight) {
 }
 
 SavedLayer description_of(const Quantizable& layer, const Module& module) {
-  SavedLayer saved{saved_kind(layer.kind()), layer.relu(), is_channels_last(own_tensor(module, "weight")), {}, {}, {}};
+  SavedLayer saved{
+      saved_kind(layer.kind()), layer.relu(), is_channels_last(own_tensor(module, "weight")), {}, {}, {}, {}};
   for (const auto& [name, quantizer] : layer.quant_state()->quantizers()) {
     saved.quantizers.emplace(name, quantizer->options.scheme);
   }
   saved.target = layer.target;
+  if (const auto* packed = layer.packed_weight()) {
+    saved.packed = SavedPacking{packed->scheme, packed->shape, packed->dtype};
+  }
   if (const auto& next = layer.quant_state()->next()) {
     saved.next = IntegerRange{next->qmin, next->qmax};
   }
@@ -143,22 +148,36 @@ class Loader {
 
   /// Of a layer with several weights: the model's own tensors, all of them and no other.
   void check_several(const Step& step, const Module& module) const {
-    for (const auto& item : module.named_parameters(/*recurse=*/false)) {
-      const auto given = saved_tensor(step.name + "." + item.key());
-      require(given.defined() && given.sizes() == item.value().sizes(), item.key(), " of layer ", step.name,
-              " must have the model's shape ", item.value().sizes(), ", got ",
-              given.defined() ? c10::str(given.sizes()) : "nothing");
-    }
-    for (const auto& item : checkpoint_.tensors) {
-      if (is_below(item.key(), step.name) && !is_below(item.key(), step.name + ".quant")) {
-        require(own_tensor(module, item.key().substr(step.name.size() + 1)).defined(), "layer ", step.name, " has no ",
-                item.key(), " in the model");
+    auto shapes = step.layer->converted_shapes();
+    if (shapes.empty()) {
+      for (const auto& item : module.named_parameters(/*recurse=*/false)) {
+        shapes[item.key()] = item.value().sizes().vec();
       }
     }
-    for (const auto& item : module.named_parameters(/*recurse=*/false)) {
-      require(!item.key().starts_with("weight_") || step.saved->quantizers.count(item.key()) == 1, "layer ", step.name,
-              " must have a grid for ", item.key());
+    for (const auto& [name, shape] : shapes) {
+      const auto given = saved_tensor(step.name + "." + name);
+      require(given.defined() && given.sizes() == at::IntArrayRef(shape), name, " of layer ", step.name,
+              " must have the model's shape ", at::IntArrayRef(shape), ", got ",
+              given.defined() ? c10::str(given.sizes()) : "nothing");
+      const auto quantizer = weight_quantizer(step.saved->kind, name);
+      require(!quantizer.has_value() || step.saved->quantizers.count(*quantizer) == 1, "layer ", step.name,
+              " must have a grid for ", name);
     }
+    for (const auto& item : checkpoint_.tensors) {
+      if (is_below(item.key(), step.name) && !is_below(item.key(), step.name + ".quant") &&
+          !is_of_child(item.key(), step.name, module)) {
+        require(shapes.count(item.key().substr(step.name.size() + 1)) == 1, "layer ", step.name, " has no ", item.key(),
+                " in the model");
+      }
+    }
+  }
+
+  /// Whether a tensor is of a module below a layer that is no part of it: the output projection of an attention.
+  static bool is_of_child(const std::string& tensor, const std::string& layer, const Module& module) {
+    const auto children = module.named_children();
+    return std::any_of(children.begin(), children.end(), [&](const auto& child) {
+      return child.key() != "quant" && is_below(tensor, layer + "." + child.key());
+    });
   }
 
   void check_tensors(const Step& step, const Module& module) const {
@@ -167,6 +186,10 @@ class Loader {
       return;
     }
     const auto weight = own_tensor(module, "weight"), integers = saved_tensor(step.name + ".weight");
+    if (step.saved->packed.has_value()) {
+      check_packed(step, module, *step.saved->packed);
+      return;
+    }
     const bool has_integers = step.saved->quantizers.count("weight") == 1;
     require(weight.defined() == has_integers, "layer ", step.name, " (", step.saved->kind, ") must have ",
             weight.defined() ? "a" : "no", " weight");
@@ -190,6 +213,22 @@ class Loader {
             " elements, got ", given.defined() ? given.size(0) : 0);
   }
 
+  void check_packed(const Step& step, const Module& module, const SavedPacking& packed) const {
+    const auto weight = own_tensor(module, "weight");
+    const bool transposed = step.saved->kind.starts_with("ConvTranspose");  // packed with all channels on one axis
+    require(weight.defined() && (weight.sizes() == at::IntArrayRef(packed.shape) ||
+                                 (transposed && weight.numel() == c10::multiply_integers(packed.shape))),
+            "the weight of layer ", step.name, " must have the model's shape ",
+            weight.defined() ? c10::str(weight.sizes()) : "", ", got ", at::IntArrayRef(packed.shape));
+    const auto bias = own_tensor(module, "bias"), given = saved_tensor(step.name + ".bias");
+    const bool folds = step.saved->kind.starts_with("Conv") && !transposed;
+    require(bias.defined() == given.defined() || (folds && given.defined()), "layer ", step.name, " must have ",
+            bias.defined() ? "a" : "no", " bias, as in the model");
+    const auto channels = transposed && bias.defined() ? bias.size(0) : packed.shape[0];
+    require(!given.defined() || given.size(0) == channels, "the bias of layer ", step.name, " must have ", channels,
+            " elements, got ", given.defined() ? given.size(0) : 0);
+  }
+
   void add_batch_norm(const std::string& name) {
     const auto module = modules_.find(name);
     if (module == modules_.end()) {
@@ -200,6 +239,15 @@ class Loader {
     const auto reason = why_not_removable(model_, name);
     require(!reason.has_value(), "the batch normalization ", reason.value_or(""));
     norms_.insert(module->second.get());
+  }
+
+  /// Whether a tensor is of a module that stays as it is below a layer that changes: the output projection of an attention.
+  bool is_of_floating_child(const std::string& tensor) const {
+    return std::any_of(steps_.begin(), steps_.end(), [&](const Step& step) {
+      const auto projection = step.name + ".out_proj";
+      return step.saved->kind == "MultiheadAttention" && is_below(tensor, projection) &&
+             names_.count(modules_.at(projection).get()) == 0;
+    });
   }
 
   /// The model's state without the layers and batch normalizations that change.
@@ -213,7 +261,8 @@ class Loader {
     State rest;
     for (const auto& [name, tensor] : state_of(model_)) {
       const auto& key = name;
-      if (std::none_of(changing.begin(), changing.end(), [&](const auto& module) { return is_below(key, module); })) {
+      const auto changes = [&](const auto& module) { return is_below(key, module); };
+      if (std::none_of(changing.begin(), changing.end(), changes) || is_of_floating_child(key)) {
         rest.emplace_back(name, tensor);
       }
     }
@@ -227,6 +276,9 @@ class Loader {
       const auto is_of = [&](const auto& layer) {
         const auto& name = layer.first;
         if (has_several_weights(layer.second.kind) && is_below(item.key(), name)) {
+          return !is_of_floating_child(item.key());
+        }
+        if (layer.second.packed.has_value() && item.key().starts_with(name + ".weight_")) {
           return true;
         }
         return is_below(item.key(), name + ".quant") || item.key() == name + ".weight" || item.key() == name + ".bias";
@@ -268,6 +320,14 @@ class Loader {
       state.weight = weight.to(step.device)
                          .contiguous(step.saved->channels_last && weight.dim() == 4 ? c10::MemoryFormat::ChannelsLast
                                                                                     : c10::MemoryFormat::Contiguous);
+      const auto bias = saved_tensor(step.name + ".bias");
+      state.bias = bias.defined() ? bias.to(step.device) : bias;
+    }
+    if (const auto& packed = step.saved->packed) {
+      state.packed = QuantizedTensorParts{packed->scheme, packed->shape, packed->dtype, {}};
+      for (const auto& part : part_names(packed->scheme)) {
+        state.packed->tensors[part] = saved_tensor(fmt::format("{}.weight_{}", step.name, part)).to(step.device);
+      }
       const auto bias = saved_tensor(step.name + ".bias");
       state.bias = bias.defined() ? bias.to(step.device) : bias;
     }

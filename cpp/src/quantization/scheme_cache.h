@@ -1,3 +1,4 @@
+// Schemes of the texts that operators take.
 #pragma once
 
 #include <rarefy/quantization/scheme.h>
@@ -6,7 +7,7 @@
 
 namespace rarefy::quantization {
 
-/// The scheme of a JSON text; each text is read once. For operators, which take schemes so.
+/// Scheme::from_json(json); each text is read once.
 const Scheme& scheme_of(const std::string& json);
 
 }  // namespace rarefy::quantization

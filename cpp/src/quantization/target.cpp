@@ -22,7 +22,7 @@ const std::vector<TargetProfile>& profiles() {
       {.name = "onnxruntime",
        .families = kEveryFamily,
        .stored = {"conv_transpose"},
-       .per_channel = {"linear", "conv", "embedding", "recurrent", "conv_transpose"},
+       .per_channel = {"linear", "conv", "embedding", "recurrent", "conv_transpose", "attention"},
        .scales_of_groups = true,
        .activation_bits = {5, 6, 7, 8},
        .narrow_grids = true,
@@ -36,7 +36,7 @@ const std::vector<TargetProfile>& profiles() {
       // costs it the int4 kernels.
       {.name = "openvino",
        .families = with(kEveryFamily, "conv_transpose"),
-       .per_channel = {"linear", "conv", "embedding", "recurrent", "conv_transpose"},
+       .per_channel = {"linear", "conv", "embedding", "recurrent", "conv_transpose", "attention"},
        .scales_of_groups = true,
        .activation_bits = {8},
        .wide_activations = false,
@@ -126,7 +126,8 @@ std::string layer_family(const std::string& kind) {
                                      {"Add", "add"},
                                      {"Mul", "mul"},
                                      {"Cat", "cat"},
-                                     {"SDPA", "attention"}}) {
+                                     {"SDPA", "attention"},
+                                     {"MultiheadAttention", "attention"}}) {
     if (kind == name) {
       return family;
     }

@@ -46,6 +46,7 @@ __all__: list[str] = [
     "histogram_bins",
     "layer_family",
     "packed_weight_count",
+    "part_names",
     "quantize_to",
     "read_quantized",
     "read_statistics",
@@ -53,6 +54,7 @@ __all__: list[str] = [
     "target_names",
     "target_profile",
     "validate_layer_config",
+    "weight_quantizer",
     "why_not_integer",
     "why_not_observed",
     "write_quantized",
@@ -706,6 +708,8 @@ class SavedLayer:
         quantizers: collections.abc.Mapping[str, Scheme],
         next: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] | None,
         target: str | None,
+        packed: tuple[Scheme, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], torch.dtype]
+        | None = None,
     ) -> None: ...
     def __repr__(self) -> str: ...
     @property
@@ -722,6 +726,11 @@ class SavedLayer:
     def next(self) -> tuple[int, int] | None:
         """
         The ends of the grid of the bytes that the layer hands on; None where it gives floats.
+        """
+    @property
+    def packed(self) -> tuple[Scheme, list[int], torch.dtype] | None:
+        """
+        Scheme, shape and dtype of a weight that is kept as codes and scales; None for int8.
         """
     @property
     def quantizers(self) -> dict[str, Scheme]:
@@ -924,6 +933,11 @@ def packed_weight_count() -> int:
     How many weights of converted layers are kept packed for the CPU's int8 kernels.
     """
 
+def part_names(scheme: Scheme) -> list[str]:
+    """
+    The names of a format's parts, in the order in which torch.ops.rarefy.packed_linear and its like take them.
+    """
+
 def quantize_to(
     x: torch.Tensor, scheme: Scheme, scale: torch.Tensor | None = None, zero_point: torch.Tensor | None = None
 ) -> QuantizedTensorParts:
@@ -990,6 +1004,11 @@ def validate_layer_config(
 ) -> None:
     """
     Raises ValueError for a scheme that no layer can execute.
+    """
+
+def weight_quantizer(kind: str, tensor: str) -> str | None:
+    """
+    The quantizer of a tensor of a layer with several weights; None for tensors that are none of its weights.
     """
 
 def why_not_integer(weight: Scheme | None, activation: Scheme | None) -> str | None:

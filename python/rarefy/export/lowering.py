@@ -74,6 +74,11 @@ class QuantizeDequantize(nn.Module):
             self.register_buffer("scale", quantizer.scale.detach().clone())
             self.register_buffer("zero_point", zero_point)
 
+    def is_same(self, other: QuantizeDequantize) -> bool:
+        """Whether both write one grid, with one scale for the tensor."""
+        grids = [(q.axis, q.dtype, q.qmin, q.qmax, q.scale, q.zero_point) for q in (self, other) if q.axis is None]
+        return len(grids) == 2 and grids[0] == grids[1]
+
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid; only clamped to its range when ``rounds`` is off."""
         if not self.rounds:
@@ -487,15 +492,21 @@ def lower(
     """
     from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers torch.ops.quantized_decomposed)
 
+    from rarefy.export.lowering_attention import LOWERED_ATTENTION
     from rarefy.export.lowering_recurrent import LOWERED_RECURRENT
 
     form = Form(unsigned, weights, linear)
-    table = {**_LOWERED, **LOWERED_RECURRENT}
+    table = {**_LOWERED, **LOWERED_RECURRENT, **LOWERED_ATTENTION}
     done: dict[nn.Module, nn.Module] = {}  # a module that occurs twice stays one module
 
     def replace(name: str, module: nn.Module) -> nn.Module:
         if module in done:
             return done[module]
+        if isinstance(module, rnn.PackedLayer):
+            raise ValueError(
+                f"[lower] {name or 'the root'} keeps its weight as {module.scheme}, which is written from prepared layers "
+                f"alone: export the model before it is converted"
+            )
         result = module
         for kind, lowered in table.items():
             if isinstance(module, kind) and not _is_float(module):

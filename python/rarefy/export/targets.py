@@ -26,6 +26,8 @@ _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (rnn.QuantizedRecurrent, "LSTM"),
     (rnn.BoundaryLayer, "LayerNorm"),
     (rnn.SDPA, "SDPA"),
+    (rnn.MultiheadAttention, "MultiheadAttention"),
+    (rnn.QuantizedMultiheadAttention, "MultiheadAttention"),
     (rnn.Linear, "Linear"),
     (rnn.TransposedLinear, "Linear"),
     (rnn.QuantizedLinear, "Linear"),

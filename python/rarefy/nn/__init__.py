@@ -33,6 +33,21 @@ from rarefy.nn.linear import Linear
 from rarefy.nn.lora import LoRALinear, add_lora, merge_lora
 from rarefy.nn.max_pool import MaxPool2d
 from rarefy.nn.mul import Mul
+from rarefy.nn.packed import (
+    PackedConv,
+    PackedConv1d,
+    PackedConv2d,
+    PackedConv3d,
+    PackedConvTranspose,
+    PackedConvTranspose1d,
+    PackedConvTranspose2d,
+    PackedConvTranspose3d,
+    PackedEmbedding,
+    PackedEmbeddingBag,
+    PackedLayer,
+    PackedLinear,
+    PackedTable,
+)
 from rarefy.nn.quantized import (
     IntegerLayer,
     QuantizedConv,
@@ -45,6 +60,7 @@ from rarefy.nn.quantized import (
     QuantizedLinear,
     QuantizedTable,
 )
+from rarefy.nn.quantized_attention import QuantizedMultiheadAttention
 from rarefy.nn.quantized_conv_transpose import (
     QuantizedConvTranspose,
     QuantizedConvTranspose1d,
@@ -104,6 +120,19 @@ __all__ = [
     "MaxPool2d",
     "Mul",
     "MultiheadAttention",
+    "PackedConv",
+    "PackedConv1d",
+    "PackedConv2d",
+    "PackedConv3d",
+    "PackedConvTranspose",
+    "PackedConvTranspose1d",
+    "PackedConvTranspose2d",
+    "PackedConvTranspose3d",
+    "PackedEmbedding",
+    "PackedEmbeddingBag",
+    "PackedLayer",
+    "PackedLinear",
+    "PackedTable",
     "QuantState",
     "QuantizableLayer",
     "QuantizedAdd",
@@ -124,6 +153,7 @@ __all__ = [
     "QuantizedLSTMCell",
     "QuantizedLayer",
     "QuantizedLinear",
+    "QuantizedMultiheadAttention",
     "QuantizedRecurrent",
     "QuantizedTable",
     "RMSNorm",

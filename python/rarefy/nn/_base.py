@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rarefy._core.quantization import LONGEST_INTEGER_SUM, Latest, PerChannel, has_exact_integer_products
+from rarefy._core.quantization import (
+    LONGEST_INTEGER_SUM,
+    Latest,
+    PerChannel,
+    QuantizedTensorParts,
+    has_exact_integer_products,
+    quantize_to,
+)
 from rarefy.nn.kept import Kept
 from rarefy.nn.relu import mark_rectified, rectify
 from rarefy.quantization.fake_quantizer import FakeQuantizer
@@ -221,6 +228,7 @@ class WeightedLayer(QuantizableLayer):
     bias: nn.Parameter | None
     float_reason: str | None  #: why the layer never executes in integers, or None
     saved_weight: IntegerWeight | None = None  #: of a file, in place of those of the float weight
+    saved_parts: tuple[QuantizedTensorParts, Tensor | None] | None = None  #: of a file, where the weight is packed
 
     def _make_quantizers(self, config: QConfig) -> dict[str, FakeQuantizer]:
         quantizers = {}
@@ -304,6 +312,33 @@ class WeightedLayer(QuantizableLayer):
         values = self._as_stored(quantizer.quantize_to_integer(laid_out))
         bias = None if bias is None else bias.detach().float().clone()
         return IntegerWeight(values, quantizer.scale.clone(), quantizer.zero_point.clone(), quantizer.axis, bias)
+
+    @property
+    def packs_weight(self) -> bool:
+        """Whether conversion keeps the weight as codes and scales: in formats that no integer kernel computes with."""
+        if self.saved_parts is not None:
+            return True
+        weight = self.quant.weight
+        return weight is not None and not weight.is_plain and not weight.plan.stochastic
+
+    @torch.no_grad()
+    def packed_weight(self) -> tuple[QuantizedTensorParts, Tensor | None]:
+        """The trained weight as codes and scales, and the bias, with batch normalization folded in where there is one."""
+        if self.saved_parts is not None:
+            return self.saved_parts
+        weight, bias = self.folded()
+        quantizer = self.quant.weight
+        assert quantizer is not None
+        laid_out = self._by_channel(weight)
+        if quantizer.observe:
+            quantizer(laid_out)
+        given: tuple[Tensor, ...] = ()
+        if not quantizer.plan.dynamic:
+            given = (quantizer.codebook if quantizer.plan.entries else quantizer.scale, quantizer.zero_point)
+        parts = quantize_to(laid_out, quantizer.scheme, *given)
+        tensors = {name: tensor.to(weight.device) for name, tensor in parts.tensors.items()}
+        parts = QuantizedTensorParts(parts.scheme, parts.shape, parts.dtype, tensors)
+        return parts, None if bias is None else bias.detach().clone()
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's arithmetic, in floating point, on values that may lie on a grid: what a subclass gives."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rarefy.nn._base import QuantizableLayer
+from rarefy.nn._base import QuantizableLayer, WeightedLayer
 from rarefy.nn.add import Add
+from rarefy.nn.attention import MultiheadAttention
 from rarefy.nn.boundaries import GELU, GroupNorm, Hardswish, LayerNorm, RMSNorm, SiLU, Softmax
 from rarefy.nn.cat import Cat
 from rarefy.nn.conv import Conv1d, Conv2d, Conv3d
@@ -25,6 +26,17 @@ from rarefy.nn.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTrans
 from rarefy.nn.embedding import Embedding, EmbeddingBag
 from rarefy.nn.linear import Linear
 from rarefy.nn.mul import Mul
+from rarefy.nn.packed import (
+    PackedConv1d,
+    PackedConv2d,
+    PackedConv3d,
+    PackedConvTranspose1d,
+    PackedConvTranspose2d,
+    PackedConvTranspose3d,
+    PackedEmbedding,
+    PackedEmbeddingBag,
+    PackedLinear,
+)
 from rarefy.nn.quantized import (
     QuantizedConv1d,
     QuantizedConv2d,
@@ -33,6 +45,7 @@ from rarefy.nn.quantized import (
     QuantizedEmbeddingBag,
     QuantizedLinear,
 )
+from rarefy.nn.quantized_attention import QuantizedMultiheadAttention
 from rarefy.nn.quantized_conv_transpose import (
     QuantizedConvTranspose1d,
     QuantizedConvTranspose2d,
@@ -67,6 +80,7 @@ class Row:
 
 _ROWS = (
     Row(nn.Linear, Linear, QuantizedLinear),
+    Row(nn.modules.linear.NonDynamicallyQuantizableLinear, Linear, QuantizedLinear),  # out_proj of an attention
     Row("transformers.pytorch_utils.Conv1D", TransposedLinear, QuantizedLinear),
     Row(nn.Embedding, Embedding, QuantizedEmbedding),
     Row(nn.EmbeddingBag, EmbeddingBag, QuantizedEmbeddingBag),
@@ -80,6 +94,8 @@ _ROWS = (
     Row(nn.GRU, GRU, QuantizedGRU),
     Row(nn.LSTMCell, LSTMCell, QuantizedLSTMCell),
     Row(nn.GRUCell, GRUCell, QuantizedGRUCell),
+    Row(nn.MultiheadAttention, MultiheadAttention, QuantizedMultiheadAttention),
+    Row(MultiheadAttention, MultiheadAttention, QuantizedMultiheadAttention),
     Row(ConvBn1d, ConvBn1d, QuantizedConv1d),
     Row(ConvBn2d, ConvBn2d, QuantizedConv2d),
     Row(ConvBn3d, ConvBn3d, QuantizedConv3d),
@@ -91,13 +107,24 @@ _ROWS = (
 )
 _BY_TYPE = {row.floating: row for row in _ROWS}
 _INTEGER = {row.layer: row.integer for row in _ROWS}
+_PACKED: dict[type[nn.Module], type[nn.Module]] = {
+    Linear: PackedLinear,
+    TransposedLinear: PackedLinear,
+    Embedding: PackedEmbedding,
+    EmbeddingBag: PackedEmbeddingBag,
+    **dict.fromkeys((Conv1d, ConvBn1d), PackedConv1d),
+    **dict.fromkeys((Conv2d, ConvBn2d), PackedConv2d),
+    **dict.fromkeys((Conv3d, ConvBn3d), PackedConv3d),
+    ConvTranspose1d: PackedConvTranspose1d,
+    ConvTranspose2d: PackedConvTranspose2d,
+    ConvTranspose3d: PackedConvTranspose3d,
+}
 
 # Layers with weights that no row takes: named in reports, so that nobody believes them quantized.
 _WITHOUT_ROW = (
     nn.modules.conv._ConvNd,
     nn.RNNBase,
     nn.RNNCellBase,
-    nn.MultiheadAttention,
     nn.Bilinear,
 )
 
@@ -136,8 +163,10 @@ def unsupported(module: nn.Module) -> str | None:
     return f"{kind.__name__} is not supported" if isinstance(module, _WITHOUT_ROW) else None
 
 
-def integer_type(layer: QuantizableLayer) -> type[nn.Module] | None:
-    """What ``convert`` makes of a prepared layer; None when it stays simulated."""
+def converted_type(layer: QuantizableLayer) -> type[nn.Module] | None:
+    """What ``convert`` makes of a prepared layer: one of integers or of a packed weight; None when it stays simulated."""
+    if isinstance(layer, WeightedLayer) and layer.packs_weight:
+        return _PACKED.get(type(layer))
     if isinstance(layer, Add) and (layer.quant.input0 is None or layer.quant.input1 is None):
         return None  # one of its inputs is floating point
     quant = layer.quant

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rarefy.nn._base import QuantizableLayer, QuantState, activation_quantizer
 from rarefy.quantization.fake_quantizer import FakeQuantizer
@@ -64,13 +65,27 @@ def attention(
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
-    quantizers: list,
+    quantizers: Sequence[nn.Module | None],
 ) -> Tensor:
     """The attention of tensors that go through quantizers, of query, key, probabilities and value, before they are
     multiplied."""
+    return attention_and_weights(query, key, value, attn_mask, dropout_p, is_causal, scale, quantizers)[0]
+
+
+def attention_and_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    quantizers: Sequence[nn.Module | None],
+) -> tuple[Tensor, Tensor]:
+    """The same, and the probabilities before they are quantized. A quantizer that is None leaves its tensor as it is."""
     if is_causal and attn_mask is not None:
         raise ValueError("[SDPA] attn_mask must not be given beside is_causal")
-    on_query, on_key, on_probabilities, on_value = quantizers
+    on_query, on_key, on_probabilities, on_value = ((lambda x: x) if q is None else q for q in quantizers)
     scores = torch.matmul(on_query(query), on_key(key).transpose(-2, -1))
     scores = scores * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if is_causal:
@@ -82,4 +97,4 @@ def attention(
         else:
             scores = scores + attn_mask
     weights = F.dropout(torch.softmax(scores, dim=-1), dropout_p, dropout_p > 0)
-    return torch.matmul(on_probabilities(weights), on_value(value))
+    return torch.matmul(on_probabilities(weights), on_value(value)), weights

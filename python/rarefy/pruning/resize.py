@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.nn import MultiheadAttention, QuantizedLayer
+from rarefy.nn import MultiheadAttention, QuantizedLayer, QuantizedMultiheadAttention
 
 #: (tensor, dimension) to the indices that stayed; None when all did.
 Kept = Callable[[Tensor, int], Sequence[int] | None]
@@ -176,6 +176,8 @@ def attributes_of(module: nn.Module, kept: Kept) -> Attributes:
     found: Attributes = {}
     if isinstance(module, QuantizedLayer):
         raise ValueError(f"[Surgery] {type(module).__name__} must not be converted yet: prune before convert")
+    if isinstance(module, QuantizedMultiheadAttention) or (isinstance(module, MultiheadAttention) and module.prepared):
+        raise ValueError("[Surgery] MultiheadAttention must not be prepared yet: prune before prepare and convert")
     if isinstance(module, nn.MultiheadAttention):
         weight = stored(module.out_proj)
         found = {} if weight is None else _attention(module, weight, kept)

@@ -30,6 +30,7 @@ from rarefy._core.quantization import (
     QuantizedTensorParts,
     Scheme,
     Ternary,
+    part_names,
     quantize_to,
 )
 from rarefy.quantization.batch_norm import freeze_batch_norm, reestimate_batch_norm
@@ -91,6 +92,7 @@ __all__ = [
     "model_size_bits",
     "pact_penalty",
     "parameter_groups",
+    "part_names",
     "prepare",
     "prepare_qat",
     "quantize_to",

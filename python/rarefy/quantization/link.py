@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.nn._base import ByteGrid
+from rarefy.nn.attention import PARTS
 from rarefy.nn.max_pool import MaxPool2d
 from rarefy.nn.quantized import IntegerLayer, QuantizedConv, QuantizedLinear, QuantizedTable
+from rarefy.nn.quantized_attention import QuantizedMultiheadAttention
 from rarefy.nn.quantized_conv_transpose import QuantizedConvTranspose
 from rarefy.nn.quantized_operations import QuantizedAdd, QuantizedCat
 from rarefy.nn.quantized_recurrent import QuantizedRecurrent
@@ -131,6 +133,8 @@ def _grid_of_readers(
         raise NotLinked("a table's rows lie on grids of their own")
     if isinstance(layer, QuantizedRecurrent):
         raise NotLinked("a recurrent layer gives its states in floating point")
+    if isinstance(layer, QuantizedMultiheadAttention):
+        raise NotLinked("its output projection gives floats")
     if not isinstance(layer, QuantizedCat) and layer.quant.input is None and layer.quant.input0 is None:
         raise NotLinked("its input is floating point")
     if layer.quant.output is not None:
@@ -176,6 +180,11 @@ def _quantizers_of(reader: IntegerLayer, event: Event, key: Key) -> list[FakeQua
         if event.inputs[0] != key:
             raise NotLinked(f"{event.module} reads its state in floating point")
         found = [reader.quant.find(f"input{reader.sizes.layers()[0][0].layer}")]
+    elif isinstance(reader, QuantizedMultiheadAttention):
+        if key in event.inputs[3:]:
+            raise NotLinked(f"{event.module} reads a mask in floating point")
+        given = zip(PARTS, event.inputs, strict=False)  # query, key, value, masks
+        found = [reader.quant.find(f"input_{part}") for part, value in given if value == key]
     else:
         found = [reader.quant.input]
     if isinstance(reader, QuantizedConv) and reader.geometry.mode != "constant":

@@ -19,7 +19,8 @@ from rarefy._batches import feed
 from rarefy._core.quantization import MinMax, MovingAverage, TargetProfile
 from rarefy.masks import check_masks, remove_masks
 from rarefy.nn.kept import keeping
-from rarefy.nn.registry import Fold, Row, integer_type, is_layer, is_prepared, row_of, unsupported
+from rarefy.nn.packed import share_packed
+from rarefy.nn.registry import Fold, Row, converted_type, is_layer, is_prepared, row_of, unsupported
 from rarefy.quantization.distributed import RangeSync
 from rarefy.quantization.fake_quantizer import FakeQuantizer, Observer
 from rarefy.quantization.fast_path import leave_fast_path
@@ -34,6 +35,7 @@ from rarefy.quantization.selection import (
     check_strict,
     first_and_last,
     for_target,
+    output_projections,
     unmatched_overrides,
 )
 from rarefy.quantization.tied import share_integers, tied_groups
@@ -72,16 +74,23 @@ def _plan(
     layers: dict[str, nn.Module], config: QConfig, function: str, flow: Flow | None, strict: bool
 ) -> tuple[dict[str, _Step], dict[str, str], list[str]]:
     """What to swap, why other layers are left alone, and overrides that matched nothing. Changes nothing."""
-    ends = first_and_last(
-        config, {n: m for n, m in layers.items() if (row := row_of(m)) is not None and row.layer.has_weight}, flow
-    )
+    owners = output_projections(layers)
+    weighted = {n: m for n, m in layers.items() if (row := row_of(m)) is not None and row.layer.has_weight}
+    ends = first_and_last(config, {n: m for n, m in weighted.items() if n not in owners}, flow)
     steps: dict[str, _Step] = {}
     skipped: dict[str, str] = dict(ends)
     left: dict[str, str] = {}  # of what is skipped: what nobody excluded
     for name, module in layers.items():
         if name in ends:
             continue
-        resolved, reason = config.resolve(name, module)
+        owner = owners.get(name)
+        if owner is not None and owner not in steps:
+            skipped[name] = f"{owner}, to which it belongs, stays in FP32"
+            continue
+        if owner is not None and config.override(name, module) is None:
+            resolved, reason = steps[owner].config, ""
+        else:
+            resolved, reason = config.resolve(name, module)
         if resolved is None:
             skipped[name] = reason
             continue
@@ -102,9 +111,14 @@ def _plan(
             resolved = for_target(function, name, kind, resolved, config.profile)
         steps[name] = _Step(name, module, row, resolved)
     if flow is not None:
-        for name in _never_called(steps, config, flow):
+        # torch's attention reads the weight of its output projection and does not call it.
+        called = flow.called | {name for name, owner in owners.items() if owner in flow.called}
+        for name in _never_called(steps, config, called):
             del steps[name]
             skipped[name] = "not called by the example inputs"
+        for name in [name for name, owner in owners.items() if name in steps and owner not in steps]:
+            del steps[name]
+            skipped[name] = f"{owners[name]}, to which it belongs, stays in FP32"
     unmatched = unmatched_overrides(config, layers)
     if strict:
         check_strict(function, unmatched, layers, left)
@@ -117,18 +131,18 @@ def _plan(
     return steps, skipped, unmatched
 
 
-def _never_called(steps: dict[str, _Step], config: QConfig, flow: Flow) -> list[str]:
+def _never_called(steps: dict[str, _Step], config: QConfig, names: set[str]) -> list[str]:
     """The layers that the example run did not call and that nothing else asks to quantize: no override does, and it is no
     second name for the table of a layer that was called (T5's ``shared``), whose float weight would then stay beside it."""
     called = {
         id(getattr(step.module, "weight", step.module))
         for step in steps.values()
-        if step.row.layer.has_weight and step.name in flow.called
+        if step.row.layer.has_weight and step.name in names
     }
     return [
         step.name
         for step in steps.values()
-        if step.name not in flow.called
+        if step.name not in names
         and config.override(step.name, step.module) is None
         and not (step.row.layer is rnn.Embedding and id(step.module.weight) in called)
     ]
@@ -482,6 +496,11 @@ def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: 
     """A model whose prepared layers execute in integers: on LibTorch's oneDNN int8 kernels on the CPU, and with the same
     integers in float kernels elsewhere. For inference.
 
+    A weight in a format without integer kernels (int4 groups, NF4, minifloats, MX, codebooks, ...) is kept as its codes and
+    scales (``rarefy.nn.PackedLinear`` and its like), as small as the format is, and becomes numbers where it is multiplied:
+    those of the prepared layer, bit for bit. Recurrent layers, the projections of attention and stochastic rounding stay
+    simulated there.
+
     With example inputs the layers hand bytes on where they can: a layer whose result reaches integer layers alone, all on one
     grid, rounds it itself, so that no float tensor is written between them. Values stay the same. ``report`` says which
     layers give bytes, and why others do not.
@@ -520,9 +539,9 @@ def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: 
     for module in model.modules():
         if not isinstance(module, rnn.QuantizableLayer) or not module.prepared:
             continue
-        integer = integer_type(module)
-        if integer is not None:
-            swaps[id(module)] = integer(module)
+        kind = converted_type(module)
+        if kind is not None:
+            swaps[id(module)] = kind(module)
             if isinstance(module, rnn.ConvBnLayer):
                 swaps[id(module.bn)] = rnn.SpentBatchNorm()
     if example_inputs is not None:
@@ -545,6 +564,7 @@ def convert(model: nn.Module, example_inputs: object | None = None, *, inplace: 
     for _, quantizer in _quantizers(model):
         quantizer.drop_statistics()
     share_integers(model, tied)
+    share_packed(model, tied)
     remove_masks(model)
     model._rarefy_unlinked = unlinked  # read by report()
     return model.eval()

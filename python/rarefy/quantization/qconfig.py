@@ -121,7 +121,7 @@ class QConfig:
 
     @classmethod
     def int4_weight_only(cls, group_size: int = 128, **changes: object) -> QConfig:
-        """int4 weights in groups along the input features; activations stay in floating point. Simulated."""
+        """int4 weights in groups along the input features; activations stay in floating point. Packed after ``convert``."""
         return cls(**{"weight": Scheme(bits=4, granularity=PerGroup(group_size, axis=1)), **changes})  # type: ignore[arg-type]
 
     @classmethod
@@ -145,7 +145,7 @@ class QConfig:
 
     @classmethod
     def nf4(cls, double_quantized: bool = True, **changes: object) -> QConfig:
-        """NF4 weights in blocks of 64; activations stay in floating point. Simulated.
+        """NF4 weights in blocks of 64; activations stay in floating point. Packed after ``convert``.
 
         Args:
             double_quantized: the scales of the blocks are stored in 8 bits.

@@ -20,7 +20,7 @@ class LayerReport:
 
     name: str
     kind: str
-    state: str  #: "prepared", "integer" or "fp32"
+    state: str  #: "prepared", "integer", "packed" (a weight kept as codes and scales) or "fp32"
     weight: str  #: scheme of the weight, or ""
     activation: str  #: scheme of the input, or ""
     note: str  #: what is fused, or why the layer is in FP32
@@ -77,6 +77,8 @@ def _prepared(
     weight = next((q for child, q in quantizers.items() if child.startswith("weight")), None)
     first = next((q for child, q in quantizers.items() if child.startswith(("input", "query"))), quant.output)
     notes = []
+    if isinstance(module, rnn.PackedLayer):
+        notes.append(f"weight of {module.weight_bytes:,} bytes, {module.bits_per_value:.2f} bits per value")
     if isinstance(module, rnn.ConvBnLayer):
         notes.append("batch norm folded")
     if module.relu:
@@ -99,6 +101,12 @@ def _prepared(
         reason = "as configured" if module.execution == "simulated" else module.float_reason
         products = "products with the input execute in integers, those with the hidden state are simulated"
         notes.append(products if reason is None else f"simulated: {reason}")
+    if isinstance(module, rnn.MultiheadAttention):
+        reason = "as configured" if module.execution == "simulated" else module.float_reason
+        products = "projections execute in integers, the products of its heads are simulated"
+        notes.append(products if reason is None else f"simulated: {reason}")
+    if isinstance(module, rnn.QuantizedMultiheadAttention) and quant.find("query") is not None:
+        notes.append("the products of its heads are simulated: there is no integer product of two activations")
     if tied:
         notes.append(tied)
     if contiguous and isinstance(module, rnn.ConvLayer) and module.weight.dim() == 4:
@@ -120,7 +128,7 @@ def _prepared(
         name,
         type(module).__name__,
         state,
-        "" if weight is None else str(weight.scheme),
+        str(module.scheme) if isinstance(module, rnn.PackedLayer) else "" if weight is None else str(weight.scheme),
         "" if first is None else str(first.scheme),
         ", ".join(notes),
     )
@@ -134,11 +142,13 @@ def report(model: nn.Module) -> QuantizationReport:
     contiguous = getattr(model, "_rarefy_contiguous", "")
     holders: dict[int, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (rnn.IntegerLayer, QuantizableLayer)):
+        if isinstance(module, (rnn.IntegerLayer, rnn.PackedLayer, QuantizableLayer)):
             targets.append(module.target)
         if isinstance(module, rnn.IntegerLayer):
             floats = unlinked.get(name, "")
             layers.append(_prepared(name, module, "integer", tied_note(model, name, holders), floats=floats))
+        elif isinstance(module, rnn.PackedLayer):
+            layers.append(_prepared(name, module, "packed", tied_note(model, name, holders)))
         elif is_prepared(module):
             layers.append(_prepared(name, module, "prepared", tied_note(model, name, holders), contiguous))
         elif is_layer(module):

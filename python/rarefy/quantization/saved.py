@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from rarefy import _core
 from rarefy import nn as rnn
-from rarefy._core.quantization import Latest, MinMax, SavedLayer, Scheme
-from rarefy.nn.registry import integer_type, is_layer, row_of, unsupported
+from rarefy._core.quantization import Latest, MinMax, QuantizedTensorParts, SavedLayer, Scheme, part_names
+from rarefy.nn.packed import share_packed
+from rarefy.nn.registry import converted_type, is_layer, row_of, unsupported
 from rarefy.quantization.fake_quantizer import FakeQuantizer
 from rarefy.quantization.fast_path import leave_fast_path
 from rarefy.quantization.tied import share_integers
@@ -81,15 +82,19 @@ def load_quantized(model: nn.Module, folder: str | os.PathLike[str], *, inplace:
 
 
 def _is_converted(module: nn.Module) -> bool:
-    if isinstance(module, rnn.IntegerLayer):
+    if isinstance(module, (rnn.IntegerLayer, rnn.PackedLayer)):
         return True
-    return isinstance(module, rnn.QuantizableLayer) and module.prepared and integer_type(module) is None
+    return isinstance(module, rnn.QuantizableLayer) and module.prepared and converted_type(module) is None
 
 
 def _describe(module: nn.Module) -> SavedLayer:
     quant: rnn.QuantState = module.quant  # type: ignore[assignment]
-    kind = type(module).__name__.removeprefix("Quantized")
-    channels_last = False
+    kind = type(module).__name__.removeprefix("Quantized").removeprefix("Packed")
+    channels_last, packed = False, None
+    if isinstance(module, rnn.PackedLayer):
+        packed = (module.scheme, list(module.weight_shape), module.weight_dtype)
+        if isinstance(module, rnn.PackedLinear) and module.channel_axis == 1:
+            kind = rnn.TransposedLinear.__name__
     if isinstance(module, rnn.QuantizedLayer):
         weight = module.integer_weight
         if isinstance(module, rnn.QuantizedLinear) and module.channel_axis == 1:
@@ -97,7 +102,7 @@ def _describe(module: nn.Module) -> SavedLayer:
         channels_last = weight.dim() == 4 and not weight.is_contiguous()
     grids = {name: q.scheme for name, q in quant.named_children() if isinstance(q, FakeQuantizer)}
     following = None if quant.next is None else (quant.next.qmin, quant.next.qmax)
-    return SavedLayer(kind, bool(module.relu), channels_last, grids, following, module.target)
+    return SavedLayer(kind, bool(module.relu), channels_last, grids, following, module.target, packed)
 
 
 def _state(function: str, model: nn.Module) -> dict[str, Tensor]:
@@ -106,6 +111,13 @@ def _state(function: str, model: nn.Module) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise ValueError(f"[{function}] the state of a model must be tensors, got {type(value).__name__} at {name}")
     return state
+
+
+def _own_shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """The shapes of the tensors that the converted form of a floating layer with several weights has itself, by name."""
+    if isinstance(module, nn.MultiheadAttention):
+        return rnn.MultiheadAttention.integer_shapes(module)
+    return {name: tensor.shape for name, tensor in module.named_parameters(recurse=False)}
 
 
 def _saved_kind(kind: type[nn.Module]) -> str:
@@ -143,7 +155,7 @@ class _Loader:
                     raise self.fail(f"layers {first} and {name} are one in the model and must be equal in the file")
                 continue
             swaps[id(module)] = self._restored(name, module, saved)
-            if isinstance(swaps[id(module)], rnn.QuantizedLayer):
+            if isinstance(swaps[id(module)], (rnn.QuantizedLayer, rnn.PackedLayer)):
                 tied.setdefault(id(module.weight), []).append(name)
         for name in self.folded & self.modules.keys():
             bn = self.modules[name]
@@ -165,7 +177,9 @@ class _Loader:
                 setattr(self.model.get_submodule(parent), child, swaps[id(module)])
         leave_fast_path(self.model, {id(module) for module in swaps.values()})
         self.model.load_state_dict(rest, strict=False, assign=any(t.is_meta for t in self.model.parameters()))
-        share_integers(self.model, tuple(tuple(group) for group in tied.values() if len(group) > 1))
+        groups = tuple(tuple(group) for group in tied.values() if len(group) > 1)
+        share_integers(self.model, groups)
+        share_packed(self.model, groups)
         self.model._rarefy_skipped = {name: why for name, why in skipped.items() if name not in self.layers}
         return self.model.eval()
 
@@ -190,22 +204,27 @@ class _Loader:
 
     def _check_several(self, name: str, module: nn.Module, saved: SavedLayer) -> None:
         """Of a layer with several weights: the model's own tensors, all of them and no other."""
-        own = dict(module.named_parameters(recurse=False))
-        for key, value in own.items():
+        own = _own_shapes(module)
+        for key, shape in own.items():
             given = self.tensors.get(f"{name}.{key}")
-            if given is None or given.shape != value.shape:
+            if given is None or given.shape != shape:
                 got = "nothing" if given is None else list(given.shape)
-                raise self.fail(f"{key} of layer {name} must have the model's shape {list(value.shape)}, got {got}")
-            if key.startswith("weight_") and key not in saved.quantizers:
+                raise self.fail(f"{key} of layer {name} must have the model's shape {list(shape)}, got {got}")
+            quantizer = _core.quantization.weight_quantizer(saved.kind, key)
+            if quantizer is not None and quantizer not in saved.quantizers:
                 raise self.fail(f"layer {name} must have a grid for {key}")
+        elsewhere = ("quant.", *(f"{child}." for child, _ in module.named_children()))
         for key in self.tensors:
             rest = key.removeprefix(f"{name}.")
-            if rest != key and not rest.startswith("quant.") and rest not in own:
+            if rest != key and not rest.startswith(elsewhere) and rest not in own:
                 raise self.fail(f"layer {name} has no {key} in the model")
 
     def _check_tensors(self, name: str, module: nn.Module, saved: SavedLayer, kind: type[rnn.QuantizableLayer]) -> None:
-        if issubclass(kind, (rnn.RecurrentLayer, rnn.BoundaryLayer)):
+        if issubclass(kind, (rnn.RecurrentLayer, rnn.MultiheadAttention, rnn.BoundaryLayer)):
             self._check_several(name, module, saved)
+            return
+        if saved.packed is not None:
+            self._check_packed(name, module, saved, kind)
             return
         if kind.has_weight != ("weight" in saved.quantizers):
             raise self.fail(f"layer {name} ({saved.kind}) must have {'a' if kind.has_weight else 'no'} weight")
@@ -231,6 +250,25 @@ class _Loader:
             channels = module.out_channels
             if axis is not None and len(self.tensors[f"{name}.quant.weight.scale"]) != channels:
                 raise self.fail(f"the weight of layer {name} must have {channels} scales, one for each output channel")
+        if bias is not None and len(bias) != channels:
+            raise self.fail(f"the bias of layer {name} must have {channels} elements, got {len(bias)}")
+
+    def _check_packed(self, name: str, module: nn.Module, saved: SavedLayer, kind: type[rnn.QuantizableLayer]) -> None:
+        assert saved.packed is not None
+        shape = torch.Size(saved.packed[1])
+        if not issubclass(kind, rnn.WeightedLayer):
+            raise self.fail(f"layer {name} ({saved.kind}) must have no weight")
+        transposed = issubclass(kind, rnn.ConvTransposeLayer)  # packed with all output channels on one axis
+        weight = module.weight
+        if weight.shape != shape and not (transposed and weight.numel() == shape.numel()):
+            raise self.fail(
+                f"the weight of layer {name} must have the model's shape {list(weight.shape)}, got {list(shape)}"
+            )
+        has_bias, bias = getattr(module, "bias", None) is not None, self.tensors.get(f"{name}.bias")
+        folds = saved.kind.startswith("Conv") and not transposed
+        if has_bias != (bias is not None) and not (folds and bias is not None):
+            raise self.fail(f"layer {name} must have {'a' if has_bias else 'no'} bias, as in the model")
+        channels = module.out_channels if transposed else weight.shape[kind.channel_axis]
         if bias is not None and len(bias) != channels:
             raise self.fail(f"the bias of layer {name} must have {channels} elements, got {len(bias)}")
 
@@ -261,7 +299,13 @@ class _Loader:
             )
         layer = row.layer.with_quantizers(module, quant, relu=saved.relu)
         layer.target = saved.target
-        if isinstance(layer, rnn.WeightedLayer):
+        if isinstance(layer, rnn.WeightedLayer) and saved.packed is not None:
+            scheme, shape, dtype = saved.packed
+            tensors = {part: self.tensors[f"{name}.weight_{part}"].to(device) for part in part_names(scheme)}
+            bias = self.tensors.get(f"{name}.bias")
+            parts = QuantizedTensorParts(scheme, shape, dtype, tensors)
+            layer.saved_parts = parts, None if bias is None else bias.to(device)
+        elif isinstance(layer, rnn.WeightedLayer):
             values, bias = self.tensors[f"{name}.weight"].to(device), self.tensors.get(f"{name}.bias")
             if saved.channels_last:
                 values = values.contiguous(memory_format=torch.channels_last)
@@ -275,21 +319,28 @@ class _Loader:
             for key, value in module.named_parameters(recurse=False):
                 given = self.tensors[f"{name}.{key}"].to(device, value.dtype)
                 setattr(layer, key, nn.Parameter(given, value.requires_grad))
-        if isinstance(layer, rnn.RecurrentLayer):
-            own = (key for key, _ in module.named_parameters(recurse=False))
-            layer.saved_tensors = {key: self.tensors[f"{name}.{key}"].to(device) for key in own}
-        integer = integer_type(layer)
-        return layer.eval() if integer is None else integer(layer)
+        if isinstance(layer, (rnn.RecurrentLayer, rnn.MultiheadAttention)):
+            layer.saved_tensors = {key: self.tensors[f"{name}.{key}"].to(device) for key in _own_shapes(module)}
+        converted = converted_type(layer)
+        return layer.eval() if converted is None else converted(layer).eval()
 
     def _parts(self, name: str) -> tuple[str, ...]:
         """The names below a layer's of the tensors that are its own."""
-        own = tuple(key for key, _ in self.modules[name].named_parameters(recurse=False))
-        return ("weight", "bias", *own)
+        packed = self.layers[name].packed
+        parts = () if packed is None else tuple(f"weight_{part}" for part in part_names(packed[0]))
+        return ("weight", "bias", *parts, *_own_shapes(self.modules[name]))
 
     def _rest(self, swaps: Mapping[int, nn.Module]) -> dict[str, Tensor]:
         """The file's tensors that are of no converted layer, after every check against the model."""
         changing = tuple(f"{name}." for name, module in self.modules.items() if id(module) in swaps)
-        expected = {n: t for n, t in _state("load_quantized", self.model).items() if not n.startswith(changing)}
+        # The output projection of an attention may stay as it is where the attention changes.
+        kept = tuple(
+            f"{name}.out_proj."
+            for name, module in self.modules.items()
+            if isinstance(module, nn.MultiheadAttention) and id(module.out_proj) not in swaps
+        )
+        state = _state("load_quantized", self.model)
+        expected = {n: t for n, t in state.items() if not n.startswith(changing) or n.startswith(kept)}
         of_layers = tuple(f"{name}.{part}" for name in self.layers for part in ("quant.", *self._parts(name)))
         given = {n: t for n, t in self.tensors.items() if not _is_of(n, of_layers)}
         by_identity = {id(expected[name]): name for name in given if name in expected}

@@ -27,6 +27,14 @@ def unmatched_overrides(config: QConfig, layers: Mapping[str, nn.Module]) -> lis
     return missing
 
 
+def output_projections(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The output projections of floating-point attentions, each with the name of its attention, which computes with it: it
+    has the configuration of the attention where no override names it, and stays in floating point where that does."""
+    owners = (name for name, module in layers.items() if isinstance(module, nn.MultiheadAttention))
+    projections = {f"{owner}.out_proj": owner for owner in owners}
+    return {name: owner for name, owner in projections.items() if name in layers}
+
+
 def first_and_last(config: QConfig, weighted: Mapping[str, nn.Module], flow: Flow | None) -> dict[str, str]:
     """The layers that ``first_last_fp32`` keeps, with the reason. ``weighted``: candidates in module order."""
     if not config.first_last_fp32:

@@ -146,6 +146,9 @@ void write_networks(const std::string& folder) {
   for (const auto* target : {"onnxruntime", "openvino", "qnn"}) {
     exporter.write({.name = "tagger", .target = target}, onnx_models::Tagger(), ids);
     exporter.write({.name = "tagger-converted", .target = target, .converted = true}, onnx_models::Tagger(), ids);
+    exporter.write({.name = "attention", .target = target}, onnx_models::DecoderLayer(), ids);
+    exporter.write({.name = "attention-converted", .target = target, .converted = true}, onnx_models::DecoderLayer(),
+                   ids);
   }
   const Case external{
       .name = "transformer-float-external", .target = "onnxruntime", .quantized = false, .external = true};

@@ -274,4 +274,32 @@ struct TaggerImpl : torch::nn::Module {
 };
 TORCH_MODULE(Tagger);
 
+/// Words [N, 6] to scores [N, 6, 3]: attention over the words up to each, and over memory of another width.
+struct DecoderLayerImpl : torch::nn::Module {
+  rnn::Embedding words{nullptr}, kept{nullptr};
+  rnn::MultiheadAttention self_attention{nullptr}, cross_attention{nullptr};
+  rnn::LayerNorm norm{nullptr};
+  rnn::Linear out{nullptr};
+
+  DecoderLayerImpl()
+      : words(register_module("words", rnn::Embedding(11, 8))),
+        kept(register_module("kept", rnn::Embedding(11, 6))),
+        self_attention(register_module(
+            "self_attention", rnn::MultiheadAttention(rnn::MultiheadAttentionOptions(8, 2).batch_first(true)))),
+        cross_attention(register_module(
+            "cross_attention",
+            rnn::MultiheadAttention(
+                rnn::MultiheadAttentionOptions(8, 2).batch_first(true).kdim(6).vdim(6).add_bias_kv(true)))),
+        norm(register_module("norm", rnn::LayerNorm(torch::nn::LayerNormOptions({8})))),
+        out(register_module("out", rnn::Linear(8, 3))) {}
+  Tensor forward(const Tensor& ids) {
+    auto x = words(ids);
+    const auto causal = torch::ones({6, 6}, torch::kBool).triu(1);
+    x = norm(x + std::get<0>(self_attention->forward(x, x, x, {}, /*need_weights=*/false, causal)));
+    const auto memory = kept(ids);
+    return out(x + std::get<0>(cross_attention->forward(x, memory, memory, {}, /*need_weights=*/false)));
+  }
+};
+TORCH_MODULE(DecoderLayer);
+
 }  // namespace onnx_models

@@ -39,6 +39,10 @@ class RAREFY_API EmbeddingImpl : public WeightedModule<EmbeddingImpl> {
   torch::Tensor compute(const torch::Tensor& indices, const torch::Tensor& w, const torch::Tensor& b) override;
   torch::Tensor run_prepared(const torch::Tensor& indices) override;
   torch::Tensor execute(const torch::Tensor& indices) override;
+  torch::Tensor compute_packed(const torch::Tensor& indices, const quantization::QuantizedTensorParts& w,
+                               const torch::Tensor& /*b*/) override {
+    return quantization::packed_embedding(indices, w);
+  }
 };
 TORCH_MODULE(Embedding);
 
@@ -73,6 +77,10 @@ class RAREFY_API EmbeddingBagImpl : public WeightedModule<EmbeddingBagImpl> {
   torch::Tensor compute(const torch::Tensor& indices, const torch::Tensor& w, const torch::Tensor& b) override;
   torch::Tensor run_prepared(const torch::Tensor& indices) override;
   torch::Tensor execute(const torch::Tensor& indices) override;
+  torch::Tensor compute_packed(const torch::Tensor& indices, const quantization::QuantizedTensorParts& w,
+                               const torch::Tensor& /*b*/) override {
+    return quantization::packed_embedding(indices, w);
+  }
   FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(torch::Tensor())}, {2, torch::nn::AnyValue(torch::Tensor())})
 };
 TORCH_MODULE(EmbeddingBag);

@@ -46,6 +46,10 @@ class RAREFY_API LinearImpl : public WeightedModule<LinearImpl> {
     return device == c10::DeviceType::CPU || device == c10::DeviceType::CUDA;
   }
   torch::Tensor execute(const torch::Tensor& x) override;
+  torch::Tensor compute_packed(const torch::Tensor& x, const quantization::QuantizedTensorParts& w,
+                               const torch::Tensor& b) override {
+    return quantization::packed_linear(x, w, b.defined() ? std::optional(b) : std::nullopt);
+  }
 
  private:
   torch::Tensor run_sparse(const torch::Tensor& x) const;

@@ -3,6 +3,7 @@
 #include <rarefy/export.h>
 #include <rarefy/ops/quantized.h>
 #include <rarefy/quantization/fake_quantizer.h>
+#include <rarefy/quantization/packed.h>
 #include <rarefy/quantization/qconfig.h>
 #include <torch/nn/cloneable.h>
 
@@ -68,6 +69,8 @@ class RAREFY_API QuantStateImpl : public torch::nn::Cloneable<QuantStateImpl> {
   /// The child `next`: the grid of the bytes that a converted layer gives; null where it gives floats.
   const std::shared_ptr<ByteGridImpl>& next() const { return next_; }
   void set_next(std::shared_ptr<ByteGridImpl> grid);
+  /// Takes the quantizer called `name` away, if there is one.
+  void remove(const std::string& name);
 
   /// Whether the tensor called `name` lies on a grid of bytes: integers of 8 bits or fewer.
   bool has_bytes(const std::string& name) const;
@@ -107,7 +110,8 @@ struct ConvertedState {
   std::shared_ptr<ByteGridImpl> next;  // null where the result is floating point
   std::string target;                  // see Quantizable::target
   std::vector<std::pair<std::string, torch::Tensor>>
-      tensors;  // of a layer with several weights: all of its own, by name
+      tensors;                                               // of a layer with several weights: all of its own, by name
+  std::optional<quantization::QuantizedTensorParts> packed;  // in place of the weight: codes and scales of a format
 };
 
 /// A layer that is floating point until `prepare` switches it on, and integer after `convert`. In C++ a typed member of a
@@ -136,9 +140,13 @@ class RAREFY_API Quantizable {
   /// Makes a floating layer the converted one of that state: the tensors themselves, a batch normalization that the layer has
   /// gone, quantizers whose buffers the caller fills. The caller has checked that the shapes are those of the layer.
   virtual void restore(const ConvertedState& state) = 0;
-  /// The names of the parameters of a layer that has several weights (LSTM: "weight_ih_l0", ...), or weights in floating point
-  /// (LayerNorm); empty for others.
+  /// The names of the tensors of a converted layer that has several weights (LSTM: "weight_ih_l0", ...), or weights in floating
+  /// point (LayerNorm); empty for others.
   virtual std::vector<std::string> tensor_names() const { return {}; }
+  /// The shapes of those, where they are not those of the floating layer's parameters of the same names (MultiheadAttention).
+  virtual std::map<std::string, std::vector<int64_t>> converted_shapes() const { return {}; }
+  /// The codes and scales that a converted layer computes with in place of a weight; null for layers without.
+  virtual const quantization::QuantizedTensorParts* packed_weight() const { return nullptr; }
   /// The quantizers, or null while floating.
   QuantStateImpl* quant_state() const { return quant.is_empty() ? nullptr : quant.ptr().get(); }
 

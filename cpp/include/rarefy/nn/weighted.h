@@ -4,11 +4,14 @@
 #include <rarefy/ops/integer.h>
 #include <rarefy/ops/quantized.h>
 #include <rarefy/ops/relu.h>
+#include <rarefy/quantization/packed_weight.h>
 
 namespace rarefy::nn {
 
 /// What the layers with a weight share: a weight and a bias that are parameters while floating or prepared, and buffers
-/// (int8 and float32) once converted. Derived gives the arithmetic.
+/// (int8 and float32) once converted. A weight in a format without integer kernels (groups, blocks, minifloats, NF4, ...) becomes
+/// the buffers of its codes and scales instead (`weight_data`, `weight_scale`, ...: rarefy/quantization/packed.h), and has no
+/// quantizer any more: it is floating point where it is multiplied. Derived gives the arithmetic.
 template <typename Derived>
 class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable {
  public:
@@ -18,7 +21,7 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     } else {
       register_floating();
     }
-    if (!specs_.empty()) {
+    if (!specs_.empty() || packed_.has_value()) {
       quant = this->register_module("quant", QuantState(specs_));
     }
   }
@@ -66,6 +69,11 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   }
 
   void convert() override {
+    if (packs_weight()) {
+      const auto [parts, float_bias] = pack_weight();
+      become_packed(parts, float_bias);
+      return;
+    }
     for (const auto& [name, quantizer] : quant->quantizers()) {
       if (!quantizer->options.scheme.is_plain()) {  // stays as it is, simulated
         return;
@@ -84,7 +92,15 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     quant->to(weight.device());
     relu_ = state.relu;
     target = state.target;
-    become_integer(state.weight, state.bias);
+    if (state.packed.has_value()) {
+      become_packed(*state.packed, state.bias);
+    } else {
+      become_integer(state.weight, state.bias);
+    }
+  }
+
+  const quantization::QuantizedTensorParts* packed_weight() const override {
+    return packed_.has_value() ? &*packed_ : nullptr;
   }
 
   /// The axis of the weight, laid out by channel, that has an index for each output channel.
@@ -92,7 +108,7 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   /// The number of output channels.
   virtual int64_t channels() const { return weight.size(0); }
 
-  /// Parameter (floating point) until converted; then a buffer of int8.
+  /// Parameter (floating point) until converted; then a buffer of int8, or undefined where the weight is packed.
   torch::Tensor weight;
   /// Parameter until converted; then a buffer of float32. Undefined without bias.
   torch::Tensor bias;
@@ -151,11 +167,20 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
       return QuantStateImpl::Rounded{as_stored(quant->apply("weight", by_channel(w))), b};
     });
   }
+  /// The layer with the weight of those, on values that may lie on a grid.
+  virtual torch::Tensor compute_packed(const torch::Tensor& x, const quantization::QuantizedTensorParts& w,
+                                       const torch::Tensor& b) {
+    return compute(x, as_stored(quantization::dequantize_packed(w)), b);
+  }
   /// Called by convert() and restore() while the layer does not yet count as converted.
   virtual void after_convert() {}
 
   /// The layer in the mode that it is in.
   torch::Tensor run(const torch::Tensor& x) {
+    if (packed_.has_value()) {
+      const auto y = compute_packed(quant->apply("input", x), *packed_, bias);
+      return this->with_output_grid(relu_ ? ops::relu(y) : y);
+    }
     if (mode_ == Mode::converted && executes_integers()) {
       return this->with_output_grid(execute(x));
     }
@@ -241,7 +266,57 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
     mode_ = Mode::converted;
   }
 
+  bool packs_weight() const {
+    const auto& scheme = quant->find("weight")->options.scheme;
+    return !scheme.is_plain() && scheme.rounding == quantization::Rounding::nearest_even;
+  }
+
+  /// Codes and scales of the trained weight, and the bias, with batch normalization folded in.
+  std::pair<quantization::QuantizedTensorParts, torch::Tensor> pack_weight() {
+    const torch::NoGradGuard no_grad;
+    const auto [folded_weight, folded_bias] = folded();
+    const auto laid_out = by_channel(folded_weight);
+    auto* quantizer = quant->find("weight");
+    if (quantizer->observe) {
+      quantizer->forward(laid_out);
+    }
+    const auto& scheme = quantizer->options.scheme;
+    const auto scale = quantizer->codebook.defined() ? quantizer->codebook : quantizer->scale;
+    auto parts = scheme.dynamic ? quantization::quantize_to(laid_out, scheme)
+                                : quantization::quantize_to(laid_out, scheme, scale, quantizer->zero_point);
+    for (auto& [name, tensor] : parts.tensors) {
+      tensor = tensor.to(laid_out.device());
+    }
+    return {parts, folded_bias.defined() ? folded_bias.detach().clone() : folded_bias};
+  }
+
+  void become_packed(const quantization::QuantizedTensorParts& parts, const torch::Tensor& float_bias) {
+    this->parameters_.erase("weight");
+    if (bias.defined()) {
+      this->parameters_.erase("bias");
+    }
+    weight = torch::Tensor();
+    bias = float_bias.defined() ? this->register_buffer("bias", float_bias) : torch::Tensor();
+    packed_ = parts;
+    for (auto& [name, tensor] : packed_->tensors) {
+      tensor = this->register_buffer("weight_" + name, tensor);
+    }
+    quant->remove("weight");
+    std::erase_if(specs_, [](const auto& item) { return item.first == "weight"; });
+    after_convert();
+    mode_ = Mode::converted;
+  }
+
   void register_converted() {
+    if (packed_.has_value()) {
+      for (auto& [name, tensor] : packed_->tensors) {
+        tensor = this->register_buffer("weight_" + name, torch::empty_like(tensor));
+      }
+      if (bias.defined()) {
+        bias = this->register_buffer("bias", torch::empty_like(bias));
+      }
+      return;
+    }
     weight = this->register_buffer("weight", torch::empty_like(weight));
     if (bias.defined()) {
       bias = this->register_buffer("bias", torch::empty_like(bias));
@@ -249,6 +324,7 @@ class WeightedModule : public torch::nn::Cloneable<Derived>, public Quantizable 
   }
 
   std::optional<std::string> float_reason_;
+  std::optional<quantization::QuantizedTensorParts> packed_;  // its tensors are buffers
 };
 
 }  // namespace rarefy::nn

@@ -10,6 +10,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <vector>
 
 // A converted model on the disk: a folder with
 //
@@ -27,13 +28,26 @@ struct IntegerRange {
   bool operator==(const IntegerRange&) const = default;
 };
 
-/// Whether layers of the kind have several weights, each with a grid of its own name: recurrent ones.
+/// Whether layers of the kind have several weights, each with a grid of its own name: recurrent ones and attention.
 RAREFY_API bool has_several_weights(const std::string& kind);
+
+/// The quantizer of a tensor of a layer with several weights ("weight_ih_l0" of its own, "weight_query" of "q_proj_weight"); unset
+/// for tensors that are none of its weights.
+RAREFY_API std::optional<std::string> weight_quantizer(const std::string& kind, const std::string& tensor);
+
+/// What a file says of a weight that is kept as codes and scales: `<layer>.weight_data`, `<layer>.weight_scale`, ... (see
+/// rarefy/quantization/packed.h).
+struct SavedPacking {
+  Scheme scheme;
+  std::vector<int64_t> shape;
+  c10::ScalarType dtype = c10::kFloat;  // of the numbers that the codes stand for
+  bool operator==(const SavedPacking&) const = default;
+};
 
 /// What a file says of one converted layer.
 struct SavedLayer {
   /// "Linear", "Conv1d" to "Conv3d" (batch normalization folded in or not), "ConvTranspose1d" to "ConvTranspose3d",
-  /// "Embedding", "Add", "Mul", "Cat", "LSTM", "GRU", "LSTMCell", "GRUCell", and those that one language alone has
+  /// "Embedding", "Add", "Mul", "Cat", "LSTM", "GRU", "LSTMCell", "GRUCell", "MultiheadAttention", and those that one language alone has
   /// ("TransposedLinear").
   std::string kind;
   /// Whether max(y, 0) is part of the layer.
@@ -42,12 +56,15 @@ struct SavedLayer {
   bool channels_last = false;
   /// The grid of each tensor on one, by the name of its quantizer below `<layer>.quant`: "input", "input0", "input1",
   /// "weight", "output"; of a layer with several weights those of the weights ("weight_ih_l0"), of the input of each layer
-  /// ("input_l0") and of each hidden state ("hidden_l0").
+  /// ("input_l0") and of each hidden state ("hidden_l0"); of attention those of the projections ("weight_query", "input_query") and of
+  /// what its heads multiply ("query", "key", "probabilities", "value").
   std::map<std::string, Scheme> quantizers;
   /// The grid `<layer>.quant.next` of the bytes that the layer hands on; unset where it gives floats.
   std::optional<IntegerRange> next = std::nullopt;
   /// The runtime that the layer was prepared for (QConfig::target); empty when none was chosen.
   std::string target;
+  /// Set where codes and scales of a format take the place of an int8 weight, which has a quantizer otherwise.
+  std::optional<SavedPacking> packed = std::nullopt;
 
   bool operator==(const SavedLayer&) const = default;
 };
