@@ -342,7 +342,7 @@ at::Tensor dequantize(const QuantizedTensorParts& parts) {
     values = values * spread(part(parts, "scale"), like, sharing, computing);
   } else {
     const auto list = code_table(scheme);
-    const auto table = at::tensor(at::ArrayRef<float>(list), at::kFloat).to(data.device(), computing);
+    const auto table = at::tensor(at::ArrayRef<float>(list), at::kFloat).to(codes.device(), computing);
     values = table.index_select(0, codes) * spread(scales_of_parts(parts), like, sharing, computing);
   }
   return values.to(parts.dtype).reshape(parts.shape);
