@@ -4,6 +4,7 @@
 #include <rarefy/nn/quantizable.h>
 #include <rarefy/onnx/export_onnx.h>
 #include <rarefy/quantization/fake_quantizer.h>
+#include <rarefy/quantization/packed.h>
 #include <rarefy/quantization/target.h>
 #include <rarefy/version.h>
 #include <torch/nn/module.h>
@@ -175,6 +176,16 @@ class Simulation {
   std::vector<State> states_;
 };
 
+/// The integers of a table, of 9 to 16 bits too, which no integer kernel takes.
+nn::IntegerWeight table_of(nn::EmbeddingImpl& layer, const FakeQuantizerImpl& quantizer) {
+  const auto& scheme = quantizer.options.scheme;
+  if (scheme.bits <= 8) {
+    return layer.integer_weight();
+  }
+  const auto parts = quantization::quantize_to(layer.weight, scheme, quantizer.scale, quantizer.zero_point);
+  return {(quantization::stored_codes(parts) + scheme.qmin()).to(at::kShort), quantizer.scale, {}};
+}
+
 /// Says what the tables of prepared embeddings are.
 void take_tables(const torch::nn::Module& model, onnx::TranslateOptions& options) {
   const auto parameters = model.named_parameters(), buffers = model.named_buffers();
@@ -187,7 +198,7 @@ void take_tables(const torch::nn::Module& model, onnx::TranslateOptions& options
     if (!quantizer.options.scheme.is_plain()) {
       continue;
     }
-    auto integers = layer->integer_weight();
+    auto integers = table_of(*layer, quantizer);
     integers.scale = quantizer.options.scheme.axis().has_value() ? integers.scale : quantizer.scale;
     // What has several names has the one in the recording that comes first.
     for (const auto& item : parameters) {
