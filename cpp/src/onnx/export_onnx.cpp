@@ -248,6 +248,18 @@ void place_quantizers(onnx::Model& model, const quantization::TargetProfile& pro
   model.remove_unused();
 }
 
+/// OpenVINO reads scales in blocks only where these divide the axis.
+void check_whole_blocks(const onnx::Model& model) {
+  for (const auto* node : model.nodes({"DequantizeLinear"})) {
+    const auto block = node->integer("block_size", 0);
+    const auto& sizes = node->inputs[0]->shape;
+    const auto size = block == 0 ? 0 : sizes[static_cast<size_t>(node->integer("axis", 1))].size;
+    TORCH_CHECK_VALUE(block == 0 || size % block == 0,
+                      "[export_onnx] OpenVINO has scales of blocks that divide the axis alone, got blocks of ", block,
+                      " along ", size, " in ", node->name);
+  }
+}
+
 std::string describe(const onnx::Value& value) {
   std::vector<std::string> sizes;
   for (const auto& dim : value.shape) {
@@ -290,6 +302,9 @@ OnnxReport export_onnx(torch::nn::Module& model, const OnnxForward& forward,
   const auto recording = onnx::record_runs(model, forward, example_inputs, options.dynamic_batch);
   auto translated = onnx::Translator(recording, std::move(translation)).run();
   place_quantizers(translated, profile, opset);
+  if (profile.name == "openvino") {
+    check_whole_blocks(translated);
+  }
   translated.name_outputs();
 
   OnnxReport report{path, 0, options.target, opset, {}, {}, {}};
