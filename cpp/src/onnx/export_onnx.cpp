@@ -4,6 +4,7 @@
 #include <rarefy/nn/quantizable.h>
 #include <rarefy/onnx/export_onnx.h>
 #include <rarefy/quantization/fake_quantizer.h>
+#include <rarefy/quantization/packed.h>
 #include <rarefy/quantization/target.h>
 #include <rarefy/version.h>
 #include <torch/nn/module.h>
@@ -175,6 +176,16 @@ class Simulation {
   std::vector<State> states_;
 };
 
+/// The integers of a table, of 9 to 16 bits too, which no integer kernel takes.
+nn::IntegerWeight table_of(nn::EmbeddingImpl& layer, const FakeQuantizerImpl& quantizer) {
+  const auto& scheme = quantizer.options.scheme;
+  if (scheme.bits <= 8) {
+    return layer.integer_weight();
+  }
+  const auto parts = quantization::quantize_to(layer.weight, scheme, quantizer.scale, quantizer.zero_point);
+  return {(quantization::stored_codes(parts) + scheme.qmin()).to(at::kShort), quantizer.scale, {}};
+}
+
 /// Says what the tables of prepared embeddings are.
 void take_tables(const torch::nn::Module& model, onnx::TranslateOptions& options) {
   const auto parameters = model.named_parameters(), buffers = model.named_buffers();
@@ -187,7 +198,7 @@ void take_tables(const torch::nn::Module& model, onnx::TranslateOptions& options
     if (!quantizer.options.scheme.is_plain()) {
       continue;
     }
-    auto integers = layer->integer_weight();
+    auto integers = table_of(*layer, quantizer);
     integers.scale = quantizer.options.scheme.axis().has_value() ? integers.scale : quantizer.scale;
     // What has several names has the one in the recording that comes first.
     for (const auto& item : parameters) {
@@ -237,6 +248,18 @@ void place_quantizers(onnx::Model& model, const quantization::TargetProfile& pro
   model.remove_unused();
 }
 
+/// OpenVINO reads scales in blocks only where these divide the axis.
+void check_whole_blocks(const onnx::Model& model) {
+  for (const auto* node : model.nodes({"DequantizeLinear"})) {
+    const auto block = node->integer("block_size", 0);
+    const auto& sizes = node->inputs[0]->shape;
+    const auto size = block == 0 ? 0 : sizes[static_cast<size_t>(node->integer("axis", 1))].size;
+    TORCH_CHECK_VALUE(block == 0 || size % block == 0,
+                      "[export_onnx] OpenVINO has scales of blocks that divide the axis alone, got blocks of ", block,
+                      " along ", size, " in ", node->name);
+  }
+}
+
 std::string describe(const onnx::Value& value) {
   std::vector<std::string> sizes;
   for (const auto& dim : value.shape) {
@@ -279,6 +302,9 @@ OnnxReport export_onnx(torch::nn::Module& model, const OnnxForward& forward,
   const auto recording = onnx::record_runs(model, forward, example_inputs, options.dynamic_batch);
   auto translated = onnx::Translator(recording, std::move(translation)).run();
   place_quantizers(translated, profile, opset);
+  if (profile.name == "openvino") {
+    check_whole_blocks(translated);
+  }
   translated.name_outputs();
 
   OnnxReport report{path, 0, options.target, opset, {}, {}, {}};

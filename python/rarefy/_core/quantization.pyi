@@ -45,6 +45,7 @@ __all__: list[str] = [
     "has_exact_integer_products",
     "histogram_bins",
     "layer_family",
+    "onnx_weight_form",
     "packed_weight_count",
     "part_names",
     "quantize_to",
@@ -779,6 +780,10 @@ class TargetProfile:
         """
         Why no file for the runtime can hold activations on this grid; None when it can.
         """
+    def why_weight_not_written(self, weight: Scheme) -> str | None:
+        """
+        Why no file for the runtime can hold weights of this scheme; None when it can.
+        """
     @property
     def activation_bits(self) -> list[int]:
         """
@@ -808,6 +813,11 @@ class TargetProfile:
     def families(self) -> list[str]:
         """
         Families of layers that run in integers.
+        """
+    @property
+    def formats(self) -> str:
+        """
+        Formats beside plain grids that files may hold: 'all', 'explicit' (int4 in groups, e4m3) or 'none'.
         """
     @property
     def int4_weights(self) -> bool:
@@ -926,6 +936,19 @@ def histogram_bins(
 def layer_family(kind: str) -> str:
     """
     'linear', 'conv', 'conv_transpose', 'embedding', 'recurrent', 'boundary', 'attention', 'add', 'mul' or 'cat': the family of a kind of layer.
+    """
+
+def onnx_weight_form(
+    parts: QuantizedTensorParts,
+    opset: typing.SupportsInt | typing.SupportsIndex,
+    transposed: bool = False,
+    zero_points: bool = True,
+) -> tuple[list, list]:
+    """
+    A stored weight in ONNX's operators: tensors (name, values, is_int4) and nodes (operator, inputs, output, attributes,
+    dtype, shape), of which the last gives the weight. rarefy/onnx/weight_form.h says which operators.
+
+    Raises ValueError for a weight that is not float32, and where the operator set cannot say it.
     """
 
 def packed_weight_count() -> int:

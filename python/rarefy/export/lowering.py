@@ -41,6 +41,7 @@ class Form:
     unsigned: bool
     weights: Literal["integers", "quantize"] = "integers"
     linear: Literal["matmul", "linear"] = "matmul"
+    formats: bool = False
 
 
 #: From the type of a quantizer, and whether it is written unsigned, to the type that is written and how far it moves.
@@ -151,7 +152,7 @@ class _LoweredWeighted(_Lowered):
     ) -> None:
         super().__init__(module, form)
         quantizer = module.quant.weight
-        self.format = self._format_of(module, transposed)
+        self.format = self._format_of(module, form, transposed)
         if self.format is not None:
             self.transposed, self.quantizes, self.axis = transposed, False, None
             self._buffers["weight"] = None
@@ -184,11 +185,13 @@ class _LoweredWeighted(_Lowered):
             self.quantizes = True
 
     @staticmethod
-    def _format_of(module: nn.Module, transposed: bool) -> FormatWeight | None:
+    def _format_of(module: nn.Module, form: Form, transposed: bool) -> FormatWeight | None:
         """The weight of a layer whose scheme is not integers of at most 8 bits, with all output channels on one axis."""
         quantizer = module.quant.weight
         if is_bytes(quantizer):
             return None
+        if not form.formats:
+            raise ValueError(f"[lower] weights must be integers of at most 8 bits, got {quantizer.scheme}")
         values = module._by_channel(module.folded()[0])
         return FormatWeight(stored_parts(quantizer, values), transposed)
 
@@ -337,30 +340,38 @@ class _LoweredSDPA(nn.Module):
 
 
 class _LoweredLoRA(nn.Module):
-    """The adapters merged into a float base; beside the integers of one in int8."""
+    """The adapters merged into a float base; beside the integers of one in int8, and beside the codes of one in NF4."""
 
     def __init__(self, module: nn.Module, form: Form) -> None:
         super().__init__()
-        if module.base == "nf4":
+        if module.base == "nf4" and not form.formats:
             raise ValueError(
-                "[lower] a LoRALinear with a base in NF4 cannot be exported: no operator of files holds NormalFloat; "
+                "[lower] a LoRALinear with a base in NF4 cannot be exported: no operator of these files holds NormalFloat; "
                 "rarefy.nn.merge_lora makes plain linear layers"
             )
-        self.quantized = module.base == "int8"
-        if not self.quantized:
+        self.base = module.base
+        if self.base == "float":
             self.linear = module.merged()
             return
-        for name in ("weight", "weight_scale", "bias", "lora_a", "lora_b"):
+        for name in ("bias", "lora_a", "lora_b"):
             value = getattr(module, name)
             self.register_buffer(name, None if value is None else value.detach().clone())
-        self.register_buffer("zero_point", torch.zeros_like(self.weight_scale, dtype=torch.int64))
         self.scaling = module.scaling
+        if self.base == "nf4":
+            self.format = FormatWeight(module.stored_base())
+            return
+        self.register_buffer("weight", module.weight.detach().clone())
+        self.register_buffer("weight_scale", module.weight_scale.detach().clone())
+        self.register_buffer("zero_point", torch.zeros_like(self.weight_scale, dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.quantized:
+        if self.base == "float":
             return self.linear(x)
-        dequantize = torch.ops.quantized_decomposed.dequantize_per_channel
-        weight = dequantize(self.weight, self.weight_scale, self.zero_point, 0, -127, 127, torch.int8)
+        if self.base == "nf4":
+            weight = self.format()
+        else:
+            dequantize = torch.ops.quantized_decomposed.dequantize_per_channel
+            weight = dequantize(self.weight, self.weight_scale, self.zero_point, 0, -127, 127, torch.int8)
         y = F.linear(x, weight, self.bias)
         return y + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scaling
 
@@ -480,6 +491,7 @@ def lower(
     *,
     weights: Literal["integers", "quantize"] = "integers",
     linear: Literal["matmul", "linear"] = "matmul",
+    formats: bool = False,
 ) -> nn.Module:
     """Replaces every quantized module of `model` by its integer form, in place, and returns the model.
 
@@ -489,13 +501,15 @@ def lower(
         weights: "integers" stores int8 behind a dequantize operator; "quantize" stores the float values that they stand
             for behind a quantize and a dequantize operator, for converters that want to find the integers themselves.
         linear: linear layers as "matmul" with a weight [in, out] and an addition, or as "linear" with [out, in].
+        formats: the writer replaces what stands for weights in other formats than integers (`onnx_formats.write_formats`);
+            without, they are an error.
     """
     from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers torch.ops.quantized_decomposed)
 
     from rarefy.export.lowering_attention import LOWERED_ATTENTION
     from rarefy.export.lowering_recurrent import LOWERED_RECURRENT
 
-    form = Form(unsigned, weights, linear)
+    form = Form(unsigned, weights, linear, formats)
     table = {**_LOWERED, **LOWERED_RECURRENT, **LOWERED_ATTENTION}
     done: dict[nn.Module, nn.Module] = {}  # a module that occurs twice stays one module
 

@@ -82,6 +82,8 @@ class LoweredRecurrent(nn.Module):
                 quantizer = quant.find(name)
                 assert quantizer is not None
                 if not is_bytes(quantizer):
+                    if not form.formats:
+                        raise ValueError(f"[lower] weights must be integers of at most 8 bits, got {quantizer.scheme}")
                     formats[name] = FormatWeight(stored_parts(quantizer, getattr(module, name)), self.matmul)
             tensors = _biases(module) if formats else module.integer_tensors()
         else:

@@ -126,7 +126,7 @@ def to_onnx(
         default = _numbered("output", output_count, taken=input_names)
         output_names = _names("output_names", output_names, output_count, default, taken=input_names)
 
-        lowered = lower(model, unsigned=profile.unsigned_activations)
+        lowered = lower(model, unsigned=profile.unsigned_activations, formats=True)
         del model
         if blocked:
             for case in cases:

@@ -72,6 +72,12 @@ def _write_weight(
     first = next(iter(graph))  # several readers may come later
     for op_type, inputs, output, attributes, dtype, shape in nodes:
         arguments = [values[name] for name in inputs]
+        block, size = attributes.get("block_size", 1), shape[attributes.get("axis", 0)] if shape else 1
+        if profile.name == "openvino" and size % block:
+            raise ValueError(
+                f"[to_onnx] OpenVINO has scales of blocks that divide the axis alone, got blocks of {block} along {size} for "
+                f"{module.parts.scheme} in {stem or 'the root'}"
+            )
         name = f"{stem}/{op_type}" if stem else op_type
         kind = _TYPES[dtype]
         result = add_node(first, True, op_type, arguments, result, kind, name, attributes)

@@ -68,7 +68,7 @@ def to_openvino(
     """
     start = time.perf_counter()
     runtime.require(_FUNCTION, "openvino", "openvino", "onnx", "onnxscript", *(["onnxruntime"] if verify else []))
-    prepared = runtime.prepare_model(_FUNCTION, model, example_inputs, unsigned=True, eight_bits=False)
+    prepared = runtime.prepare_model(_FUNCTION, model, example_inputs, unsigned=True, eight_bits=False, formats=True)
     with runtime.pending(_FUNCTION, path, ".xml") as temporary:
         converted, exported = _convert(model, example_inputs, dynamic_batch, verify)
         _save(converted, temporary, float16)

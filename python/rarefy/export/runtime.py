@@ -152,6 +152,7 @@ def prepare_model(
     unsigned: bool = False,
     weights: Literal["integers", "quantize"] = "integers",
     eight_bits: bool = True,
+    formats: bool = False,
 ) -> Prepared:
     """Checks model and inputs, evaluates a copy of the model, and lowers it.
 
@@ -160,6 +161,7 @@ def prepare_model(
         model, example_inputs: as the exporter got them.
         unsigned, weights: see `lower`.
         eight_bits: the runtime knows one type of activations, int8, whose limits are those of every range.
+        formats: the file is written by `to_onnx`, which holds formats beside plain grids.
 
     Raises:
         TypeError, ValueError: an argument; a quantizer that cannot be written, or that is not one of whole 8 bits.
@@ -170,10 +172,10 @@ def prepare_model(
     example = check_example(function, example_inputs)
     for tensor in example.tensors:
         to_numpy(function, "example_inputs", tensor)
-    check_quantizers(function, model)
+    check_quantizers(function, model, formats)
     model = copy.deepcopy(model).cpu().eval()
     expected = outputs_of(function, model, example)
-    lowered = lower(model, unsigned, weights=weights, linear="linear")
+    lowered = lower(model, unsigned, weights=weights, linear="linear", formats=formats)
     if eight_bits:
         _check_eight_bits(function, lowered)
     with without_rounding(lowered):

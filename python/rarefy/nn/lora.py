@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rarefy._core.quantization import NF4, PerGroup, QuantizedTensorParts, Scheme
+
 _BLOCK, _SCALE_BLOCK = 64, 256
 
 
@@ -101,6 +103,28 @@ class LoRALinear(nn.Module):
             return self.weight.float() * self.weight_scale.unsqueeze(1)
         parts = (self.weight_codes, self.weight_scale_codes, self.weight_scale_steps, self.weight_scale_mean)
         return torch.ops.rarefy.unpack_nf4(*parts, self.in_features, _BLOCK, _SCALE_BLOCK, torch.float32)
+
+    def stored_base(self) -> QuantizedTensorParts:
+        """The frozen weight of a base in NF4, as ``rarefy.quantization.quantize_to`` stores it.
+
+        Raises:
+            ValueError: another base.
+        """
+        if self.base != "nf4":
+            raise ValueError(f"[LoRALinear] the base must be 'nf4' to be stored so, got {self.base!r}")
+        scheme = Scheme(format=NF4(True, _SCALE_BLOCK), granularity=PerGroup(_BLOCK, 1))
+        shape = [self.out_features, self.in_features]
+        bytes_of_rows = self.weight_codes.reshape(self.out_features, -1).cpu()
+        codes = torch.stack([bytes_of_rows & 15, bytes_of_rows >> 4], -1).flatten(1)[:, : self.in_features].flatten()
+        if codes.numel() % 2:
+            codes = F.pad(codes, (0, 1))
+        tensors = {
+            "data": codes[::2] | codes[1::2] << 4,
+            "scale": self.weight_scale_codes.cpu().reshape(scheme.scale_shape(shape)),
+            "scale_scale": self.weight_scale_steps.cpu().reshape(-1),
+            "scale_mean": self.weight_scale_mean.cpu().reshape(1),
+        }
+        return QuantizedTensorParts(scheme, shape, torch.float32, tensors)
 
     def delta(self) -> Tensor:
         """What the adapters add to the weight."""
