@@ -28,6 +28,7 @@ from rarefy.quantization import (
     Scheme,
     Ternary,
     calibrate,
+    convert,
     prepare,
 )
 
@@ -285,6 +286,12 @@ def test_every_layer_in_every_format(turn, tmp_path):
     # No quantizer of an activation: the same numbers in another order of sums.
     assert np.abs(got - want).max() <= (2e-6 if activation is None else 0.15) * np.abs(want).max()
     assert report.differences
+    # Layers that are converted hold the same codes, packed.
+    packed = convert(model)
+    assert sum(isinstance(module, rf.nn.PackedLayer) for module in packed.modules()) >= 4
+    rf.export.to_onnx(packed, inputs, tmp_path / "packed.onnx")
+    again = session_of(tmp_path / "packed.onnx").run(None, {"input_0": inputs[0].numpy(), "input_1": inputs[1].numpy()})
+    assert np.array_equal(again[0], got)
 
 
 def test_int4_groups_are_blocks_of_4_bits(tmp_path):

@@ -359,10 +359,6 @@ def test_folders_are_checked(tmp_path):
     broken.out.weight_scale[0] = float("nan")
     with pytest.raises(ValueError, match=r"\[save_quantized\] layer out: weight_scale must be finite, but is not"):
         save_quantized(broken, tmp_path / "broken")
-    with pytest.raises(
-        ValueError, match=r"\[lower\] .* keeps its weight as .*: export the model before it is converted"
-    ):
-        rf.export.to_onnx(packed, torch.randint(30, (4, 6)), tmp_path / "m.onnx")
 
 
 def test_stochastic_rounding_stays_simulated():

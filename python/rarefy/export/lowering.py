@@ -27,6 +27,7 @@ from rarefy.export.lowering_formats import (
     is_bytes,
     is_observed_grid,
     is_quantized_to_float8,
+    packed_parts,
     stored_parts,
 )
 from rarefy.nn.conv_transpose import weight_by_channel, weight_by_group
@@ -151,14 +152,14 @@ class _LoweredWeighted(_Lowered):
         layout: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(module, form)
-        quantizer = module.quant.weight
         self.format = self._format_of(module, form, transposed)
         if self.format is not None:
             self.transposed, self.quantizes, self.axis = transposed, False, None
             self._buffers["weight"] = None
-            bias = module.folded()[1]
+            bias = module.bias if isinstance(module, rnn.PackedLayer) else module.folded()[1]
             self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
             return
+        quantizer = module.quant.weight
         if isinstance(module, rnn.WeightedLayer):
             integers = module.integer_weight()
         else:  # converted: the integers are its parameters
@@ -187,11 +188,15 @@ class _LoweredWeighted(_Lowered):
     @staticmethod
     def _format_of(module: nn.Module, form: Form, transposed: bool) -> FormatWeight | None:
         """The weight of a layer whose scheme is not integers of at most 8 bits, with all output channels on one axis."""
-        quantizer = module.quant.weight
-        if is_bytes(quantizer):
+        packed = isinstance(module, rnn.PackedLayer)
+        if not packed and is_bytes(module.quant.weight):
             return None
         if not form.formats:
-            raise ValueError(f"[lower] weights must be integers of at most 8 bits, got {quantizer.scheme}")
+            scheme = module.scheme if packed else module.quant.weight.scheme
+            raise ValueError(f"[lower] weights must be integers of at most 8 bits, got {scheme}")
+        if packed:
+            return FormatWeight(packed_parts(module), transposed)
+        quantizer = module.quant.weight
         values = module._by_channel(module.folded()[0])
         return FormatWeight(stored_parts(quantizer, values), transposed)
 
@@ -402,15 +407,20 @@ class _LoweredReLU(nn.ReLU):
 _LOWERED: dict[type[nn.Module], Callable[[nn.Module, Form], nn.Module]] = {
     rnn.ConvLayer: _LoweredConv,
     rnn.QuantizedConv: _LoweredConv,
+    rnn.PackedConv: _LoweredConv,
     rnn.ConvTransposeLayer: _LoweredConvTranspose,
     rnn.QuantizedConvTranspose: _LoweredConvTranspose,
+    rnn.PackedConvTranspose: _LoweredConvTranspose,
     rnn.Linear: _LoweredLinear,
     rnn.TransposedLinear: _LoweredLinear,
     rnn.QuantizedLinear: _LoweredLinear,
+    rnn.PackedLinear: _LoweredLinear,
     rnn.Embedding: _LoweredEmbedding,
     rnn.QuantizedEmbedding: _LoweredEmbedding,
+    rnn.PackedEmbedding: _LoweredEmbedding,
     rnn.EmbeddingBag: _LoweredEmbeddingBag,
     rnn.QuantizedEmbeddingBag: _LoweredEmbeddingBag,
+    rnn.PackedEmbeddingBag: _LoweredEmbeddingBag,
     rnn.Add: _LoweredAdd,
     rnn.QuantizedAdd: _LoweredAdd,
     rnn.Mul: _LoweredMul,
@@ -516,11 +526,6 @@ def lower(
     def replace(name: str, module: nn.Module) -> nn.Module:
         if module in done:
             return done[module]
-        if isinstance(module, rnn.PackedLayer):
-            raise ValueError(
-                f"[lower] {name or 'the root'} keeps its weight as {module.scheme}, which is written from prepared layers "
-                f"alone: export the model before it is converted"
-            )
         result = module
         for kind, lowered in table.items():
             if isinstance(module, kind) and not _is_float(module):

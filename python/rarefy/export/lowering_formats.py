@@ -28,6 +28,7 @@ from rarefy._core.quantization import (
     Ternary,
     quantize_to,
 )
+from rarefy.nn.packed import PackedLayer
 from rarefy.quantization import FakeQuantizer
 
 _SMALLEST_SCALE, _LARGEST_GRID_VALUE = 2.0**-60, float.fromhex("0x1.fffep127")
@@ -119,6 +120,17 @@ def stored_parts(quantizer: FakeQuantizer, weight: Tensor) -> QuantizedTensorPar
         values = quantizer(values)
         scheme = Scheme.from_json(json.dumps({**json.loads(scheme.to_json()), "rounding": "nearest_even", "seed": 0}))
     return quantize_to(values, scheme, scale, zero_point)
+
+
+def packed_parts(layer: PackedLayer) -> QuantizedTensorParts:
+    """The weight of a converted layer, as it holds it.
+
+    Raises:
+        ValueError: it stands for numbers of another type than float32.
+    """
+    if layer.weight_dtype is not torch.float32:
+        raise ValueError(f"[lower] a weight in {layer.scheme} must be float32 to be exported, got {layer.weight_dtype}")
+    return layer.stored()
 
 
 class FormatWeight(nn.Module):

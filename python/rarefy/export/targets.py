@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rarefy import nn as rnn
-from rarefy._core.quantization import Integer, TargetProfile, has_exact_integer_products
+from rarefy._core.quantization import Integer, Scheme, TargetProfile, has_exact_integer_products
 from rarefy.export.lowering import QuantizeDequantize, _LoweredConv, _LoweredLinear
 from rarefy.export.lowering_formats import FormatActivation, holds_float8, needs_blocks
 from rarefy.export.report import Overflow
@@ -47,6 +47,15 @@ def _activations(model: nn.Module) -> Iterator[tuple[str, FakeQuantizer]]:
             yield name, module
 
 
+def _weights(model: nn.Module) -> Iterator[tuple[str, Scheme]]:
+    """The scheme of every weight: of its quantizer, or of what a converted layer holds packed."""
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantizer) and module.is_weight:
+            yield name, module.scheme
+        elif isinstance(module, rnn.PackedLayer):
+            yield f"{name}.weight" if name else "weight", module.scheme
+
+
 def chosen_target(model: nn.Module) -> str:
     """The target that the model was prepared for; "onnxruntime" when none was chosen."""
     chosen = (getattr(module, "target", None) for module in model.modules() if hasattr(module, "quant"))
@@ -68,13 +77,12 @@ def check_target(function: str, model: nn.Module, profile: TargetProfile) -> Non
             )
         if reason is not None:
             raise ValueError(f"[{function}] {name} must have a grid that the target can hold, but {reason}; {hint}")
-    for name, module in model.named_modules():
-        if isinstance(module, FakeQuantizer) and module.is_weight:
-            reason = profile.why_weight_not_written(module.scheme)
-            if reason is not None:
-                raise ValueError(
-                    f"[{function}] {name} must have a format that a file for the target can hold, but {reason}"
-                )
+    for name, scheme in _weights(model):
+        reason = profile.why_weight_not_written(scheme)
+        if reason is not None:
+            raise ValueError(
+                f"[{function}] {name} must have a format that a file for the target can hold, but {reason}"
+            )
     for name, module in model.named_modules():
         kind = next((kind for type_, kind in _KINDS if isinstance(module, type_)), None)
         state = getattr(module, "quant", None)
@@ -105,13 +113,12 @@ def check_target(function: str, model: nn.Module, profile: TargetProfile) -> Non
 def needs_newer_types(model: nn.Module) -> tuple[str, int] | None:
     """What in the model needs types that came with an operator set, and that set; the newest, or None."""
     found: list[tuple[str, int]] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, FakeQuantizer):
-            continue
-        scheme = module.scheme
+    weights = [(name, scheme, "weights") for name, scheme in _weights(model)]
+    activations = [(name, quantizer.scheme, "activations") for name, quantizer in _activations(model)]
+    for name, scheme, side in weights + activations:
         if isinstance(scheme.format, Integer) and scheme.bits > 8 and not scheme.dynamic:
-            found.append((f"{scheme.bits}-bit {'weights' if module.is_weight else 'activations'} ({name})", 21))
-        elif module.is_weight and needs_blocks(scheme):
+            found.append((f"{scheme.bits}-bit {side} ({name})", 21))
+        elif side == "weights" and needs_blocks(scheme):
             found.append((f"{scheme} ({name})", 21))
         elif holds_float8(scheme):
             found.append((f"{scheme} ({name})", 19))

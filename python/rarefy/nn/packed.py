@@ -73,6 +73,11 @@ class PackedLayer(nn.Module):
         for name in self._names:
             self.register_buffer(name, parts.tensors[name.removeprefix("weight_")])
 
+    def stored(self) -> QuantizedTensorParts:
+        """The weight as ``quantize_to`` gave it: without the layout of ``weight``, where that differs."""
+        tensors = {name.removeprefix("weight_"): self._buffers[name] for name in self._names}
+        return QuantizedTensorParts(self.scheme, self.weight_shape, self.weight_dtype, tensors)
+
     def parts(self) -> list[Tensor]:
         """The buffers of the weight, as the operators take them."""
         return [self._buffers[name] for name in self._names]  # type: ignore[misc]
