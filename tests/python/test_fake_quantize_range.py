@@ -79,9 +79,9 @@ def test_loops(shape: tuple[int, ...], axis: int | None, dtype: torch.dtype) -> 
         x_hat, dx, sums = in_loops(grad, x, scale, low, high, axis)
         assert y.dtype == x.grad.dtype == dtype
         assert y.stride() == torch.empty_like(x).stride()
-        assert torch.equal(y.detach().reshape(-1).double(), torch.tensor(x_hat).to(dtype).double())
+        assert torch.equal(y.detach().reshape(-1).double(), torch.tensor(x_hat, dtype=torch.float64).to(dtype).double())
         assert not torch.signbit(y.detach()[y.detach() == 0]).any()
-        assert torch.equal(x.grad.reshape(-1).double(), torch.tensor(dx).double())
+        assert torch.equal(x.grad.reshape(-1).double(), torch.tensor(dx, dtype=torch.float64))
         for parameter, expected in zip(learned, 0.5 * sums, strict=True):
             assert parameter.grad.dtype == torch.float32
             np.testing.assert_allclose(parameter.grad.numpy(), expected, rtol=2e-5, atol=2e-5)

@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 import rarefy as rf
 from rarefy.quantization import (
     LSQ,
-    MSE,
     PACT,
     TQT,
     FakeQuantizer,
@@ -478,6 +477,10 @@ def test_compiled_graphs_start_and_train_alike(kind: str) -> None:
                     p -= 0.01 * p.grad
                     p.grad = None
         torch.testing.assert_close(losses[0], losses[1])
+    for net in (eager, model):
+        for quantizer in net.modules():
+            if isinstance(quantizer, FakeQuantizer):
+                quantizer.settle()  # scales that follow from parameters, which graphs leave alone
     for (name, a), b in zip(eager.state_dict().items(), model.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
     assert model[0].quant.input.calibrated
@@ -661,7 +664,6 @@ def test_integer_execution_is_refused_by_name() -> None:
 def test_recurrent_layers_refuse(layer: nn.Module) -> None:
     with pytest.raises(ValueError, match=rf"\[{type(layer).__name__}\] must have observers of ranges .* got LSQ"):
         prepare_qat(nn.Sequential(layer), config_of("lsq"))
-    assert MSE() is not None
 
 
 def test_export_follows_the_parameters(tmp_path) -> None:
@@ -669,8 +671,6 @@ def test_export_follows_the_parameters(tmp_path) -> None:
     for kind in ("lsq", "bits"):
         model = prepare_qat(network(), config_of(kind), randn(2, 2, 8, 8))
         train(model)
-        with torch.no_grad():
-            model[3].quant.weight._parameters.get("scale", model[0].weight).mul_(1.0)
         model.eval()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
