@@ -67,10 +67,11 @@ def test_architecture(name):
     loss.backward()
     assert torch.isfinite(loss)
     for row in table.quantized:
-        weight = prepared.get_submodule(row.name).weight
-        if weight.requires_grad:  # Whisper's sinusoids do not
-            assert weight.grad is not None, row.name
-            assert torch.isfinite(weight.grad).all(), row.name
+        weights = dict(prepared.get_submodule(row.name).named_parameters(recurse=False))  # an attention has several
+        for key, weight in weights.items():
+            if "weight" in key and weight.requires_grad:  # Whisper's sinusoids do not
+                assert weight.grad is not None, row.name
+                assert torch.isfinite(weight.grad).all(), row.name
     optimizer.step()
 
     # What is deployed computes what was trained: the mean square of the difference, relative to that of the output.
