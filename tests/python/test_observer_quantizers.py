@@ -250,7 +250,7 @@ def test_values_of_observers(observer: object) -> None:
         ),
         (
             lambda: QConfig.int8(weight_observer=MinMax()),
-            "[QConfig] weight_observer must be Latest, MSE or HalfQuadratic, got MinMax()",
+            "[QConfig] weight_observer must be Latest, MSE, HalfQuadratic, LSQ, TQT or LearnedBits, got MinMax()",
         ),
     ],
 )

@@ -247,8 +247,9 @@ TEST_CASE("observers print, compare and check themselves", "[observers]") {
                ContainsSubstring("[QConfig] observer must gather over batches"));
   config.observer = std::nullopt;
   config.weight_observer = Histogram{};
-  REQUIRE_THAT(message_of([&] { config.validate(); }),
-               ContainsSubstring("[QConfig] weight_observer must be Latest, MSE or HalfQuadratic"));
+  REQUIRE_THAT(
+      message_of([&] { config.validate(); }),
+      ContainsSubstring("[QConfig] weight_observer must be Latest, MSE, HalfQuadratic, LSQ, TQT or LearnedBits"));
 }
 
 TEST_CASE("models are calibrated by every observer, and converted", "[observers]") {
