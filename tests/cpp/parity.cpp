@@ -43,11 +43,16 @@ rarefy::quantization::QConfig config_of(const std::string& execution) {
   }
   TORCH_CHECK(!learned_names(execution).empty(), "EXECUTION must be integer, simulated or a learned grid");
   config.activation->symmetric = execution == "tqt" || execution == "bits";
-  const auto of_weights = execution == "tqt"    ? Observer(TQT{})
-                          : execution == "bits" ? Observer(LearnedBits{})
-                                                : Observer(LSQ{});
-  config.weight_observer = of_weights;
-  config.observer = execution == "lsq_plus" ? Observer(LSQPlus{}) : of_weights;
+  if (execution == "tqt") {
+    config.weight_observer = config.observer = TQT{};
+  } else if (execution == "bits") {
+    config.weight_observer = config.observer = LearnedBits{};
+  } else {
+    config.weight_observer = config.observer = LSQ{};
+  }
+  if (execution == "lsq_plus") {
+    config.observer = LSQPlus{};
+  }
   return config;
 }
 

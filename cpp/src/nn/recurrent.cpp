@@ -104,11 +104,14 @@ void RecurrentModule<Derived>::prepare(const quantization::LayerConfig& config,
     return;
   }
   const auto observer = config.observer.value_or(default_observer);
-  const auto of_weights = config.weight_observer.value_or(quantization::Latest{});
-  for (const auto& each : {observer, of_weights}) {
+  const auto refuse_learned = [this](const quantization::Observer& each) {
     TORCH_CHECK_VALUE(!quantization::is_learned(each), "[prepare] ", kind(),
                       " must have observers of ranges (its steps run on a grid that is fixed for the sequence), got ",
                       quantization::str(each), "; give it an override");
+  };
+  refuse_learned(observer);
+  if (config.weight_observer.has_value()) {
+    refuse_learned(*config.weight_observer);
   }
   const auto of_weight = [&](const torch::Tensor& weight) {
     return quantization::FakeQuantizerOptions{*config.weight, quantization::Latest{}, shape_.gates(),

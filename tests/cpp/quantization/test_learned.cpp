@@ -172,7 +172,8 @@ TEST_CASE("Networks with learned grids train, are cloned, and convert to what th
     for (const auto& item : model->named_parameters()) {
       before[item.key()] = item.value().detach().clone();
     }
-    torch::optim::SGD optimizer(parameter_groups(*model, torch::optim::SGDOptions(0.05).weight_decay(0.1), 0.02));
+    const auto options = torch::optim::SGDOptions(0.05).weight_decay(0.1);
+    torch::optim::SGD optimizer(parameter_groups(*model, options, 0.02), options);
     REQUIRE(optimizer.param_groups().size() == 2);
     const auto& own = static_cast<torch::optim::SGDOptions&>(optimizer.param_groups()[1].options());
     REQUIRE(own.lr() == 0.02);

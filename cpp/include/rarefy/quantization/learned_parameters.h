@@ -19,7 +19,8 @@ RAREFY_API SplitParameters split_parameters(const torch::nn::Module& model);
 
 /// Two groups for an optimizer: the network's parameters with the options given, and those of quantizers with the learning rate
 /// `quantizer_rate` and without weight decay. Make the optimizer after prepare_qat or prepare, which make the parameters.
-///   torch::optim::SGD optimizer(parameter_groups(*net, torch::optim::SGDOptions(0.01).momentum(0.9), 0.001));
+///   const auto options = torch::optim::SGDOptions(0.01).momentum(0.9);
+///   torch::optim::SGD optimizer(parameter_groups(*net, options, 0.001), options);
 template <typename Options>
 std::vector<torch::optim::OptimizerParamGroup> parameter_groups(const torch::nn::Module& model, const Options& options,
                                                                 double quantizer_rate) {
