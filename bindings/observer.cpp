@@ -1,5 +1,4 @@
 #include <pybind11/stl/filesystem.h>
-#include <rarefy/quantization/learned_grids.h>
 #include <rarefy/quantization/observer.h>
 #include <rarefy/quantization/statistics.h>
 
@@ -86,15 +85,6 @@ lowest: smallest width, 2 to 8.)")
       .def_readonly("lowest", &LearnedBits::lowest)
       .def(py::pickle([](const LearnedBits& self) { return py::make_tuple(self.lowest); },
                       [](const py::tuple& state) { return LearnedBits{state[0].cast<int64_t>()}; }));
-  m.def("learned_kind", &learned_kind, py::arg("observer"), "The name by which operators know a learned grid, or ''.");
-  m.def("learned_names", &learned_names, py::arg("kind"), "The parameters of a learned grid.");
-  m.def(
-      "check_learned_scheme",
-      [](const Observer& observer, const Scheme& scheme, bool is_weight) {
-        check_learned_scheme("FakeQuantizer", observer, scheme, is_weight);
-      },
-      py::arg("observer"), py::arg("scheme"), py::arg("is_weight"),
-      "Raises ValueError for a scheme that a learned grid cannot have.");
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 #include <rarefy/quantization/format_search.h>
+#include <rarefy/quantization/learned_grids.h>
 #include <rarefy/quantization/packed.h>
 #include <rarefy/quantization/packed_weight.h>
 
@@ -368,6 +369,15 @@ Raises ValueError, with the rule and the value, for a combination that does not 
       .def("__repr__", &scheme_repr)
       .def(py::pickle([](const Scheme& self) { return py::make_tuple(self.to_json()); },
                       [](const py::tuple& state) { return Scheme::from_json(state[0].cast<std::string>()); }));
+  m.def("learned_kind", &learned_kind, py::arg("observer"), "The name by which operators know a learned grid, or ''.");
+  m.def("learned_names", &learned_names, py::arg("kind"), "The parameters of a learned grid.");
+  m.def(
+      "check_learned_scheme",
+      [](const Observer& observer, const Scheme& scheme, bool is_weight) {
+        check_learned_scheme("FakeQuantizer", observer, scheme, is_weight);
+      },
+      py::arg("observer"), py::arg("scheme"), py::arg("is_weight"),
+      "Raises ValueError for a scheme that a learned grid cannot have.");
   m.def("why_not_observed", &why_not_observed, py::arg("scheme"), py::arg("observer"),
         "Why an observer cannot serve a scheme, or None.");
   init_packed(m);

@@ -88,12 +88,16 @@ def test_a_transformer_for_each_target(target, tmp_path):
         close(run(tmp_path / "m.onnx", [x])[0], model(x))
 
 
-def test_what_cannot_be_written_says_so(tmp_path):
+def test_formats_and_16_bits(tmp_path):
     x = torch.randn(2, 5, WIDTH)
     model = nn.Sequential(SelfAttends(attention("batch first")))
     for config in (QConfig.nf4(), QConfig.mxfp8()):
-        with pytest.raises(ValueError, match=r"a file holds integers with one observed scale"):
-            rf.export.to_onnx(prepare(model, config).eval(), x, tmp_path / "m.onnx")
+        prepared = calibrate(prepare(model, config), [x]).eval()
+        rf.export.to_onnx(prepared, x, tmp_path / "m.onnx")
+        want = prepared(x).detach()
+        assert (run(tmp_path / "m.onnx", [x])[0] - want).abs().max() <= 0.1 * want.abs().max()
+        with pytest.raises(ValueError, match="qnn"):
+            rf.export.to_onnx(prepared, x, tmp_path / "none.onnx", target="qnn")
     wide = calibrate(prepare(model, QConfig.int8(activation=Scheme(bits=16, symmetric=False))), [x]).eval()
     rf.export.to_onnx(wide, x, tmp_path / "m.onnx")
     assert np.isfinite(run(tmp_path / "m.onnx", [x])[0].numpy()).all()

@@ -288,10 +288,25 @@ def test_every_layer_in_every_format(turn, tmp_path):
     assert report.differences
     # Layers that are converted hold the same codes, packed.
     packed = convert(model)
-    assert sum(isinstance(module, rf.nn.PackedLayer) for module in packed.modules()) >= 4
+    assert sum(isinstance(module, rf.nn.PackedLayer) for module in packed.modules()) >= 2
     rf.export.to_onnx(packed, inputs, tmp_path / "packed.onnx")
     again = session_of(tmp_path / "packed.onnx").run(None, {"input_0": inputs[0].numpy(), "input_1": inputs[1].numpy()})
     assert np.array_equal(again[0], got)
+
+
+@pytest.mark.parametrize("config", [QConfig.int4_weight_only(8), QConfig.nf4(), QConfig.fp8()])
+def test_weights_of_one_shape_are_told_apart(config, tmp_path):
+    """Attention has four of them: as prepared and as converted."""
+    x = torch.randn(3, 5, 16)
+    layer = nn.TransformerEncoderLayer(16, 2, 16, dropout=0.0, batch_first=True).eval()
+    model = prepare(layer, config, x)
+    calibrate(model, [x])
+    rf.export.to_onnx(model, x, tmp_path / "m.onnx")
+    got = session_of(tmp_path / "m.onnx").run(None, {"input": x.numpy()})[0]
+    want = model(x).detach().numpy()
+    assert np.abs(got - want).max() <= (1e-5 if config.activation is None else 0.15) * np.abs(want).max()
+    rf.export.to_onnx(convert(model), x, tmp_path / "packed.onnx")
+    assert np.array_equal(session_of(tmp_path / "packed.onnx").run(None, {"input": x.numpy()})[0], got)
 
 
 def test_int4_groups_are_blocks_of_4_bits(tmp_path):

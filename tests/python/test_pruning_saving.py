@@ -248,6 +248,7 @@ def test_masks_are_applied_after_an_exception_too():
 
 def test_peft():
     import peft
+
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     put_masks(model)

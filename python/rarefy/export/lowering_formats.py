@@ -32,7 +32,7 @@ from rarefy.nn.packed import PackedLayer
 from rarefy.quantization import FakeQuantizer
 
 _SMALLEST_SCALE, _LARGEST_GRID_VALUE = 2.0**-60, float.fromhex("0x1.fffep127")
-_NUMBERS = itertools.count()
+_NUMBERS = itertools.count(1)
 
 
 def is_bytes(quantizer: FakeQuantizer) -> bool:
@@ -134,8 +134,8 @@ def packed_parts(layer: PackedLayer) -> QuantizedTensorParts:
 
 
 class FormatWeight(nn.Module):
-    """A weight in a format. While a program is traced, one DequantizeLinear of a tensor that stands for it (`key`), which
-    `onnx_formats.write_weights` replaces by the operators of the format.
+    """A weight in a format. While a program is traced, one DequantizeLinear of a tensor that stands for it, by whose scale
+    (`number`: exporters make one of tensors that are equal) `onnx_formats` finds it, and writes the operators of the format.
 
     Args:
         parts: the weight as it is stored.
@@ -145,9 +145,9 @@ class FormatWeight(nn.Module):
     def __init__(self, parts: QuantizedTensorParts, transposed: bool = False) -> None:
         super().__init__()
         self._held, self.transposed = _Parts(parts), transposed
-        self.key = f"stored_{next(_NUMBERS)}"
+        self.number = next(_NUMBERS)
         shape = [*parts.shape[:-2], parts.shape[-1], parts.shape[-2]] if transposed else parts.shape
-        self.register_buffer(self.key, torch.zeros(shape, dtype=torch.int8))
+        self.register_buffer("stand_in", torch.zeros(shape, dtype=torch.int8))
 
     @property
     def parts(self) -> QuantizedTensorParts:
@@ -157,8 +157,8 @@ class FormatWeight(nn.Module):
     def forward(self) -> Tensor:
         """The weight, float32."""
         if torch.compiler.is_exporting():
-            marker = self._buffers[self.key]
-            return torch.ops.quantized_decomposed.dequantize_per_tensor(marker, 1.0, 0, -128, 127, torch.int8)
+            arguments = (self.stand_in, float(self.number), 0, -128, 127, torch.int8)
+            return torch.ops.quantized_decomposed.dequantize_per_tensor(*arguments)
         values = self.parts.dequantize()
         return values.transpose(-2, -1) if self.transposed else values
 

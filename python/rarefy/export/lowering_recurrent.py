@@ -51,7 +51,7 @@ class LoweredWeight(nn.Module):
         return ops.dequantize_per_channel(values, *grid)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, matmul: bool) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, matmul: bool) -> Tensor:
     """x [..., in] times a weight, [in, out] for `matmul`."""
     if not matmul:
         return F.linear(x, weight, bias)
@@ -109,7 +109,7 @@ class LoweredRecurrent(nn.Module):
     def _product(self, part: str, direction: Direction) -> Callable[[Tensor], Tensor]:
         lowered: LoweredWeight | FormatWeight = getattr(self, f"weight_{part}{direction.suffix}")
         bias, weight = getattr(self, f"bias_{part}{direction.suffix}", None), lowered()
-        return lambda x: _product(x, weight, bias, self.matmul)
+        return lambda x: product(x, weight, bias, self.matmul)
 
     def _step(self, gates: Tensor, product: Tensor | None, h: Tensor | None, c: Tensor | None) -> State:
         """One step; without a product and states the first one, of zeros."""

@@ -35,7 +35,6 @@ def write_formats(model: ir.Model, lowered: nn.Module, profile: TargetProfile, o
 
     Raises:
         ValueError: the operator set cannot say it.
-        RuntimeError: a weight of the program is not in the graph.
     """
     _write_weights(model.graph, lowered, profile, opset)
     _write_activations(model.graph, lowered)
@@ -43,19 +42,18 @@ def write_formats(model: ir.Model, lowered: nn.Module, profile: TargetProfile, o
 
 
 def _write_weights(graph: ir.Graph, lowered: nn.Module, profile: TargetProfile, opset: int) -> None:
-    weights = {module.key: module for module in lowered.modules() if isinstance(module, FormatWeight)}
+    weights = {m.number: (name, m) for name, m in lowered.named_modules() if isinstance(m, FormatWeight)}
     if not weights:
         return
-    written: dict[str, ir.Value] = {}
+    written: dict[int, ir.Value] = {}
     for node in nodes_of(graph, "DequantizeLinear"):
-        marker = node.inputs[0].name or ""
-        path, _, key = marker.rpartition(".")
-        module = weights.get(key)
-        if module is None:
+        if (node.inputs[0].name or "").rpartition(".")[2] != "stand_in":
             continue
-        if key not in written:
-            written[key] = _write_weight(graph, node, module, path, profile, opset)
-        bypass(node, written[key])
+        number = int(node.inputs[1].const_value.numpy())
+        if number not in written:
+            name, module = weights[number]
+            written[number] = _write_weight(graph, node, module, name, profile, opset)
+        bypass(node, written[number])
 
 
 def _write_weight(

@@ -349,11 +349,12 @@ class MultiheadAttention(AttentionForward, QuantizableLayer, nn.MultiheadAttenti
             if quantizer.observe:
                 quantizer(weight)
             tensors[f"{part[0]}_proj_weight"] = quantizer.quantize_to_integer(weight)
-        for name in ("in_proj_bias", "bias_k", "bias_v"):
-            bias = getattr(self, name)
-            if bias is not None:
-                tensors[name] = bias.detach().float().clone()
-        return tensors
+        return tensors | self.biases()
+
+    def biases(self) -> dict[str, Tensor]:
+        """Copies of those that it has, as float32, by name."""
+        found = {name: getattr(self, name) for name in ("in_proj_bias", "bias_k", "bias_v")}
+        return {name: bias.detach().float().clone() for name, bias in found.items() if bias is not None}
 
     @classmethod
     def integer_shapes(cls, module: nn.MultiheadAttention) -> dict[str, torch.Size]:

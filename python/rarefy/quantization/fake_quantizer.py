@@ -64,9 +64,10 @@ class FakeQuantizer(nn.Module):
 
     A learned grid (``LSQ``, ``LSQPlus``, ``PACT``, ``TQT``, ``LearnedBits``) has parameters: ``scale``; ``scale`` and
     ``offset``; ``alpha``; ``log2_threshold``; ``bits`` and ``bound``. Its ``min_val`` and ``max_val`` are the range that
-    training began with. It starts from the first batch that is rounded in training, from all batches of a calibration (the mean of their ranges), or
-    from the weight, and is the same in all processes. From then on ``observe`` does not matter: a parameter that does not
-    require a gradient is frozen. A sign that a step of the optimizer gives to a scale, alpha or bound does not count.
+    training began with. It starts from the first batch that is rounded in training, from all batches of a
+    calibration (the mean of their ranges), or from the weight, and is the same in all processes. From then on
+    ``observe`` does not matter: a parameter that does not require a gradient is frozen. A sign that a step of the
+    optimizer gives to a scale, alpha or bound does not count.
 
     A weight (observer ``Latest``, ``MSE`` or ``HalfQuadratic``, or a learned grid with a ``shape``) is observed at every
     forward; an activation while training, and in calibration (``observe`` without ``quantize``) always, but not inside of a

@@ -173,7 +173,7 @@ TEST_CASE("Networks with learned grids train, are cloned, and convert to what th
       before[item.key()] = item.value().detach().clone();
     }
     const auto options = torch::optim::SGDOptions(0.05).weight_decay(0.1);
-    torch::optim::SGD optimizer(parameter_groups(*model, options, 0.02), options);
+    torch::optim::SGD optimizer(parameter_groups(*model, options, 0.02), torch::optim::SGDOptions(1e-3));
     REQUIRE(optimizer.param_groups().size() == 2);
     const auto& own = static_cast<torch::optim::SGDOptions&>(optimizer.param_groups()[1].options());
     REQUIRE(own.lr() == 0.02);

@@ -20,7 +20,9 @@ RAREFY_API SplitParameters split_parameters(const torch::nn::Module& model);
 /// Two groups for an optimizer: the network's parameters with the options given, and those of quantizers with the learning rate
 /// `quantizer_rate` and without weight decay. Make the optimizer after prepare_qat or prepare, which make the parameters.
 ///   const auto options = torch::optim::SGDOptions(0.01).momentum(0.9);
-///   torch::optim::SGD optimizer(parameter_groups(*net, options, 0.001), options);
+///   torch::optim::SGD optimizer(parameter_groups(*net, options, 0.002), torch::optim::SGDOptions(1e-3));
+/// The optimizer's own options, the last argument, must be LibTorch's defaults (1e-3 is the rate's): an option of a group that
+/// equals its default is taken from them, so that a weight decay there would come back to the quantizers.
 template <typename Options>
 std::vector<torch::optim::OptimizerParamGroup> parameter_groups(const torch::nn::Module& model, const Options& options,
                                                                 double quantizer_rate) {
