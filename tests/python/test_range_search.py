@@ -43,6 +43,7 @@ def least_by_trying(x: np.ndarray, grid: tuple[int, int, bool], norm: float, ste
 def test_error_is_the_least_of_those_tried(
     shape: tuple[int, ...], dtype: torch.dtype, grid: tuple[int, int, bool]
 ) -> None:
+    torch.manual_seed(0)
     x = torch.randn(shape).to(dtype)
     for axis in (None, *range(len(shape))):
         rows = rows_of(x, axis)[:4].float().numpy()
@@ -52,7 +53,7 @@ def test_error_is_the_least_of_those_tried(
             results.append((low, high))
             for i, row in enumerate(rows):
                 got = plain.error(row, low[i].item(), high[i].item(), grid)
-                assert got <= least_by_trying(row, grid, 2.0, 20) * (1 + 1e-5) + 1e-12
+                assert got <= least_by_trying(row, grid, 2.0, 20) * (1 + 1e-4) + 1e-12  # ends are float32
                 assert got <= plain.error(row, row.min(), row.max(), grid) * (1 + 1e-6) + 1e-12
         if axis is not None:  # the order of a row's values is that of the axes
             assert all(torch.equal(a[0], results[0][0]) and torch.equal(a[1], results[0][1]) for a in results)

@@ -16,7 +16,10 @@ __all__: list[str] = [
     "Histogram",
     "Integer",
     "LONGEST_INTEGER_SUM",
+    "LSQ",
+    "LSQPlus",
     "Latest",
+    "LearnedBits",
     "MSE",
     "MX",
     "MeanNoOutliers",
@@ -25,6 +28,7 @@ __all__: list[str] = [
     "MovingAverage",
     "NF4",
     "NVFP4",
+    "PACT",
     "PerBlock",
     "PerChannel",
     "PerGroup",
@@ -37,14 +41,18 @@ __all__: list[str] = [
     "SQNR",
     "SavedLayer",
     "Scheme",
+    "TQT",
     "TargetProfile",
     "Ternary",
     "averaging_constant",
+    "check_learned_scheme",
     "clear_packed_weights",
     "follows_latest",
     "has_exact_integer_products",
     "histogram_bins",
     "layer_family",
+    "learned_kind",
+    "learned_names",
     "onnx_weight_form",
     "packed_weight_count",
     "part_names",
@@ -244,6 +252,86 @@ class HalfQuadratic:
     def kappa(self) -> float: ...
     @property
     def norm(self) -> float: ...
+
+class LSQ:
+    """
+    Learned step size (Esser et al., 2020, arXiv:1902.08153): the scale is a parameter.
+
+    For weights and activations. Begins at 2 * mean|x| / sqrt(levels) where the grid is symmetric, at the range of least error
+    elsewhere.
+
+    gradient_scale: what the scale's gradient is multiplied with. None: 1 / sqrt(n * levels), n being the number of elements of a
+        channel of a weight (of the weight, per tensor), or of one sample of an activation, and levels the integers above 0.
+    """
+    def __eq__(self, arg0: LSQ) -> bool: ...
+    def __getstate__(self) -> tuple[float | None]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self, gradient_scale: typing.SupportsFloat | typing.SupportsIndex | None = None) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def gradient_scale(self) -> float | None: ...
+
+class LSQPlus:
+    """
+    Learned step size and offset (Bhalgat et al., 2020, arXiv:2004.09576).
+
+    For asymmetric activations. The offset is rounded to the grid, so that 0 is on it and integer kernels run.
+
+    gradient_scale: of both parameters, as in LSQ.
+    """
+    def __eq__(self, arg0: LSQPlus) -> bool: ...
+    def __getstate__(self) -> tuple[float | None]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self, gradient_scale: typing.SupportsFloat | typing.SupportsIndex | None = None) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def gradient_scale(self) -> float | None: ...
+
+class PACT:
+    """
+    Learned clipping of activations (Choi et al., 2018, arXiv:1805.06085).
+
+    For asymmetric unsigned activations that are not negative: those after a ReLU.
+    """
+    def __eq__(self, arg0: PACT) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
+class TQT:
+    """
+    Learned thresholds and scales that are powers of two (Jain et al., 2019, arXiv:1903.08066).
+
+    For weights and activations.
+    """
+    def __eq__(self, arg0: TQT) -> bool: ...
+    def __getstate__(self) -> tuple: ...
+    def __hash__(self) -> int: ...
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+
+class LearnedBits:
+    """
+    Learned bit width and range (Uhlich et al., 2020, arXiv:1905.11452).
+
+    For symmetric weights and activations, and for asymmetric unsigned activations that are not negative. The scheme's width is the
+    greatest, and where training begins; the loss holds model_size_bits against it.
+
+    lowest: smallest width, 2 to 8.
+    """
+    def __eq__(self, arg0: LearnedBits) -> bool: ...
+    def __getstate__(self) -> tuple[int]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self, lowest: typing.SupportsInt | typing.SupportsIndex = 2) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def lowest(self) -> int: ...
 
 class QuantizerStatistics:
     """
@@ -903,10 +991,45 @@ class TargetProfile:
         """
 
 def averaging_constant(
-    observer: MinMax | MovingAverage | Latest | Histogram | Percentile | SQNR | MeanNoOutliers | MSE | HalfQuadratic,
+    observer: MinMax
+    | MovingAverage
+    | Latest
+    | Histogram
+    | Percentile
+    | SQNR
+    | MeanNoOutliers
+    | MSE
+    | HalfQuadratic
+    | LSQ
+    | LSQPlus
+    | PACT
+    | TQT
+    | LearnedBits,
 ) -> float | None:
     """
     The averaging constant that torch.ops.rarefy.observe takes for an observer.
+    """
+
+def check_learned_scheme(
+    observer: MinMax
+    | MovingAverage
+    | Latest
+    | Histogram
+    | Percentile
+    | SQNR
+    | MeanNoOutliers
+    | MSE
+    | HalfQuadratic
+    | LSQ
+    | LSQPlus
+    | PACT
+    | TQT
+    | LearnedBits,
+    scheme: Scheme,
+    is_weight: bool,
+) -> None:
+    """
+    Raises ValueError for a scheme that a learned grid cannot have.
     """
 
 def clear_packed_weights() -> None:
@@ -915,7 +1038,20 @@ def clear_packed_weights() -> None:
     """
 
 def follows_latest(
-    observer: MinMax | MovingAverage | Latest | Histogram | Percentile | SQNR | MeanNoOutliers | MSE | HalfQuadratic,
+    observer: MinMax
+    | MovingAverage
+    | Latest
+    | Histogram
+    | Percentile
+    | SQNR
+    | MeanNoOutliers
+    | MSE
+    | HalfQuadratic
+    | LSQ
+    | LSQPlus
+    | PACT
+    | TQT
+    | LearnedBits,
 ) -> bool:
     """
     Whether the range is that of the latest tensor alone, as a weight wants it.
@@ -927,7 +1063,20 @@ def has_exact_integer_products() -> bool:
     """
 
 def histogram_bins(
-    observer: MinMax | MovingAverage | Latest | Histogram | Percentile | SQNR | MeanNoOutliers | MSE | HalfQuadratic,
+    observer: MinMax
+    | MovingAverage
+    | Latest
+    | Histogram
+    | Percentile
+    | SQNR
+    | MeanNoOutliers
+    | MSE
+    | HalfQuadratic
+    | LSQ
+    | LSQPlus
+    | PACT
+    | TQT
+    | LearnedBits,
 ) -> int | None:
     """
     The bins of its histogram; None where it keeps none.
@@ -936,6 +1085,31 @@ def histogram_bins(
 def layer_family(kind: str) -> str:
     """
     'linear', 'conv', 'conv_transpose', 'embedding', 'recurrent', 'boundary', 'attention', 'add', 'mul' or 'cat': the family of a kind of layer.
+    """
+
+def learned_kind(
+    observer: MinMax
+    | MovingAverage
+    | Latest
+    | Histogram
+    | Percentile
+    | SQNR
+    | MeanNoOutliers
+    | MSE
+    | HalfQuadratic
+    | LSQ
+    | LSQPlus
+    | PACT
+    | TQT
+    | LearnedBits,
+) -> str:
+    """
+    The name by which operators know a learned grid, or ''.
+    """
+
+def learned_names(kind: str) -> list[str]:
+    """
+    The parameters of a learned grid.
     """
 
 def onnx_weight_form(
@@ -982,7 +1156,20 @@ def read_statistics(path: os.PathLike | str | bytes) -> dict[str, QuantizerStati
 def statistics_for(
     name: str,
     saved: QuantizerStatistics,
-    observer: MinMax | MovingAverage | Latest | Histogram | Percentile | SQNR | MeanNoOutliers | MSE | HalfQuadratic,
+    observer: MinMax
+    | MovingAverage
+    | Latest
+    | Histogram
+    | Percentile
+    | SQNR
+    | MeanNoOutliers
+    | MSE
+    | HalfQuadratic
+    | LSQ
+    | LSQPlus
+    | PACT
+    | TQT
+    | LearnedBits,
     axis: typing.SupportsInt | typing.SupportsIndex | None,
     rows: typing.SupportsInt | typing.SupportsIndex,
 ) -> dict[str, torch.Tensor]:
@@ -1012,6 +1199,11 @@ def validate_layer_config(
     | MeanNoOutliers
     | MSE
     | HalfQuadratic
+    | LSQ
+    | LSQPlus
+    | PACT
+    | TQT
+    | LearnedBits
     | None,
     weight_observer: MinMax
     | MovingAverage
@@ -1022,6 +1214,11 @@ def validate_layer_config(
     | MeanNoOutliers
     | MSE
     | HalfQuadratic
+    | LSQ
+    | LSQPlus
+    | PACT
+    | TQT
+    | LearnedBits
     | None,
     gradient_dtype: torch.dtype,
 ) -> None:
@@ -1034,14 +1231,60 @@ def weight_quantizer(kind: str, tensor: str) -> str | None:
     The quantizer of a tensor of a layer with several weights; None for tensors that are none of its weights.
     """
 
-def why_not_integer(weight: Scheme | None, activation: Scheme | None) -> str | None:
+def why_not_integer(
+    weight: Scheme | None,
+    activation: Scheme | None,
+    observer: MinMax
+    | MovingAverage
+    | Latest
+    | Histogram
+    | Percentile
+    | SQNR
+    | MeanNoOutliers
+    | MSE
+    | HalfQuadratic
+    | LSQ
+    | LSQPlus
+    | PACT
+    | TQT
+    | LearnedBits
+    | None = None,
+    weight_observer: MinMax
+    | MovingAverage
+    | Latest
+    | Histogram
+    | Percentile
+    | SQNR
+    | MeanNoOutliers
+    | MSE
+    | HalfQuadratic
+    | LSQ
+    | LSQPlus
+    | PACT
+    | TQT
+    | LearnedBits
+    | None = None,
+) -> str | None:
     """
     Why a layer with these schemes cannot compute in integers, or None.
     """
 
 def why_not_observed(
     scheme: Scheme,
-    observer: MinMax | MovingAverage | Latest | Histogram | Percentile | SQNR | MeanNoOutliers | MSE | HalfQuadratic,
+    observer: MinMax
+    | MovingAverage
+    | Latest
+    | Histogram
+    | Percentile
+    | SQNR
+    | MeanNoOutliers
+    | MSE
+    | HalfQuadratic
+    | LSQ
+    | LSQPlus
+    | PACT
+    | TQT
+    | LearnedBits,
 ) -> str | None:
     """
     Why an observer cannot serve a scheme, or None.
