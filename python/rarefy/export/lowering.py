@@ -470,7 +470,7 @@ def check_quantizers(function: str, model: nn.Module, formats: bool = False) -> 
         [name for name, q in quantizers.items() if not q.quantize],
     )
     for name, q in quantizers.items():
-        smallest, largest = float(q.scale.min()), float(q.scale.max())
+        smallest, largest = (float(end) for end in q.scale.detach().aminmax())
         if not (smallest > 0 and math.isfinite(largest)):
             raise ValueError(
                 f"[{function}] scales must be finite and positive, got {smallest:g} to {largest:g} in {name}"

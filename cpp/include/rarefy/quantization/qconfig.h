@@ -18,9 +18,9 @@ enum class Execution { integer, simulated };
 struct LayerConfig {
   std::optional<Scheme> weight = std::nullopt;
   std::optional<Scheme> activation = std::nullopt;
-  /// How activation ranges follow the data. Unset: MovingAverage(0.01) in prepare_qat, MinMax in prepare.
+  /// How activation ranges follow the data. Unset: MovingAverage(0.01) in prepare_qat, MinMax in prepare. Learned grids too.
   std::optional<Observer> observer = std::nullopt;
-  /// How a weight's range is found: Latest (the default), MSE or HalfQuadratic.
+  /// How a weight's range is found: Latest (the default), MSE or HalfQuadratic; or a learned grid: LSQ, TQT, LearnedBits.
   std::optional<Observer> weight_observer = std::nullopt;
 
   /// Unset: integer where the schemes allow it (see why_not_integer).
