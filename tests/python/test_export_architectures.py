@@ -20,6 +20,7 @@ import onnxruntime as ort
 from configured_models import ARCHITECTURES, build, floats
 
 from rarefy.export import to_onnx
+from rarefy.nn import MultiheadAttention
 from rarefy.quantization import QConfig, prepare_qat, report
 
 
@@ -77,7 +78,13 @@ def called_weights(model: torch.nn.Module, inputs: dict[str, object]) -> list[to
         model(**inputs)
     for handle in handles:
         handle.remove()
-    return [layer.integer_weight().values for layer in called.values()]
+    weights = []
+    for layer in called.values():
+        if isinstance(layer, MultiheadAttention):  # its out_proj is a layer by itself
+            weights += [t for name, t in layer.integer_tensors().items() if name.endswith("weight")]
+        else:
+            weights.append(layer.integer_weight().values)
+    return weights
 
 
 # Root mean square of a difference, relative to the output's. With optimizations off only float sums have another order,
