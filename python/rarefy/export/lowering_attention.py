@@ -10,7 +10,7 @@ from rarefy import nn as rnn
 from rarefy.export.lowering import Form, QuantizeDequantize, _LoweredLinear, quantize_dequantize
 from rarefy.export.lowering_formats import FormatWeight, is_bytes, stored_parts
 from rarefy.export.lowering_recurrent import LoweredWeight, product
-from rarefy.nn.attention import PARTS, AttentionForward, quantized_heads
+from rarefy.nn.attention import PARTS, AttentionForward
 
 
 class LoweredMultiheadAttention(AttentionForward, nn.Module):
@@ -82,18 +82,6 @@ class LoweredMultiheadAttention(AttentionForward, nn.Module):
             lowered: LoweredWeight | FormatWeight = getattr(self, f"{part[0]}_proj_weight")
             projected.append(product(quantized(x, part), lowered(), b, self.matmul))
         return projected[0], projected[1], projected[2]
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        dropout: float,
-        causal: bool,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        return quantized_heads(self.quant, query, key, value, mask, dropout, self.scale, need_weights)
 
 
 LOWERED_ATTENTION: dict[type[nn.Module], Callable[[nn.Module, Form], nn.Module]] = {

@@ -32,9 +32,10 @@ def _additive(mask: Tensor | None, name: str, dtype: torch.dtype) -> Tensor | No
 class AttentionForward:
     """The arguments and results of ``nn.MultiheadAttention``, for a floating, prepared, converted or exported layer.
 
-    A subclass gives the projections and the attention of heads.
+    A subclass gives the projections, and the attention of heads where it is not that on grids.
     """
 
+    quant: nn.Module  #: a ``QuantState``, or what was lowered from one
     num_heads: int
     head_dim: int
     v_head_dim: int
@@ -61,8 +62,11 @@ class AttentionForward:
         causal: bool,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """The heads [batch, heads, length, width]: their results and, where asked for, their probabilities."""
-        raise NotImplementedError
+        """The heads [batch, heads, length, width]: their results and, where asked for, their probabilities before these are
+        rounded. What is multiplied goes through the quantizers of ``quant``, where it has them."""
+        quantizers = [self.quant._modules.get(name) for name in ("query", "key", "probabilities", "value")]
+        y, weights = attention_and_weights(query, key, value, mask, dropout, False, self.scale, quantizers)
+        return y, weights if need_weights else None
 
     def _takes_hint(self) -> bool:
         """Whether ``_attend`` computes a causal mask by itself."""
@@ -419,7 +423,7 @@ class MultiheadAttention(AttentionForward, QuantizableLayer, nn.MultiheadAttenti
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         if self.prepared:
-            return quantized_heads(self.quant, query, key, value, mask, dropout, self.scale, need_weights)
+            return super()._attend(query, key, value, mask, dropout, causal, need_weights)
         if not need_weights:
             y = F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=self.scale)
             return y, None
@@ -427,20 +431,3 @@ class MultiheadAttention(AttentionForward, QuantizableLayer, nn.MultiheadAttenti
         weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
         weights = F.dropout(weights, dropout)
         return torch.matmul(weights, value), weights
-
-
-def quantized_heads(
-    quant: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    scale: float,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The heads with what is multiplied through the quantizers of ``quant`` (a ``QuantState``, or what was lowered from one),
-    where it has them; and the probabilities, before they are rounded."""
-    quantizers = [quant._modules.get(name) for name in ("query", "key", "probabilities", "value")]
-    y, weights = attention_and_weights(query, key, value, mask, dropout, False, scale, quantizers)
-    return y, weights if need_weights else None

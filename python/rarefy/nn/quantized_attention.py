@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.nn.attention import PARTS, AttentionForward, MultiheadAttention, quantized_heads
+from rarefy.nn.attention import PARTS, AttentionForward, MultiheadAttention
 from rarefy.nn.quantized import IntegerLayer, grid_arguments
 
 
@@ -54,18 +54,6 @@ class QuantizedMultiheadAttention(AttentionForward, IntegerLayer):
         biases = (None, None, None) if bias is None else bias.split(self._sizes())
         q, k, v = (self._product(part, x, b) for part, x, b in zip(PARTS, (query, key, value), biases, strict=True))
         return q, k, v
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        dropout: float,
-        causal: bool,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        return quantized_heads(self.quant, query, key, value, mask, dropout, self.scale, need_weights)
 
     def extra_repr(self) -> str:
         """Sizes."""

@@ -1,5 +1,6 @@
 #include "ops/cpu/fake_quantize_learned_simd.h"
 
+#include "ops/cpu/lane_sum.h"
 #include "ops/cpu/simd.h"
 #include "ops/cpu/simd_walk.h"
 
@@ -7,36 +8,9 @@ namespace rarefy::cpu::RAREFY_ISA {
 namespace {
 
 constexpr int kWord = 64;              // elements whose decisions fit a word
-constexpr int kLanes = 16;             // partial sums of a stretch of one channel, in every instruction set
 constexpr int64_t kBlock = 1024;       // elements that are added in float32 before float64 takes over
 constexpr int kRows = 64;              // the same for rows
 constexpr float kFarBelow = -0x1p20f;  // below every index of a grid, and every difference of two
-
-/// Element i of a stretch goes to lane i % kLanes.
-class Lanes {
- public:
-  Lanes() {
-    for (Vec& part : parts_) part = Vec(0.0f);
-  }
-  /// `first`: the position of value's first lane in the stretch, a multiple of Vec::size.
-  void add(int first, Vec value) {
-    Vec& part = parts_[first % kLanes / Vec::size];
-    part = part + value;
-  }
-  double sum() const {
-    float lanes[kLanes];
-    for (int i = 0; i < kLanes; i += Vec::size) parts_[i / Vec::size].store(lanes + i);
-    double wide[kLanes];
-    for (int i = 0; i < kLanes; ++i) wide[i] = static_cast<double>(lanes[i]);
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-      for (int i = 0; i < width; ++i) wide[i] += wide[i + width];
-    }
-    return wide[0];
-  }
-
- private:
-  Vec parts_[kLanes / Vec::size];
-};
 
 struct Decided {
   Vec product;      // grad * t

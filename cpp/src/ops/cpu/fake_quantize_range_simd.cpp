@@ -1,5 +1,6 @@
 #include "ops/cpu/fake_quantize_range_simd.h"
 
+#include "ops/cpu/lane_sum.h"
 #include "ops/cpu/simd.h"
 #include "ops/cpu/simd_walk.h"
 
@@ -7,35 +8,8 @@ namespace rarefy::cpu::RAREFY_ISA {
 namespace {
 
 constexpr int kWord = 64;         // elements whose decisions fit a word
-constexpr int kLanes = 16;        // partial sums, in every instruction set
 constexpr int64_t kBlock = 1024;  // elements that are added in float32 before float64 takes over
 const float kInfinity = bits_to_float(0x7f800000u);
-
-/// Element i of a stretch goes to lane i % kLanes.
-class Lanes {
- public:
-  Lanes() {
-    for (Vec& part : parts_) part = Vec(0.0f);
-  }
-  /// `first`: the position of value's first lane in the stretch, a multiple of Vec::size.
-  void add(int first, Vec value) {
-    Vec& part = parts_[first % kLanes / Vec::size];
-    part = part + value;
-  }
-  double sum() const {
-    float lanes[kLanes];
-    for (int i = 0; i < kLanes; i += Vec::size) parts_[i / Vec::size].store(lanes + i);
-    double wide[kLanes];
-    for (int i = 0; i < kLanes; ++i) wide[i] = static_cast<double>(lanes[i]);
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-      for (int i = 0; i < width; ++i) wide[i] += wide[i + width];
-    }
-    return wide[0];
-  }
-
- private:
-  Vec parts_[kLanes / Vec::size];
-};
 
 struct Channel {
   Vec scale, low, high, before_low, after_high;
@@ -74,7 +48,7 @@ struct Sums {
   Lanes rounding, below, above;
 };
 
-/// `count` <= kWord elements of one channel; the stretch's sums begin with the first of them at a multiple of kLanes.
+/// `count` <= kWord elements of one channel; the stretch's sums begin with the first of them at a multiple of kStep.
 template <typename T>
 inline void word(const T* grad, const T* x, T* out, int count, const Channel& p, Sums& sums) {
   uint64_t all_inside = 0;

@@ -40,4 +40,30 @@ class LaneSum {
   Vec lanes_[kParts];
 };
 
+/// A sum in the same lanes, which are added in pairs, in double: element i of a stretch goes to lane i % kStep.
+class Lanes {
+ public:
+  Lanes() {
+    for (Vec& part : parts_) part = Vec(0.0f);
+  }
+  /// `first`: the position of value's first lane in the stretch, a multiple of Vec::size.
+  void add(int first, Vec value) {
+    Vec& part = parts_[first % kStep / Vec::size];
+    part = part + value;
+  }
+  double sum() const {
+    float lanes[kStep];
+    for (int i = 0; i < kStep; i += Vec::size) parts_[i / Vec::size].store(lanes + i);
+    double wide[kStep];
+    for (int i = 0; i < kStep; ++i) wide[i] = static_cast<double>(lanes[i]);
+    for (int width = kStep / 2; width > 0; width /= 2) {
+      for (int i = 0; i < width; ++i) wide[i] += wide[i + width];
+    }
+    return wide[0];
+  }
+
+ private:
+  Vec parts_[kStep / Vec::size];
+};
+
 }  // namespace rarefy::cpu::RAREFY_ISA
