@@ -198,9 +198,35 @@ double_quantized: the scales are stored in 8 bits, in blocks of scale_block.)")
   add_value_methods(codebook, FormatRepr{});
 }
 
+std::string noise_repr(const Noise& self) {
+  return self.uniform ? filled("Noise(share={}, uniform=True)", self.share) : filled("Noise(share={})", self.share);
+}
+
+void init_noise(py::module_& m) {
+  py::class_<Noise>(m, "Noise",
+                    R"(What training does in place of rounding every value; everywhere else all values are rounded.
+
+share: the part of the values, drawn anew at every forward, that is quantized; the others stay as they are, with their exact
+    gradient (Quant-Noise, arXiv:2004.07320). In (0, 1]; below 1 unless uniform.
+uniform: an even draw from a step's width around the value stands for its rounding (pseudo-quantization noise, arXiv:1804.10969,
+    arXiv:2104.09987). Integers with an observed scale.
+
+Random numbers are those of torch's generator: torch.manual_seed makes them repeat.)")
+      .def(py::init([](double share, bool uniform) { return Noise{share, uniform}; }), py::arg("share") = 1.0,
+           py::arg("uniform") = false)
+      .def_readonly("share", &Noise::share)
+      .def_readonly("uniform", &Noise::uniform)
+      .def(py::self == py::self)
+      .def("__hash__", [](const Noise& self) { return py::hash(py::make_tuple(self.share, self.uniform)); })
+      .def("__repr__", &noise_repr)
+      .def(py::pickle([](const Noise& self) { return py::make_tuple(self.share, self.uniform); },
+                      [](const py::tuple& state) { return Noise{state[0].cast<double>(), state[1].cast<bool>()}; }));
+}
+
 Scheme make_scheme(std::optional<int64_t> bits, bool symmetric, std::optional<bool> is_signed, bool narrow_range,
                    const std::optional<Granularity>& granularity, const Format& format, std::optional<bool> dynamic,
-                   bool power_of_two, const std::string& rounding, int64_t seed, const std::string& straight_through) {
+                   bool power_of_two, const std::string& rounding, int64_t seed, const std::string& straight_through,
+                   const std::optional<Noise>& noise) {
   Scheme scheme;
   scheme.format = format;
   scheme.bits = bits.value_or(scheme.is_integer() ? 8 : element_bits(format));
@@ -229,6 +255,7 @@ Scheme make_scheme(std::optional<int64_t> bits, bool symmetric, std::optional<bo
     throw py::value_error(filled("[Scheme] straight_through must be 'clipped' or 'pass', got '{}'", straight_through));
   }
   scheme.straight_through = straight_through == "pass" ? StraightThrough::pass : StraightThrough::clipped;
+  scheme.noise = noise;
   scheme.validate();
   return scheme;
 }
@@ -258,6 +285,9 @@ std::string scheme_repr(const Scheme& self) {
   }
   if (self.straight_through == StraightThrough::pass) {
     text += ", straight_through='pass'";
+  }
+  if (self.noise.has_value()) {
+    text += filled(", noise={}", noise_repr(*self.noise));
   }
   return filled("{})", text);
 }
@@ -301,6 +331,7 @@ Raises ValueError for values that are not finite, and whatever the operators of 
 void init_scheme(py::module_& m) {
   init_granularities(m);
   init_formats(m);
+  init_noise(m);
   py::class_<Scheme>(
       m, "Scheme",
       R"(What a tensor is quantized to: the elements and what shares a scale, without the values of the scale.
@@ -317,12 +348,14 @@ dynamic: the scale is taken from the very tensor that is rounded. None: where th
 power_of_two: scales are powers of two, rounded up. Integers (symmetric) and minifloats.
 rounding: "nearest_even" or "stochastic" (integers and minifloats), with `seed`.
 straight_through: "clipped": no gradient where the value was clamped; "pass": the gradient passes everywhere.
+noise: Noise(share, uniform), what training does in place of rounding every value; convert leaves it out.
 
 Raises ValueError, with the rule and the value, for a combination that does not exist.)")
       .def(py::init(&make_scheme), py::arg("bits") = py::none(), py::arg("symmetric") = true,
            py::arg("signed") = py::none(), py::arg("narrow_range") = false, py::arg("granularity") = py::none(),
            py::arg("format") = Format(Integer{}), py::arg("dynamic") = py::none(), py::arg("power_of_two") = false,
-           py::arg("rounding") = "nearest_even", py::arg("seed") = 0, py::arg("straight_through") = "clipped")
+           py::arg("rounding") = "nearest_even", py::arg("seed") = 0, py::arg("straight_through") = "clipped",
+           py::arg("noise") = py::none())
       .def_readonly("bits", &Scheme::bits)
       .def_readonly("symmetric", &Scheme::symmetric)
       .def_property_readonly("signed", &Scheme::signed_range)
@@ -334,6 +367,7 @@ Raises ValueError, with the rule and the value, for a combination that does not 
       .def_property_readonly("rounding", &rounding_of)
       .def_readonly("seed", &Scheme::seed)
       .def_property_readonly("straight_through", &straight_through_of)
+      .def_readonly("noise", &Scheme::noise)
       .def_property_readonly("qmin", &Scheme::qmin, "Smallest integer. Raises ValueError for formats without integers.")
       .def_property_readonly("qmax", &Scheme::qmax, "Largest integer. Raises ValueError for formats without integers.")
       .def_property_readonly(
@@ -356,6 +390,14 @@ Raises ValueError, with the rule and the value, for a combination that does not 
             return self;
           },
           py::arg("granularity"), "The same with other values sharing a scale. Raises ValueError as the constructor.")
+      .def(
+          "with_noise",
+          [](Scheme self, const std::optional<Noise>& noise) {
+            self.noise = noise;
+            self.validate();
+            return self;
+          },
+          py::arg("noise"), "The same with other noise, or None. Raises ValueError as the constructor.")
       .def("why_not_integer", &Scheme::why_not_integer, "Why no integer kernel computes with it, or None.")
       .def("to_json", &Scheme::to_json, "One line of JSON.")
       .def_static("from_json", &Scheme::from_json, py::arg("json"), "The scheme of to_json(). Raises ValueError.")

@@ -19,6 +19,7 @@ from rarefy.quantization import (
     Codebook,
     Integer,
     Minifloat,
+    Noise,
     PerBlock,
     PerChannel,
     PerGroup,
@@ -38,6 +39,8 @@ SCHEMES = {
     "int8 symmetric per-tensor [-128, 127] stochastic(seed=7) pass-through": Scheme(
         rounding="stochastic", seed=7, straight_through="pass"
     ),
+    "int4 symmetric per-tensor [-8, 7] noise(share=0.1)": Scheme(bits=4, noise=Noise(0.1)),
+    "int4 symmetric per-tensor [-8, 7] noise(share=1, uniform)": Scheme(bits=4, noise=Noise(uniform=True)),
     "e4m3 per-channel(axis=0)": Scheme(format=Minifloat.e4m3(), granularity=PerChannel(0)),
     "e5m2 per-tensor dynamic": Scheme(format=Minifloat.e5m2(), dynamic=True),
     "e3m4 bias 5 ieee unsaturated per-tensor": Scheme(format=Minifloat(3, 4, 5, "ieee", False)),

@@ -89,6 +89,7 @@
 #include <rarefy/quantization/format_search.h>
 #include <rarefy/quantization/learned.h>
 #include <rarefy/quantization/learned_parameters.h>
+#include <rarefy/quantization/noise.h>
 #include <rarefy/quantization/observer.h>
 #include <rarefy/quantization/packed.h>
 #include <rarefy/quantization/packed_weight.h>

@@ -140,7 +140,8 @@ torch::Tensor EmbeddingImpl::compute(const torch::Tensor& indices, const torch::
 
 torch::Tensor EmbeddingImpl::run_prepared(const torch::Tensor& indices) {
   auto& quantizer = *quant->find("weight");
-  if (!quantizer.options.scheme.is_plain() || !quantizer.learned.empty()) {
+  const auto& scheme = quantizer.options.scheme;
+  if (!scheme.is_plain() || !quantizer.learned.empty() || scheme.noise.has_value()) {
     return compute(indices, rounded().weight, {});
   }
   return rows_on_grid(compute(indices, weight, {}), indices, weight, quantizer);
@@ -207,7 +208,8 @@ torch::Tensor EmbeddingBagImpl::compute(const torch::Tensor& indices, const torc
 
 torch::Tensor EmbeddingBagImpl::run_prepared(const torch::Tensor& indices) {
   auto& quantizer = *quant->find("weight");
-  if (!quantizer.options.scheme.is_plain() || !quantizer.learned.empty()) {
+  const auto& scheme = quantizer.options.scheme;
+  if (!scheme.is_plain() || !quantizer.learned.empty() || scheme.noise.has_value()) {
     return compute(indices, rounded().weight, {});
   }
   return rows_on_grid(compute(indices, weight, {}), indices, weight, quantizer);

@@ -2,6 +2,7 @@
 #include <rarefy/quantization/fake_quantizer.h>
 #include <rarefy/quantization/format_search.h>
 #include <rarefy/quantization/learned_grids.h>
+#include <rarefy/quantization/noise.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/types.h>
 
@@ -115,6 +116,12 @@ torch::Tensor FakeQuantizerImpl::forward(const torch::Tensor& x) {
   if (watch) {
     watch(x);
   }
+  auto rounded = round(x);
+  const bool noisy = options.scheme.noise.has_value() && is_training() && quantize;
+  return noisy ? quantization_noise(x, rounded, scale, options.scheme) : rounded;
+}
+
+torch::Tensor FakeQuantizerImpl::round(const torch::Tensor& x) {
   const auto& scheme = options.scheme;
   if (!scheme.is_plain()) {
     return forward_format(x);

@@ -142,6 +142,8 @@ void check_learned_scheme(const char* function, const Observer& observer, const 
   const auto name = str(observer);
   TORCH_CHECK_VALUE(scheme.is_plain(), "[", function, "] ", name,
                     " must have a plain grid of integers, per tensor or channel, got ", scheme.str());
+  TORCH_CHECK_VALUE(!scheme.noise.has_value() || !scheme.noise->uniform, "[", function, "] ", name,
+                    " must have no uniform noise, from which its grid would learn nothing, got ", scheme.str());
   const bool from_zero = !scheme.symmetric && scheme.qmin() == 0;
   if (std::holds_alternative<LSQPlus>(observer)) {
     TORCH_CHECK_VALUE(!is_weight, "[", function, "] ", name,

@@ -115,6 +115,7 @@ void FakeQuantizerImpl::take_statistics(const std::map<std::string, torch::Tenso
 }
 
 void FakeQuantizerImpl::drop_statistics() {
+  options.scheme.noise.reset();
   if (!learned.empty()) {
     freeze_learned();
     return;

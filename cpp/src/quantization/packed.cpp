@@ -287,6 +287,7 @@ QuantizedTensorParts quantize_to(const at::Tensor& x, const Scheme& scheme, cons
   TORCH_CHECK_VALUE(scheme.rounding == Rounding::nearest_even,
                     "[quantize_to] stored values are rounded to nearest, got ", scheme.str());
   QuantizedTensorParts parts{scheme, values.sizes().vec(), values.scalar_type(), {}};
+  parts.scheme.noise.reset();
   at::Tensor s, z;
   const bool has_scales =
       !std::holds_alternative<Binary>(scheme.format) && !std::holds_alternative<Ternary>(scheme.format);

@@ -102,6 +102,19 @@ void check_format(const Scheme& scheme) {
   }
 }
 
+void check_noise(const Scheme& scheme) {
+  const auto& noise = *scheme.noise;
+  TORCH_CHECK_VALUE(noise.share > 0.0 && noise.share <= 1.0, "[Scheme] the share of noise must be in (0, 1], got ",
+                    noise.share);
+  TORCH_CHECK_VALUE(
+      noise.uniform || noise.share < 1.0,
+      "[Scheme] the share of noise must be below 1, which rounds every value as without noise, or uniform "
+      "must be true, got share 1 and uniform false");
+  TORCH_CHECK_VALUE(!noise.uniform || (scheme.is_integer() && !scheme.dynamic),
+                    "[Scheme] uniform noise is for integers with an observed scale, got ",
+                    scheme.dynamic ? "dynamic " : "", elements(scheme));
+}
+
 }  // namespace
 
 Scheme Scheme::minifloat(const Minifloat& format, Granularity granularity) {
@@ -156,6 +169,9 @@ std::optional<std::string> Scheme::why_not_integer() const {
   }
   if (!is_one_of<PerTensor, PerChannel>(granularity)) {
     return fmt::format("scales {} have no integer kernels", quantization::str(granularity));
+  }
+  if (noise.has_value()) {
+    return "noise is added in floating point";
   }
   if (!is_plain()) {
     return fmt::format("{} has no integer kernels", dynamic                            ? "a dynamic scale"
@@ -246,6 +262,9 @@ void Scheme::validate() const {
   TORCH_CHECK_VALUE(rounding == Rounding::nearest_even || (is_one_of<Integer, Minifloat>(format)),
                     "[Scheme] stochastic rounding is for integers and minifloats, got ", elements(*this));
   TORCH_CHECK_VALUE(seed >= 0, "[Scheme] seed must not be negative, got ", seed);
+  if (noise.has_value()) {
+    check_noise(*this);
+  }
 }
 
 std::string Scheme::str() const {
@@ -267,7 +286,14 @@ std::string Scheme::str() const {
   if (rounding == Rounding::stochastic) {
     text += fmt::format(" stochastic(seed={})", seed);
   }
-  return fmt::format("{}{}", text, straight_through == StraightThrough::pass ? " pass-through" : "");
+  if (straight_through == StraightThrough::pass) {
+    text += " pass-through";
+  }
+  return noise.has_value() ? fmt::format("{} {}", text, quantization::str(*noise)) : text;
+}
+
+std::string str(const Noise& noise) {
+  return fmt::format("noise(share={}{})", noise.share, noise.uniform ? ", uniform" : "");
 }
 
 std::string str(const Granularity& granularity) {

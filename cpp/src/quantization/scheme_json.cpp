@@ -146,16 +146,31 @@ Format read_format(JsonReader& reader) {
   return Integer{};
 }
 
+Noise read_noise(JsonReader& reader) {
+  Noise noise;
+  reader.object([&](const std::string& name) {
+    reader.require(name == "share" || name == "uniform", "must not have the key '", name, "' in noise");
+    if (name == "share") {
+      noise.share = number<double>(reader, name);
+    } else {
+      noise.uniform = boolean(reader, name);
+    }
+  });
+  return noise;
+}
+
 }  // namespace
 
 std::string Scheme::to_json() const {
   return fmt::format(
       R"({{"format":{},"bits":{},"symmetric":{},"signed":{},"narrow_range":{},"granularity":{},"dynamic":{},)"
-      R"("power_of_two":{},"rounding":"{}","seed":{},"straight_through":"{}"}})",
+      R"("power_of_two":{},"rounding":"{}","seed":{},"straight_through":"{}"{}}})",
       std::visit(WriteFormat{}, format), bits, text(symmetric), text(signed_range()), text(narrow_range),
       std::visit(WriteGranularity{}, granularity), text(dynamic), text(power_of_two),
       rounding == Rounding::stochastic ? "stochastic" : "nearest_even", seed,
-      straight_through == StraightThrough::pass ? "pass" : "clipped");
+      straight_through == StraightThrough::pass ? "pass" : "clipped",
+      noise.has_value() ? fmt::format(R"(,"noise":{{"share":{},"uniform":{}}})", noise->share, text(noise->uniform))
+                        : std::string());
 }
 
 Scheme Scheme::from_json(const std::string& json) {
@@ -190,6 +205,8 @@ Scheme Scheme::from_json(const std::string& json) {
       reader.require(value == "clipped" || value == "pass", "must have straight_through clipped or pass, got '", value,
                      "'");
       scheme.straight_through = value == "pass" ? StraightThrough::pass : StraightThrough::clipped;
+    } else if (key == "noise") {
+      scheme.noise = read_noise(reader);
     } else {
       reader.require(false, "must not have the key '", key, "'");
     }

@@ -28,6 +28,7 @@ __all__: list[str] = [
     "MovingAverage",
     "NF4",
     "NVFP4",
+    "Noise",
     "PACT",
     "PerBlock",
     "PerChannel",
@@ -592,6 +593,28 @@ class Codebook:
     @property
     def entries(self) -> int: ...
 
+class Noise:
+    """
+    What training does in place of rounding every value; everywhere else all values are rounded.
+
+    share: the part of the values, drawn anew at every forward, that is quantized; the others stay as they are, with their exact
+        gradient (Quant-Noise, arXiv:2004.07320). In (0, 1]; below 1 unless uniform.
+    uniform: an even draw from a step's width around the value stands for its rounding (pseudo-quantization noise, arXiv:1804.10969,
+        arXiv:2104.09987). Integers with an observed scale.
+
+    Random numbers are those of torch's generator: torch.manual_seed makes them repeat.
+    """
+    def __eq__(self, arg0: Noise) -> bool: ...
+    def __getstate__(self) -> tuple[float, bool]: ...
+    def __hash__(self) -> int: ...
+    def __init__(self, share: typing.SupportsFloat | typing.SupportsIndex = 1.0, uniform: bool = False) -> None: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, arg0: tuple) -> None: ...
+    @property
+    def share(self) -> float: ...
+    @property
+    def uniform(self) -> bool: ...
+
 class Scheme:
     """
     What a tensor is quantized to: the elements and what shares a scale, without the values of the scale.
@@ -608,6 +631,7 @@ class Scheme:
     power_of_two: scales are powers of two, rounded up. Integers (symmetric) and minifloats.
     rounding: "nearest_even" or "stochastic" (integers and minifloats), with `seed`.
     straight_through: "clipped": no gradient where the value was clamped; "pass": the gradient passes everywhere.
+    noise: Noise(share, uniform), what training does in place of rounding every value; convert leaves it out.
 
     Raises ValueError, with the rule and the value, for a combination that does not exist.
     """
@@ -632,6 +656,7 @@ class Scheme:
         rounding: str = "nearest_even",
         seed: typing.SupportsInt | typing.SupportsIndex = 0,
         straight_through: str = "clipped",
+        noise: Noise | None = None,
     ) -> None: ...
     def __repr__(self) -> str: ...
     def __setstate__(self, arg0: tuple) -> None: ...
@@ -651,6 +676,10 @@ class Scheme:
     def with_granularity(self, granularity: PerTensor | PerChannel | PerGroup | PerBlock | PerToken) -> Scheme:
         """
         The same with other values sharing a scale. Raises ValueError as the constructor.
+        """
+    def with_noise(self, noise: Noise | None) -> Scheme:
+        """
+        The same with other noise, or None. Raises ValueError as the constructor.
         """
     @property
     def axis(self) -> int | None:
@@ -692,6 +721,8 @@ class Scheme:
         """
         Whether a range has to be observed beforehand.
         """
+    @property
+    def noise(self) -> Noise | None: ...
     @property
     def observed_range(self) -> tuple[int, int]:
         """

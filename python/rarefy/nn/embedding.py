@@ -57,7 +57,7 @@ class TableLayer(WeightedLayer):
         """The rows of the indices, each on its grid."""
         quantizer = self.quant.weight
         assert quantizer is not None
-        if not quantizer.is_plain or quantizer.learning is not None:
+        if not quantizer.is_plain or quantizer.learning is not None or quantizer.plan.noise:
             table, _ = self._rounded()
             looked_up = F.embedding(indices, table, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
             return looked_up.view_as(rows)

@@ -62,6 +62,8 @@ class FakeQuantizer(nn.Module):
     observed: once, at the end of a calibration; at every step of training. Schemes that are not plain can have every observer
     that finds scales for them; what cannot be is refused by name.
 
+    A scheme with noise (``Noise``) has it while the module is in training mode and ``quantize`` is set.
+
     A learned grid (``LSQ``, ``LSQPlus``, ``PACT``, ``TQT``, ``LearnedBits``) has parameters: ``scale``; ``scale`` and
     ``offset``; ``alpha``; ``log2_threshold``; ``bits`` and ``bound``. Its ``min_val`` and ``max_val`` are the range that
     training began with. It starts from the first batch that is rounded in training, from all batches of a
@@ -211,7 +213,7 @@ class FakeQuantizer(nn.Module):
 
     def drop_statistics(self) -> None:
         """Forget the statistics and keep the range: the observer becomes ``MinMax``, or ``Latest`` where it follows the latest
-        tensor. What conversion does."""
+        tensor; the scheme loses its noise. What conversion does."""
         self.settle()
         if self.learning is not None:
             learned.freeze(self, self.learning)
@@ -221,13 +223,21 @@ class FakeQuantizer(nn.Module):
             self.observer = Latest()
         self._searches, self._searched, self.importance = False, None, None
         self._constant = averaging_constant(self.observer)
+        self.scheme = self.scheme.with_noise(None)
+        self.plan = formats.plan_of(self.scheme)
 
     @property
     def _state(self) -> tuple[Tensor, ...]:
         return self.min_val, self.max_val, self.scale, self.zero_point, self.skipped
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` on the grid when ``quantize`` is set, ``x`` itself otherwise."""
+        """``x`` on the grid when ``quantize`` is set, with the scheme's noise in training; ``x`` itself otherwise."""
+        rounded = self._round(x)
+        if self.plan.noise and self.training and self.quantize:
+            return torch.ops.rarefy.quantization_noise(x, rounded, self.scale, self.plan.json)
+        return rounded
+
+    def _round(self, x: Tensor) -> Tensor:
         if not self.is_plain:
             return formats.forward(self, x)
         if self.learning is not None:

@@ -23,6 +23,7 @@ class FormatPlan(NamedTuple):
     where: tuple[int | None, list[int]]  #: axis and block
     entries: int  #: of a codebook; 0 for other formats
     stochastic: bool
+    noise: bool
 
 
 def plan_of(scheme: Scheme) -> FormatPlan:
@@ -36,6 +37,7 @@ def plan_of(scheme: Scheme) -> FormatPlan:
         (scheme.block_axis, list(scheme.block)),
         scheme.format.entries if isinstance(scheme.format, Codebook) else 0,
         scheme.rounding == "stochastic",
+        scheme.noise is not None,
     )
 
 

@@ -20,6 +20,8 @@ std::vector<Scheme> every_kind() {
           Scheme{.granularity = PerToken{}, .dynamic = true},
           Scheme{.bits = 12, .power_of_two = true},
           Scheme{.rounding = Rounding::stochastic, .seed = 5, .straight_through = StraightThrough::pass},
+          Scheme{.bits = 4, .noise = Noise{.share = 0.1}},
+          Scheme{.bits = 4, .noise = Noise{.share = 0.5, .uniform = true}},
           Scheme::minifloat(Minifloat::e4m3(), PerChannel{0}),
           Scheme::minifloat(Minifloat{3, 4, 5, Specials::ieee, false}),
           Scheme::mx(MXElement::e2m3, 32, 1),
@@ -54,7 +56,7 @@ TEST_CASE("schemes survive JSON and say what they are", "[scheme]") {
     }
     texts.push_back(scheme.str());
   }
-  REQUIRE(texts[6] == "e4m3 per-channel(axis=0)");
+  REQUIRE(texts[8] == "e4m3 per-channel(axis=0)");
   REQUIRE(Scheme::mx(MXElement::e4m3).str() == "mx e4m3 per-group(32, axis=-1)");
 }
 

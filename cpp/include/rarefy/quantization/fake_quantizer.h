@@ -38,6 +38,8 @@ struct FakeQuantizerOptions {
 /// nothing is observed. A codebook is a buffer `codebook` (float32, scale_shape and the entries; [entries] per tensor), made by
 /// k-means at the first forward and kept. Stochastic rounding has the buffer `draws` (int64 [2]: seed, number of forwards).
 ///
+/// A scheme with noise (rarefy/quantization/noise.h) has it while is_training() and quantize are set.
+///
 /// Observers that choose their range from statistics (chooses_at_end) keep these in the module `statistics`. The range is chosen
 /// at the first use after something was observed: once, at the end of a calibration; at every step of training. Which observers
 /// serve which schemes is what why_not_observed (rarefy/quantization/format_search.h) says.
@@ -80,8 +82,8 @@ class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerIm
   /// Takes over min_val, max_val, skipped and statistics by name, as statistics_for (rarefy/quantization/statistics.h) gives
   /// them, and chooses the range.
   void take_statistics(const std::map<std::string, torch::Tensor>& buffers);
-  /// Forgets the statistics and keeps the range: the observer becomes MinMax, or Latest where it follows the latest tensor. What
-  /// conversion does.
+  /// Forgets the statistics and keeps the range: the observer becomes MinMax, or Latest where it follows the latest tensor; the
+  /// scheme loses its noise. What conversion does.
   void drop_statistics();
 
   /// Takes notice of buffers that were written to from outside, as by a checkpoint that was loaded.
@@ -130,6 +132,7 @@ class RAREFY_API FakeQuantizerImpl : public torch::nn::Cloneable<FakeQuantizerIm
 
  private:
   friend class ObservedOnce;
+  torch::Tensor round(const torch::Tensor& x);
   void register_learned(c10::IntArrayRef size);
   std::vector<torch::Tensor> learned_values() const;
   torch::Tensor forward_learned(const torch::Tensor& x);

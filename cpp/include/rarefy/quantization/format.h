@@ -101,6 +101,18 @@ enum class Rounding {
   stochastic,
 };
 
+/// What training does in place of rounding every value to the nearest; everywhere else all values are rounded. Random numbers are
+/// those of torch's generator of the device.
+struct Noise {
+  /// The part of the values, drawn anew at every forward, that is quantized; the others stay as they are, with their exact gradient
+  /// (Quant-Noise: Fan et al., 2020, arXiv:2004.07320). In (0, 1]; below 1 unless uniform.
+  double share = 1.0;
+  /// An even draw from a step's width around the value stands for its rounding, as pseudo-quantization noise has it (UNIQ: Baskin
+  /// et al., 2018, arXiv:1804.10969; DiffQ: Defossez et al., 2021, arXiv:2104.09987). What lies beyond the grid is clamped as ever.
+  bool uniform = false;
+  bool operator==(const Noise&) const = default;
+};
+
 /// The gradient of what is rounded.
 enum class StraightThrough {
   clipped,  ///< 0 where the value was clamped to the end of the grid
@@ -109,6 +121,8 @@ enum class StraightThrough {
 
 /// "integer", "binary", "ternary", "minifloat", "mx", "nvfp4", "nf4", "codebook".
 RAREFY_API std::string name(const Format& format);
+/// "noise(share=0.1)", "noise(share=1, uniform)".
+RAREFY_API std::string str(const Noise& noise);
 /// "e4m3", "int8", ...
 RAREFY_API std::string str(MXElement element);
 /// The element type of a name. Throws c10::ValueError for another name.

@@ -73,6 +73,8 @@ struct Scheme {
   /// Of stochastic rounding.
   int64_t seed = 0;
   StraightThrough straight_through = StraightThrough::clipped;
+  /// Of training alone; convert leaves it out.
+  std::optional<Noise> noise = std::nullopt;
 
   /// Presets of formats that have one width and one way to share scales.
   RAREFY_API static Scheme minifloat(const Minifloat& format, Granularity granularity = PerTensor{});
