@@ -1,4 +1,4 @@
-"""Fixtures that every test file shares: devices and instruction sets."""
+"""What every test file shares: devices, instruction sets and the seed."""
 
 import os
 from collections.abc import Iterator
@@ -7,6 +7,15 @@ import pytest
 import torch
 
 from rarefy import _core
+
+
+# Torch seeds itself from the system's randomness: a test would draw other numbers in every run. RAREFY_TEST_SEED=N tries others.
+SEED = int(os.environ.get("RAREFY_TEST_SEED", "0"))
+torch.manual_seed(SEED)  # what files draw while they are imported
+
+
+def pytest_runtest_setup() -> None:
+    torch.manual_seed(SEED)
 
 
 @pytest.fixture
