@@ -123,14 +123,18 @@ Value* quantize_on_grid(const Call& c, const at::Tensor& scale, const at::Tensor
                         std::optional<int64_t> axis, int64_t qmin, int64_t qmax);
 /// Whether an operator rounds its first argument to a format: what a weight in a file is stored by.
 bool rounds_to_format(const graph::Node& node);
+/// The integers of a product of int8 and a scale per row, as an int8 base of adapters is read; unset for others.
+std::optional<IntegerTensor> scaled_rows(const Translator& t, const graph::Node& node);
 
 // The table, by operator name without "aten::"; the rule of "relu" is that of "relu_" too.
+void add_bag_rules(Rules& rules);
 void add_elementwise_rules(Rules& rules);
 void add_movement_rules(Rules& rules);
 void add_layer_rules(Rules& rules);
 void add_quantization_rules(Rules& rules);
 void add_format_rules(Rules& rules);
 void add_converted_rules(Rules& rules);
+void add_packed_rules(Rules& rules);
 
 class Translator {
  public:
@@ -149,6 +153,8 @@ class Translator {
   std::optional<IntegerTensor> integers(int64_t id) const;
   /// The same of weights in formats beside plain grids.
   std::optional<quantization::QuantizedTensorParts> stored(int64_t id) const;
+  /// The parts that an operator reads a weight from, as packed layers and NF4 bases of adapters keep theirs; unset for others.
+  std::optional<quantization::QuantizedTensorParts> packed(const graph::Node& node) const;
   Value* transposed(int64_t id, std::string_view role);
   /// Nodes of the current module. The result has the type of the first input unless told.
   Value* emit(const std::string& op, std::vector<Value*> inputs, Attributes attributes = {},
@@ -160,6 +166,8 @@ class Translator {
   Value* scalar(double number, at::ScalarType dtype);
   Value* constant(const at::Tensor& tensor, std::string_view role = "constant");
   Value* cast(Value* x, at::ScalarType dtype);
+  /// ReduceSum, ReduceMax, ... along axes; along all of them where none is named.
+  Value* reduce(const std::string& op, Value* x, const std::vector<int64_t>& axes, bool keeps_axes);
   /// x in another shape of as many elements; in any batch.
   Value* reshape(Value* x, const Shape& shape);
   /// A shape as int64 values, computed from the batch where it follows that.
