@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import rarefy  # noqa: F401
+import rarefy as rf
 
 reduce_bags = torch.ops.rarefy.reduce_bags
 MODES = ["sum", "mean", "max"]
@@ -101,6 +101,15 @@ def test_compiles_for_every_batch():
     for ids in (torch.randint(11, (3, 4)), torch.randint(11, (5, 2))):
         want = F.embedding_bag(ids, table, mode="mean", padding_idx=2)
         assert torch.equal(compiled(table, ids), want)
+
+
+def test_a_recording_has_one_operator():
+    bag = torch.nn.ModuleDict({"bag": torch.nn.EmbeddingBag(11, 5, mode="mean", padding_idx=2)})
+    layer = rf.quantization.prepare_qat(bag, rf.quantization.QConfig.int8()).eval()["bag"]
+    text = str(rf.graph.record(layer, torch.randint(11, (4, 6))))
+    assert text.count("rarefy::reduce_bags") == 1
+    assert "aten::cat" not in text
+    assert "aten::embedding_bag" not in text
 
 
 def test_no_indices():

@@ -2,7 +2,6 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/equal.h>
 
-#include <algorithm>
 #include <limits>
 
 #include "onnx/translate.h"
@@ -23,6 +22,7 @@ struct Bags {
   std::optional<int64_t> padding;
 };
 
+/// [bags, width]: rows that are left out count as 0, or as less than any number where the largest is taken.
 Value* reduced(Translator& t, const Bags& bags) {
   const auto dtype = bags.rows->dtype;
   const auto beside_rows = [&](Value* x) { return t.emit("Unsqueeze", {x, t.integers(std::vector<int64_t>{2})}); };

@@ -42,16 +42,21 @@ QuantizedTensorParts parts_of_nf4(const graph::Node& node, const std::vector<at:
   return parts;
 }
 
-Value* weight_of(const Call& c, bool transposed) {
-  const auto parts = c.t.packed(c.node());
-  if (!parts.has_value()) {
-    c.refuse("codes and scales must not depend on the input");
+bool is_nf4(const graph::Node& node) { return node.op.name == "rarefy::unpack_nf4"; }
+
+/// The tensors of the parts that an operator reads; empty for other operators.
+std::vector<int64_t> parts_read_by(const graph::Node& node) {
+  if (is_nf4(node)) {
+    return {node.input(0), node.input(1), node.input(2), node.input(3)};
   }
-  return c.t.weight(*parts, transposed, "weight");
+  const auto& name = node.op.name;
+  const bool reads =
+      name == "rarefy::dequantize_packed" || name == "rarefy::packed_linear" || name == "rarefy::packed_embedding";
+  return reads ? node.input_values.at(graph::argument_index(node, "parts").value()) : std::vector<int64_t>();
 }
 
 std::vector<Value*> linear(const Call& c) {
-  auto* y = c.t.emit("MatMul", {c.tensor("x"), weight_of(c, /*transposed=*/true)});
+  auto* y = c.t.emit("MatMul", {c.tensor("x"), c.t.packed_weight(c.node(), /*transposed=*/true)});
   auto* bias = c.optional_tensor("bias");
   if (bias == nullptr) {
     return {y};
@@ -62,23 +67,16 @@ std::vector<Value*> linear(const Call& c) {
 }
 
 std::vector<Value*> embedding(const Call& c) {
-  auto* table = weight_of(c, /*transposed=*/false);
+  auto* table = c.t.packed_weight(c.node(), /*transposed=*/false);
   return {c.t.emit("Gather", {table, c.tensor("indices")}, {{"axis", int64_t{0}}})};
 }
 
 }  // namespace
 
 std::optional<QuantizedTensorParts> Translator::packed(const graph::Node& node) const {
-  const bool is_nf4 = node.op.name == "rarefy::unpack_nf4";
-  if (!is_nf4 && node.op.name != "rarefy::dequantize_packed" && node.op.name != "rarefy::packed_linear" &&
-      node.op.name != "rarefy::packed_embedding") {
+  const auto ids = parts_read_by(node);
+  if (ids.empty()) {
     return std::nullopt;
-  }
-  std::vector<int64_t> ids;
-  if (is_nf4) {
-    ids = {node.input(0), node.input(1), node.input(2), node.input(3)};
-  } else {
-    ids = node.input_values.at(graph::argument_index(node, "parts").value());
   }
   std::vector<at::Tensor> tensors;
   for (const auto id : ids) {
@@ -88,12 +86,24 @@ std::optional<QuantizedTensorParts> Translator::packed(const graph::Node& node) 
     }
     tensors.push_back(graph().values[id].tensor.to(at::kCPU));
   }
-  if (is_nf4) {
+  if (is_nf4(node)) {
     return parts_of_nf4(node, tensors);
   }
   return quantization::parts_of(tensors, quantization::scheme_of(graph::argument(node, "scheme").toStringRef()),
                                 graph::argument(node, "shape").toIntVector(),
                                 graph::argument(node, "dtype").toScalarType());
+}
+
+Value* Translator::packed_weight(const graph::Node& node, bool transposed) {
+  const auto parts = packed(node);
+  if (!parts.has_value()) {
+    refuse("codes and scales must not depend on the input");
+  }
+  auto& known = packed_weights_[{parts_read_by(node).front(), transposed}];
+  if (known == nullptr) {
+    known = weight(*parts, transposed, "weight");
+  }
+  return known;
 }
 
 std::optional<IntegerTensor> scaled_rows(const Translator& t, const graph::Node& node) {

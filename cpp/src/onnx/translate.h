@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -155,6 +156,8 @@ class Translator {
   std::optional<quantization::QuantizedTensorParts> stored(int64_t id) const;
   /// The parts that an operator reads a weight from, as packed layers and NF4 bases of adapters keep theirs; unset for others.
   std::optional<quantization::QuantizedTensorParts> packed(const graph::Node& node) const;
+  /// The weight of those parts, in the file once, however often it is read.
+  Value* packed_weight(const graph::Node& node, bool transposed);
   Value* transposed(int64_t id, std::string_view role);
   /// Nodes of the current module. The result has the type of the first input unless told.
   Value* emit(const std::string& op, std::vector<Value*> inputs, Attributes attributes = {},
@@ -207,10 +210,11 @@ class Translator {
   Model model_;
   std::unordered_map<int64_t, Value*> values_;
   std::unordered_map<int64_t, Value*> transposed_;
-  std::unordered_map<std::string, Value*> small_;  // constants by their contents
-  std::unordered_map<int64_t, int64_t> makers_;    // of a value: the node that made it, before constants were folded
-  const graph::Node* current_ = nullptr;           // what is translated
-  std::string module_;                             // of that
+  std::map<std::pair<int64_t, bool>, Value*> packed_weights_;  // by their first part, and whether they are transposed
+  std::unordered_map<std::string, Value*> small_;              // constants by their contents
+  std::unordered_map<int64_t, int64_t> makers_;  // of a value: the node that made it, before constants were folded
+  const graph::Node* current_ = nullptr;         // what is translated
+  std::string module_;                           // of that
   Value* batch_ = nullptr;
 };
 
