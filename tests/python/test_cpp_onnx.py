@@ -106,9 +106,9 @@ def test_every_operator(folder, opset):
 
 
 def test_formats(folder):
-    """One network, its weights and its activations in every format."""
+    """One network, its weights and its activations in every format, its packed weights too."""
     files = sorted(folder.glob("formats-*.onnx"))
-    assert len(files) >= 36
+    assert len(files) >= 56
     for path in files:
         onnx.checker.check_model(path, full_check=True)
         tensors = load_file(path.with_suffix(".safetensors"))
@@ -119,6 +119,112 @@ def test_formats(folder):
             # rounds the float inputs of 4-bit weights by itself.
             tolerance = 0.05 if rounded else 2e-2 if optimized else 2e-6
             assert distance(got, tensors["output.0"]) <= tolerance, (path.name, optimized)
+
+
+BAGS = (
+    "float",
+    "float-13",
+    "rows",
+    "rows-13",
+    "rows-openvino",
+    "rows-converted",
+    "one-scale",
+    "one-scale-converted",
+    "wide",
+)
+PACKED_BAGS = ("groups", "groups-packed", "nf4-packed", "e4m3-packed")
+
+
+@pytest.mark.parametrize("state", [*BAGS, *PACKED_BAGS])
+def test_bags_of_embeddings(folder, state):
+    """Sums, means and largest values, with and without padding and weights, of rarefy's layer and of torch's."""
+    path = folder / f"bags-{state}.onnx"
+    onnx.checker.check_model(path, full_check=True)
+    tensors = load_file(path.with_suffix(".safetensors"))
+    inputs = [tensors["input.0"], tensors["input.1"]]
+    names = [value.name for value in onnx.load(path).graph.output]
+    assert set(names) == set(tensors) - {"input.0", "input.1"}
+    assert len(names) == 18
+    assert (inputs[0][1] == 2).all()
+    for optimized in (False, True):
+        for name, got in zip(names, run(path, inputs, optimized), strict=True):
+            want = tensors[name]
+            assert got.dtype == want.dtype
+            if "max" in name:
+                assert np.array_equal(got, want), name
+            np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6, err_msg=name)
+            if "padded" in name:
+                assert not got[1].any(), name  # a bag of padding alone
+    for name, got in zip(names, run(path, [x[:1] for x in inputs]), strict=True):
+        if name != "turned":  # whose bags follow the batch
+            np.testing.assert_allclose(got, tensors[name][:1], rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("state", [*BAGS, *PACKED_BAGS])
+def test_tables_of_bags_are_stored_as_they_are(folder, state):
+    """A table per layer: floats of torch's layers and of layers that nothing quantized, integers and codes otherwise."""
+    types = onnx.TensorProto
+    kinds = {"float": types.FLOAT, "float-13": types.FLOAT, "wide": types.INT16, "e4m3-packed": types.FLOAT8E4M3FN}
+    kinds |= {"groups": types.INT4, "groups-packed": types.INT4, "nf4-packed": types.UINT4}
+    model = onnx.load(folder / f"bags-{state}.onnx")
+    tables = {tensor.name: tensor for tensor in model.graph.initializer if list(tensor.dims) == [9, 6]}
+    own = [name for name in tables if not name.startswith("plain")]
+    assert {name.split(".")[0] for name in own} == {
+        f"{mode}{padded}" for mode in ("sum", "mean", "max") for padded in ("", "_padded")
+    }
+    if state.endswith("packed"):
+        assert len(own) == 6  # once, though some are read by several bags
+    assert {tables[name].data_type for name in own} == {kinds.get(state, types.INT8)}
+    assert all(tensor.data_type == types.FLOAT for name, tensor in tables.items() if name.startswith("plain"))
+
+
+def exposed_weight(model, name):
+    """The model with what the operators of a weight give as another output, as it is multiplied: [in, out]."""
+    nodes = {output: node for node in model.graph.node for output in node.output}
+    readers = [node for node in model.graph.node if node.op_type == "MatMul" and node.name.startswith(name)]
+    sources = {reader.input[1] for reader in readers if reader.input[1] in nodes}
+    assert len(sources) == 1
+    model.graph.output.append(onnx.helper.make_empty_tensor_value_info(sources.pop()))
+    return model
+
+
+@pytest.mark.parametrize("state", ["float", "float-13", "prepared", "converted", "openvino"])
+@pytest.mark.parametrize("base", ["nf4", "int8", "floating"])
+def test_adapters(folder, base, state):
+    """The base of a LoRALinear is in the file once, as it is kept, and stands for the same numbers."""
+    path = folder / f"adapters-{base}-{state}.onnx"
+    model = onnx.load(path)
+    onnx.checker.check_model(path, full_check=True)
+    tensors = load_file(path.with_suffix(".safetensors"))
+    weight, x, want = tensors["weight"], tensors["input.0"], tensors["output"]
+    for optimized in (False, True):
+        exact = state.startswith("float") and not (
+            optimized and base == "int8"
+        )  # MatMulNBits rounds the floats that it reads
+        tolerance = 2e-6 if exact else 2e-2 if optimized else 5e-3
+        assert distance(run(path, [x], optimized)[0], want) <= tolerance, optimized
+    assert run(path, [x[:1]])[0].shape == (1, 5)
+    kept = [tensor for tensor in model.graph.initializer if int(np.prod(tensor.dims)) == weight.size]
+    assert len(kept) == 1
+    types = {"nf4": onnx.TensorProto.UINT4, "int8": onnx.TensorProto.INT8, "floating": onnx.TensorProto.FLOAT}
+    assert kept[0].data_type == (onnx.TensorProto.UINT8 if base == "nf4" and state == "float-13" else types[base])
+    if base == "floating":
+        return
+    assert path.stat().st_size < weight.nbytes * 0.8  # of the whole model: no float copy is in it
+    exposed = path.with_suffix(".exposed.onnx")
+    onnx.save(exposed_weight(model, "adapted"), exposed)
+    assert np.array_equal(run(exposed, [x], optimized=False)[1], weight.T)
+
+
+def test_openvino_reads_bags_and_adapters(folder):
+    openvino = pytest.importorskip("openvino")
+    core = openvino.Core()
+    for case in ("bags-rows-openvino", "adapters-nf4-openvino", "adapters-int8-openvino"):
+        tensors = load_file(folder / f"{case}.safetensors")
+        inputs = [tensors[f"input.{i}"] for i in range(len([name for name in tensors if name.startswith("input")]))]
+        model = core.compile_model(folder / f"{case}.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        for value, got in zip(model.outputs, model(inputs).values(), strict=True):
+            assert distance(got, tensors[value.any_name]) < (1e-6 if "bags" in case else 2e-2), value.any_name
 
 
 def in_float(folder, case):

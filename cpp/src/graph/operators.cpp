@@ -153,6 +153,9 @@ Kind rarefy_kind(std::string_view name) {
   if (name == "relu" || name == "inverse_std") {
     return Kind::elementwise;
   }
+  if (name == "reduce_bags") {
+    return Kind::embedding;
+  }
   return name == "fake_quantize" ? Kind::fake_quantize : Kind::unknown;
 }
 

@@ -1,15 +1,12 @@
 #include <ATen/ops/aminmax.h>
-#include <ATen/ops/arange.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/embedding.h>
-#include <ATen/ops/where.h>
-#include <ATen/ops/zeros.h>
 #include <rarefy/nn/embedding.h>
 #include <rarefy/ops/fake_quantize.h>
-#include <torch/nn/functional/embedding.h>
 #include <torch/nn/init.h>
 
 #include <ostream>
+
+#include "ops/reduce_bags.h"
 
 namespace rarefy::nn {
 namespace {
@@ -64,6 +61,13 @@ std::optional<std::string> why_unsupported(const Options& options) {
     return "max_norm is not supported: it rewrites the weight in forward";
   }
   return options.sparse() ? std::optional<std::string>("sparse gradients are not supported") : std::nullopt;
+}
+
+const char* name_of(const torch::nn::EmbeddingBagMode& mode) {
+  if (std::holds_alternative<torch::enumtype::kMax>(mode)) {
+    return "max";
+  }
+  return std::holds_alternative<torch::enumtype::kSum>(mode) ? "sum" : "mean";
 }
 
 EmbeddingBagOptions checked(EmbeddingBagOptions options) {
@@ -222,25 +226,10 @@ torch::Tensor EmbeddingBagImpl::execute(const torch::Tensor& indices) {
 torch::Tensor EmbeddingBagImpl::forward(const torch::Tensor& input, const torch::Tensor& offsets,
                                         const torch::Tensor& per_sample_weights) {
   const auto flat = input.reshape({-1});
-  auto rows = mode_ == Mode::converted && packed_weight() == nullptr ? execute(flat) : run(flat);
-  const auto count = flat.size(0);
-  auto index = at::arange(count, flat.options().dtype(torch::kInt64));
-  const auto padding = options.padding_idx();
-  if (padding.has_value()) {  // a row of its own stands for it, which is left out
-    rows = at::cat({rows, at::zeros({1, rows.size(1)}, rows.options())});
-    index = at::where(flat == *padding, count, index);
-  }
-  auto bags = torch::nn::functional::EmbeddingBagFuncOptions()
-                  .offsets(offsets)
-                  .mode(options.mode())
-                  .include_last_offset(options.include_last_offset());
-  if (per_sample_weights.defined()) {
-    bags.per_sample_weights(per_sample_weights.to(rows.scalar_type()));
-  }
-  if (padding.has_value()) {
-    bags.padding_idx(count);
-  }
-  return torch::nn::functional::embedding_bag(index.view(input.sizes()), rows, bags);
+  const auto rows = mode_ == Mode::converted && packed_weight() == nullptr ? execute(flat) : run(flat);
+  const auto given = [](const torch::Tensor& x) { return x.defined() ? std::optional(x) : std::nullopt; };
+  return ops::reduce_bags(rows, input, given(offsets), given(per_sample_weights), name_of(options.mode()),
+                          options.include_last_offset(), options.padding_idx());
 }
 
 }  // namespace rarefy::nn

@@ -56,6 +56,17 @@ Value* Translator::cast(Value* x, at::ScalarType dtype) {
   return emit("Cast", {x}, {{"to", type_number(dtype)}}, dtype);
 }
 
+Value* Translator::reduce(const std::string& op, Value* x, const std::vector<int64_t>& axes, bool keeps_axes) {
+  Attributes attributes{{"keepdims", int64_t{keeps_axes}}};
+  std::vector<Value*> inputs{x};
+  if (!axes.empty() && (opset() >= 18 || op == "ReduceSum")) {
+    inputs.push_back(integers(axes));
+  } else if (!axes.empty()) {
+    attributes.emplace_back("axes", axes);
+  }
+  return emit(op, inputs, attributes);
+}
+
 /// The size of the batch as int64 [1]: that of the first input's first dimension.
 Value* Translator::batch() {
   if (batch_ == nullptr) {

@@ -177,7 +177,8 @@ class Simulation {
 };
 
 /// The integers of a table, of 9 to 16 bits too, which no integer kernel takes.
-nn::IntegerWeight table_of(nn::EmbeddingImpl& layer, const FakeQuantizerImpl& quantizer) {
+template <typename Table>
+nn::IntegerWeight table_of(Table& layer, const FakeQuantizerImpl& quantizer) {
   const auto& scheme = quantizer.options.scheme;
   if (scheme.bits <= 8) {
     return layer.integer_weight();
@@ -186,30 +187,37 @@ nn::IntegerWeight table_of(nn::EmbeddingImpl& layer, const FakeQuantizerImpl& qu
   return {(quantization::stored_codes(parts) + scheme.qmin()).to(at::kShort), quantizer.scale, {}};
 }
 
+template <typename Table>
+void take_table(const torch::nn::Module& model, Table& layer, onnx::TranslateOptions& options) {
+  if (layer.mode() != nn::Quantizable::Mode::prepared) {
+    return;
+  }
+  const auto& quantizer = *layer.quant->find("weight");
+  if (!quantizer.options.scheme.is_plain()) {
+    return;
+  }
+  auto integers = table_of(layer, quantizer);
+  integers.scale = quantizer.options.scheme.axis().has_value() ? integers.scale : quantizer.scale;
+  // What has several names has the one in the recording that comes first.
+  for (const auto& item : model.named_parameters()) {
+    if (item.value().is_same(layer.weight)) {
+      options.tables.emplace(item.key(), integers);
+    }
+  }
+  for (const auto& item : model.named_buffers()) {
+    if (item.value().is_same(quantizer.scale)) {
+      options.table_scales.insert(item.key());
+    }
+  }
+}
+
 /// Says what the tables of prepared embeddings are.
 void take_tables(const torch::nn::Module& model, onnx::TranslateOptions& options) {
-  const auto parameters = model.named_parameters(), buffers = model.named_buffers();
   for (const auto& module : model.modules(/*include_self=*/false)) {
-    auto* layer = dynamic_cast<nn::EmbeddingImpl*>(module.get());
-    if (layer == nullptr || layer->mode() != nn::Quantizable::Mode::prepared) {
-      continue;
-    }
-    const auto& quantizer = *layer->quant->find("weight");
-    if (!quantizer.options.scheme.is_plain()) {
-      continue;
-    }
-    auto integers = table_of(*layer, quantizer);
-    integers.scale = quantizer.options.scheme.axis().has_value() ? integers.scale : quantizer.scale;
-    // What has several names has the one in the recording that comes first.
-    for (const auto& item : parameters) {
-      if (item.value().is_same(layer->weight)) {
-        options.tables.emplace(item.key(), integers);
-      }
-    }
-    for (const auto& item : buffers) {
-      if (item.value().is_same(quantizer.scale)) {
-        options.table_scales.insert(item.key());
-      }
+    if (auto* words = dynamic_cast<nn::EmbeddingImpl*>(module.get())) {
+      take_table(model, *words, options);
+    } else if (auto* bag = dynamic_cast<nn::EmbeddingBagImpl*>(module.get())) {
+      take_table(model, *bag, options);
     }
   }
 }

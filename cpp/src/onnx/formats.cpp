@@ -110,19 +110,8 @@ Value* join(const Call& c, const Cut& pieces, Value* y) {
   return y;
 }
 
-Value* reduce(const Call& c, const char* op, Value* x, const std::vector<int64_t>& axes) {
-  Attributes attributes{{"keepdims", int64_t{1}}};
-  std::vector<Value*> inputs{x};
-  if (!axes.empty() && c.t.opset() >= 18) {
-    inputs.push_back(c.t.integers(axes));
-  } else if (!axes.empty()) {
-    attributes.emplace_back("axes", axes);
-  }
-  return c.t.emit(op, inputs, attributes);
-}
-
 Value* largest(const Call& c, const Cut& pieces) {
-  return reduce(c, "ReduceMax", c.t.emit("Abs", {pieces.x}), pieces.axes);
+  return c.t.reduce("ReduceMax", c.t.emit("Abs", {pieces.x}), pieces.axes, /*keeps_axes=*/true);
 }
 
 /// The greatest power of two that is not above, of positive numbers; 2^-127 below 2^-126. Log may be wrong by one next to powers
@@ -256,8 +245,8 @@ std::vector<Value*> fake_quantize_dynamic(const Call& c) {
     scale = c.flag("power_of_two") ? up_to_power_of_two(w, scale) : scale;
     zero_point = middle == 0 ? nullptr : w.number(static_cast<double>(middle));
   } else {
-    auto* low = w.op("Min", {reduce(c, "ReduceMin", pieces.x, pieces.axes), w.number(0)});
-    auto* high = w.op("Max", {reduce(c, "ReduceMax", pieces.x, pieces.axes), w.number(0)});
+    auto* low = w.op("Min", {c.t.reduce("ReduceMin", pieces.x, pieces.axes, true), w.number(0)});
+    auto* high = w.op("Max", {c.t.reduce("ReduceMax", pieces.x, pieces.axes, true), w.number(0)});
     low = c.t.cast(low, at::kDouble);
     high = c.t.cast(high, at::kDouble);
     const auto reach = static_cast<double>(qmax - qmin);
@@ -333,7 +322,7 @@ std::vector<Value*> fake_quantize_nvfp4(const Call& c) {
   }
   const auto pieces = cut(c, c.integer("axis"), {c.integer("block")});
   auto* found = largest(c, pieces);
-  auto* whole = scale_of_largest(w, reduce(c, "ReduceMax", found, {}), 6.0 * 448.0, 6.0 * 448.0);
+  auto* whole = scale_of_largest(w, c.t.reduce("ReduceMax", found, {}, true), 6.0 * 448.0, 6.0 * 448.0);
   auto* limit = w.op("Mul", {c.t.cast(whole, at::kDouble), w.number(6, at::kDouble)});
   auto* wanted = c.t.cast(w.op("Div", {c.t.cast(found, at::kDouble), limit}), at::kFloat);
   auto* by_block = w.op("Max", {round_minifloat(w, wanted, ops::e4m3_shape()), w.number(0x1p-9)});

@@ -215,16 +215,7 @@ Rule reduce(const char* op) {
     if (axes.empty()) {
       axes = in_order(c.rank_of("self"));
     }
-    const auto name = std::string(op);
-    Attributes attributes{{"keepdims", int64_t{keep}}};
-    const bool as_input = c.t.opset() >= 18 || name == "ReduceSum";
-    std::vector<Value*> inputs{x};
-    if (as_input) {
-      inputs.push_back(c.t.integers(axes));
-    } else {
-      attributes.emplace_back("axes", axes);
-    }
-    return {c.t.emit(name, inputs, attributes)};
+    return {c.t.reduce(op, x, axes, keep)};
   };
 }
 

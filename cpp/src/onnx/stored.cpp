@@ -118,8 +118,20 @@ bool rounds_to_format(const graph::Node& node) {
 std::optional<QuantizedTensorParts> Translator::stored(int64_t id) const {
   const auto* made_by = maker(id);
   const auto& recorded = graph().values[id];
-  const bool rounds = made_by != nullptr && (rounds_to_format(*made_by) || made_by->op.name == "rarefy::fake_quantize");
-  if (recorded.origin != graph::Origin::constant || !rounds) {
+  if (recorded.origin != graph::Origin::constant || made_by == nullptr) {
+    return std::nullopt;
+  }
+  const auto checked = [&](QuantizedTensorParts parts) {
+    if (!at::equal(quantization::dequantize(parts), recorded.tensor)) {
+      refuse(
+          fmt::format("the weight must be what {} stores, but its codes stand for other values", parts.scheme.str()));
+    }
+    return parts;
+  };
+  if (auto parts = packed(*made_by)) {
+    return checked(std::move(*parts));
+  }
+  if (!rounds_to_format(*made_by) && made_by->op.name != "rarefy::fake_quantize") {
     return std::nullopt;
   }
   auto scheme = scheme_of(*made_by, recorded.tensor.sizes());
@@ -143,11 +155,7 @@ std::optional<QuantizedTensorParts> Translator::stored(int64_t id) const {
   // Values that were rounded at random are on the grid of their scales now.
   const auto& x = graph().values[made_by->input(0)].tensor;
   const bool random = a.id("seed") >= 0;
-  auto parts = quantize_to(x.defined() && !random ? x : recorded.tensor, *scheme, scale, zero_point);
-  if (!at::equal(quantization::dequantize(parts), recorded.tensor)) {
-    refuse(fmt::format("the weight must be what {} stores, but its codes stand for other values", scheme->str()));
-  }
-  return parts;
+  return checked(quantize_to(x.defined() && !random ? x : recorded.tensor, *scheme, scale, zero_point));
 }
 
 Value* Translator::weight(const QuantizedTensorParts& parts, bool transposed, std::string_view role) {

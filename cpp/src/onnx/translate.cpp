@@ -54,12 +54,14 @@ std::string layer_of(const std::string& module) { return module.substr(0, module
 const Rule* find_rule(const c10::OperatorName& op) {
   static const Rules rules = [] {
     Rules table;
+    add_bag_rules(table);
     add_elementwise_rules(table);
     add_movement_rules(table);
     add_layer_rules(table);
     add_quantization_rules(table);
     add_format_rules(table);
     add_converted_rules(table);
+    add_packed_rules(table);
     return table;
   }();
   std::string_view name = op.name;
@@ -147,6 +149,13 @@ std::string Translator::module_of(const graph::Node& node) const {
         if (auto module = owner(id); !module.empty()) {
           return module;
         }
+      }
+    }
+  }
+  if (node.op.name == "rarefy::reduce_bags") {  // of the table that its rows come from
+    for (const auto* made_by = maker(node.input(0)); made_by != nullptr; made_by = maker(made_by->input(0))) {
+      if (auto module = layer_of(module_of(*made_by)); !module.empty()) {
+        return module;
       }
     }
   }
@@ -239,9 +248,11 @@ Value* Translator::batch_constant(int64_t id, std::string_view role) {
 
 std::optional<IntegerTensor> Translator::integers(int64_t id) const {
   const auto* made_by = maker(id);
-  if (graph().values[id].origin != graph::Origin::constant || made_by == nullptr ||
-      made_by->op.name != "rarefy::fake_quantize") {
+  if (graph().values[id].origin != graph::Origin::constant || made_by == nullptr) {
     return std::nullopt;
+  }
+  if (made_by->op.name != "rarefy::fake_quantize") {
+    return scaled_rows(*this, *made_by);
   }
   const auto& node = *made_by;
   const auto scale = graph().values[node.input(1)].tensor, zero_point = graph().values[node.input(2)].tensor;

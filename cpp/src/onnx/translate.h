@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -123,14 +124,18 @@ Value* quantize_on_grid(const Call& c, const at::Tensor& scale, const at::Tensor
                         std::optional<int64_t> axis, int64_t qmin, int64_t qmax);
 /// Whether an operator rounds its first argument to a format: what a weight in a file is stored by.
 bool rounds_to_format(const graph::Node& node);
+/// The integers of a product of int8 and a scale per row, as an int8 base of adapters is read; unset for others.
+std::optional<IntegerTensor> scaled_rows(const Translator& t, const graph::Node& node);
 
 // The table, by operator name without "aten::"; the rule of "relu" is that of "relu_" too.
+void add_bag_rules(Rules& rules);
 void add_elementwise_rules(Rules& rules);
 void add_movement_rules(Rules& rules);
 void add_layer_rules(Rules& rules);
 void add_quantization_rules(Rules& rules);
 void add_format_rules(Rules& rules);
 void add_converted_rules(Rules& rules);
+void add_packed_rules(Rules& rules);
 
 class Translator {
  public:
@@ -149,6 +154,10 @@ class Translator {
   std::optional<IntegerTensor> integers(int64_t id) const;
   /// The same of weights in formats beside plain grids.
   std::optional<quantization::QuantizedTensorParts> stored(int64_t id) const;
+  /// The parts that an operator reads a weight from, as packed layers and NF4 bases of adapters keep theirs; unset for others.
+  std::optional<quantization::QuantizedTensorParts> packed(const graph::Node& node) const;
+  /// The weight of those parts, in the file once, however often it is read.
+  Value* packed_weight(const graph::Node& node, bool transposed);
   Value* transposed(int64_t id, std::string_view role);
   /// Nodes of the current module. The result has the type of the first input unless told.
   Value* emit(const std::string& op, std::vector<Value*> inputs, Attributes attributes = {},
@@ -160,6 +169,8 @@ class Translator {
   Value* scalar(double number, at::ScalarType dtype);
   Value* constant(const at::Tensor& tensor, std::string_view role = "constant");
   Value* cast(Value* x, at::ScalarType dtype);
+  /// ReduceSum, ReduceMax, ... along axes; along all of them where none is named.
+  Value* reduce(const std::string& op, Value* x, const std::vector<int64_t>& axes, bool keeps_axes);
   /// x in another shape of as many elements; in any batch.
   Value* reshape(Value* x, const Shape& shape);
   /// A shape as int64 values, computed from the batch where it follows that.
@@ -199,10 +210,11 @@ class Translator {
   Model model_;
   std::unordered_map<int64_t, Value*> values_;
   std::unordered_map<int64_t, Value*> transposed_;
-  std::unordered_map<std::string, Value*> small_;  // constants by their contents
-  std::unordered_map<int64_t, int64_t> makers_;    // of a value: the node that made it, before constants were folded
-  const graph::Node* current_ = nullptr;           // what is translated
-  std::string module_;                             // of that
+  std::map<std::pair<int64_t, bool>, Value*> packed_weights_;  // by their first part, and whether they are transposed
+  std::unordered_map<std::string, Value*> small_;              // constants by their contents
+  std::unordered_map<int64_t, int64_t> makers_;  // of a value: the node that made it, before constants were folded
+  const graph::Node* current_ = nullptr;         // what is translated
+  std::string module_;                           // of that
   Value* batch_ = nullptr;
 };
 

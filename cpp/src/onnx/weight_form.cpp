@@ -1,4 +1,5 @@
 #include <ATen/ops/arange.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/frexp.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/tensor.h>
@@ -110,33 +111,7 @@ class Writer {
     if (!f.double_quantized) {
       return table(numbers, scales("weight_scale", of_scales(part("scale"))));
     }
-    const bool one = part("scale_scale").numel() == 1;
-    if (!one) {
-      need(kBlockOpset, "scales of scales");
-    }
-    // In the order in which they were quantized.
-    const auto codes = part("scale").reshape({-1});
-    const Sizes flat{codes.numel()};
-    const auto scale = tensor("weight_scale", codes),
-               step = tensor("weight_scale_scale", part("scale_scale").reshape(one ? Sizes{} : Sizes{-1}));
-    Attributes blocks{{"axis", int64_t{0}}, {"block_size", f.scale_block}};
-    blocks = one ? Attributes{} : blocks;
-    auto found = node("DequantizeLinear", {scale, step}, blocks, at::kFloat, flat);
-    found = node("Add", {found, tensor("weight_scale_mean", part("scale_mean").reshape({}))}, {}, at::kFloat, flat);
-    found = node("Max", {found, tensor("weight_scale_min", at::full({}, kSmallestScale))}, {}, at::kFloat, flat);
-    auto stored = scale_shape_;
-    if (options_.transposed) {
-      std::swap(*(stored.end() - 1), *(stored.end() - 2));
-    }
-    found =
-        node("Reshape", {found, tensor("weight_scale_shape", at::tensor(stored, at::kLong))}, {}, at::kFloat, stored);
-    if (options_.transposed) {
-      Sizes order(stored.size());
-      std::iota(order.begin(), order.end(), 0);
-      std::swap(*(order.end() - 1), *(order.end() - 2));
-      found = node("Transpose", {found}, {{"perm", order}}, at::kFloat, scale_shape_);
-    }
-    return table(numbers, found);
+    return table(numbers, doubled_scales(f));
   }
   OnnxWeightForm operator()(const Codebook& f) {
     auto index = indices();
@@ -293,6 +268,43 @@ class Writer {
       }
     }
     return value;
+  }
+  /// The scales of double-quantized NF4, which have scales themselves.
+  std::string doubled_scales(const NF4& f) {
+    // In the order in which they were quantized: a row of them for each scale of their own, the last one filled up. (OpenVINO
+    // has no scales in blocks of a tensor of one axis.)
+    auto codes = part("scale").reshape({-1});
+    const auto count = codes.numel(), rows = part("scale_scale").numel(), more = rows * f.scale_block - count;
+    const bool one = rows == 1;
+    const Sizes sizes = one ? Sizes{count} : Sizes{rows, f.scale_block};
+    codes = one ? codes : at::constant_pad_nd(codes, {0, more}).reshape(sizes);
+    const auto scale = tensor("weight_scale", codes),
+               step = tensor("weight_scale_scale", part("scale_scale").reshape(one ? Sizes{} : Sizes{-1}));
+    const auto along_rows = one ? Attributes{} : Attributes{{"axis", int64_t{0}}};
+    auto found = node("DequantizeLinear", {scale, step}, along_rows, at::kFloat, sizes);
+    found = node("Add", {found, tensor("weight_scale_mean", part("scale_mean").reshape({}))}, {}, at::kFloat, sizes);
+    found = node("Max", {found, tensor("weight_scale_min", at::full({}, kSmallestScale))}, {}, at::kFloat, sizes);
+    if (!one && more > 0) {
+      const auto number = [&](const char* name, int64_t value) {
+        return tensor(name, at::full({1}, value, at::kLong));
+      };
+      found = node("Reshape", {found, number("weight_scale_flat", -1)}, {}, at::kFloat, {rows * f.scale_block});
+      found = node("Slice", {found, number("weight_scale_begin", 0), number("weight_scale_end", count)}, {}, at::kFloat,
+                   {count});
+    }
+    auto stored = scale_shape_;
+    if (options_.transposed) {
+      std::swap(*(stored.end() - 1), *(stored.end() - 2));
+    }
+    found =
+        node("Reshape", {found, tensor("weight_scale_shape", at::tensor(stored, at::kLong))}, {}, at::kFloat, stored);
+    if (options_.transposed) {
+      Sizes order(stored.size());
+      std::iota(order.begin(), order.end(), 0);
+      std::swap(*(order.end() - 1), *(order.end() - 2));
+      found = node("Transpose", {found}, {{"perm", order}}, at::kFloat, scale_shape_);
+    }
+    return found;
   }
   OnnxWeightForm table(const at::Tensor& numbers, const std::string& scale) {
     const auto name = tensor("weight_numbers", numbers);

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from rarefy._core.quantization import (
     MX,
-    NF4,
     NVFP4,
     Binary,
     Codebook,
@@ -75,8 +74,6 @@ def holds_float8(scheme: Scheme) -> bool:
 def needs_blocks(scheme: Scheme) -> bool:
     """Whether a weight of this scheme is written with scales in blocks, which operator set 21 brought."""
     kind = scheme.format
-    if isinstance(kind, NF4):
-        return kind.double_quantized
     if isinstance(kind, MX):
         return kind.element == "int8" or holds_float8(scheme)
     by_scale = isinstance(kind, (Integer, Binary, Ternary)) or is_float8(kind) is not None

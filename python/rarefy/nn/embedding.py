@@ -129,17 +129,6 @@ def reduce_bags(
         input, offsets, per_sample_weights: as ``nn.EmbeddingBag.forward`` takes them.
         mode, include_last_offset, padding_idx: of the layer.
     """
-    flat = input.reshape(-1)
-    index = torch.arange(len(flat), device=rows.device)
-    if padding_idx is not None:  # a row of its own stands for it, which is left out
-        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        index = torch.where(flat == padding_idx, len(flat), index)
-    return F.embedding_bag(
-        index.view_as(input),
-        rows,
-        offsets,
-        mode=mode,
-        per_sample_weights=None if per_sample_weights is None else per_sample_weights.to(rows.dtype),
-        include_last_offset=include_last_offset,
-        padding_idx=None if padding_idx is None else len(flat),
+    return torch.ops.rarefy.reduce_bags(
+        rows, input, offsets, per_sample_weights, mode, include_last_offset, padding_idx
     )

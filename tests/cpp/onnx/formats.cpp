@@ -87,7 +87,7 @@ const std::vector<std::pair<std::string, Scheme>>& activations() {
   return schemes;
 }
 
-void write(const std::filesystem::path& folder, const std::string& name, const QConfig& config) {
+void write(const std::filesystem::path& folder, const std::string& name, const QConfig& config, bool converted) {
   torch::manual_seed(1);
   Network model;
   model->eval();
@@ -97,6 +97,9 @@ void write(const std::filesystem::path& folder, const std::string& name, const Q
   };
   prepare(*model, config, /*strict=*/false);
   calibrate(*model, [&] { run({x, ids}); });
+  if (converted) {
+    convert(*model);
+  }
   rarefy::export_onnx(*model, run, {x.slice(0, 0, 2), ids.slice(0, 0, 2)}, folder / ("formats-" + name + ".onnx"));
   const torch::NoGradGuard no_grad;
   rarefy::NamedTensors tensors;
@@ -112,12 +115,15 @@ void write_formats(const std::filesystem::path& folder) {
   for (const auto& [name, scheme] : weights()) {
     QConfig config;
     config.weight = scheme;
-    write(folder, name, config);
+    write(folder, name, config, /*converted=*/false);
+    if (!scheme.is_plain() || scheme.bits <= 8) {  // others have no integers to convert to
+      write(folder, name + "-converted", config, /*converted=*/true);
+    }
   }
   for (const auto& [name, scheme] : activations()) {
     QConfig config;
     config.weight = Scheme{.bits = 4, .granularity = PerGroup{4, 1}};
     config.activation = scheme;
-    write(folder, "activation-" + name, config);
+    write(folder, "activation-" + name, config, /*converted=*/false);
   }
 }

@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <iostream>
 
+#include "bags.h"
 #include "formats.h"
 
 namespace {
@@ -233,5 +234,7 @@ int main(int argc, char** argv) {
   write_operators(argv[1]);
   write_bytes(argv[1]);
   write_formats(argv[1]);
+  write_bags(argv[1]);
+  write_adapters(argv[1]);
   return 0;
 }

@@ -249,3 +249,66 @@ TEST_CASE("export_onnx refuses what a value of ONNX cannot do", "[onnx]") {
   CHECK_THAT(refusal(*model, of([](const Tensor& input) { return torch::dropout(input, 0.5, true); }), {x}),
              ContainsSubstring("dropout must be off"));
 }
+
+TEST_CASE("export_onnx refuses bags that are not the rows of a matrix", "[onnx][embedding_bag]") {
+  const auto options = torch::nn::EmbeddingBagOptions(9, 4).mode(torch::kSum);
+  rarefy::nn::EmbeddingBag bag(options);
+  torch::nn::EmbeddingBag plain(options);
+  torch::nn::ModuleDict model(std::vector<std::pair<std::string, std::shared_ptr<torch::nn::Module>>>{
+      {"bag", bag.ptr()}, {"plain", plain.ptr()}});
+  const auto ids = torch::randint(9, {6}), offsets = torch::tensor({0, 1, 2, 4, 4, 5});
+  const std::string rule =
+      "bags must be the rows of a matrix of indices, as ONNX has no operator that reduces the rows between offsets, got ";
+  const auto two = [](auto& layer) {
+    return rarefy::OnnxForward(
+        [&layer](const std::vector<Tensor>& x) { return std::vector<Tensor>{layer->forward(x[0], x[1])}; });
+  };
+  CHECK_THAT(
+      refusal(*model, two(bag), {ids, offsets}),
+      ContainsSubstring("[export_onnx] rarefy::reduce_bags (bag): " + rule + "indices of 1 dimension and offsets"));
+  CHECK_THAT(
+      refusal(*model, two(plain), {ids, offsets}),
+      ContainsSubstring("[export_onnx] aten::embedding_bag (plain): " + rule + "offsets that depend on the input"));
+  // Constant offsets: bags of sizes that differ, or of the sizes of one batch alone.
+  CHECK_THAT(refusal(*model, of([&](const Tensor& x) {
+               const auto half = x.size(0) / 2 + 1;
+               return plain->forward(x, torch::arange(x.size(0)).clamp_max(half));
+             }),
+                     {ids}),
+             ContainsSubstring(rule + "offsets that do not cut them into bags of one size"));
+  // As many bags for every batch: their offsets are constants that follow it.
+  CHECK_THAT(refusal(*model, of([&](const Tensor& x) { return plain->forward(x.t()); }), {torch::randint(9, {2, 3})}),
+             ContainsSubstring("constants must not depend on the size of the batch"));
+  // torch lets the last of such bags go, which nobody means.
+  rarefy::nn::EmbeddingBag last(torch::nn::EmbeddingBagOptions(9, 4).include_last_offset(true));
+  CHECK_THAT(refusal(*last, of([&](const Tensor& x) { return last->forward(x); }), {torch::randint(9, {3, 3})}),
+             ContainsSubstring(rule + "include_last_offset"));
+  CHECK_THAT(refusal(*model, of([&](const Tensor& x) {
+               return torch::nn::functional::embedding_bag(
+                   x, plain->weight, torch::nn::functional::EmbeddingBagFuncOptions().max_norm(1.0));
+             }),
+                     {torch::randint(9, {3, 3})}),
+             ContainsSubstring("aten::embedding_renorm_"));
+  rarefy::OnnxOptions fixed;
+  fixed.dynamic_batch = false;
+  const Folder folder;
+  const auto path = folder.path / "model.onnx";
+  const auto turned = of([&](const Tensor& x) { return plain->forward(x.t()); });
+  const auto report = rarefy::export_onnx(*model, turned, {torch::randint(9, {2, 3})}, path, fixed);
+  CHECK(report.outputs == std::vector<std::string>{"output: float32 [3, 4]"});
+}
+
+TEST_CASE("export_onnx keeps the codes of adapters' NF4 base, unless they are merged", "[onnx][lora]") {
+  rarefy::nn::LoRALinear layer(*torch::nn::Linear(192, 96),
+                               rarefy::nn::LoRAOptions{.rank = 4, .base = rarefy::nn::LoRABase::nf4});
+  const auto forward = of([&](const Tensor& x) { return layer->forward(x); });
+  const auto x = torch::randn({2, 192});
+  const Folder folder;
+  const auto path = folder.path / "model.onnx";
+  const auto report = rarefy::export_onnx(*layer, forward, {x}, path);
+  const auto adapters = (layer->lora_a.numel() + layer->lora_b.numel() + layer->bias.numel()) * 4;
+  CHECK(report.bytes < layer->packed.codes.numel() + adapters + 8192);  // codes in bytes would be 9216 more
+  layer->merge();
+  const auto merged = rarefy::export_onnx(*layer, forward, {x}, path);
+  CHECK(merged.bytes > 192 * 96 * 4);  // base and adapters in one float matrix, as asked for
+}
