@@ -22,7 +22,7 @@ struct Power {
   }
 };
 
-/// Calls body(part, i, count) for every vector of [0, n), and flush() after at most kChunk elements.
+/// Calls body(part, i, count) for every vector of [0, n), and flush() after at most kChunk elements, until that says false.
 template <typename Body, typename Flush>
 inline void for_each_vector(int64_t n, Body body, Flush flush) {
   for (int64_t begin = 0; begin < n; begin += kChunk) {
@@ -34,7 +34,9 @@ inline void for_each_vector(int64_t n, Body body, Flush flush) {
     if (i < end) {
       body(static_cast<int>((i - begin) / Vec::size) % kParts, i, static_cast<int>(end - i));
     }
-    flush();
+    if (!flush()) {
+      return;
+    }
   }
 }
 
@@ -43,7 +45,8 @@ inline Vec load_some(const float* p, int count) {
 }
 
 template <typename Measure>
-double sum_of_errors(const float* x, const float* importance, int64_t n, StepGrid grid, Measure measure) {
+double sum_of_errors(const float* x, const float* importance, int64_t n, StepGrid grid, double factor, double limit,
+                     Measure measure) {
   // Multiplied, not divided: on a tie both neighbours are equally far, so the error does not notice.
   const Vec inverse(1.0f / grid.scale), first(grid.first), last(grid.last);
   LaneSum sum;
@@ -53,7 +56,7 @@ double sum_of_errors(const float* x, const float* importance, int64_t n, StepGri
       [&](int part, int64_t i, int count) {
         const Vec t = load_some(x + i, count) * inverse;
         const Vec k = min(max(round_even(t), first), last);
-        Vec error = measure(absolute(t - k));
+        Vec error = measure(t - k);
         if (importance != nullptr) {
           error = error * load_some(importance + i, count);
         }
@@ -65,21 +68,28 @@ double sum_of_errors(const float* x, const float* importance, int64_t n, StepGri
         }
         sum.add(part, error);
       },
-      [&] { sum.flush(&total); });
-  return total;
+      [&] {
+        sum.flush(&total);
+        return !(total * factor > limit);  // no term is negative
+      });
+  return total * factor;
 }
 
 }  // namespace
 
-double grid_error(const float* x, const float* importance, int64_t n, StepGrid grid, double norm, float bound) {
+double grid_error(const float* x, const float* importance, int64_t n, StepGrid grid, double norm, float bound,
+                  double factor, double limit) {
   if (norm == 2.0) {
-    return sum_of_errors(x, importance, n, grid, [](Vec r) { return r * r; });
+    return sum_of_errors(x, importance, n, grid, factor, limit, [](Vec r) { return r * r; });
   }
   if (norm == 1.0) {
-    return sum_of_errors(x, importance, n, grid, [](Vec r) { return r; });
+    return sum_of_errors(x, importance, n, grid, factor, limit, [](Vec r) { return absolute(r); });
   }
   const Power power(norm, bound);
-  return sum_of_errors(x, importance, n, grid, [&](Vec r) { return zero_below(r, Vec(1.17549435e-38f), power(r)); });
+  return sum_of_errors(x, importance, n, grid, factor, limit, [&](Vec r) {
+    const Vec magnitude = absolute(r);
+    return zero_below(magnitude, Vec(1.17549435e-38f), power(magnitude));
+  });
 }
 
 void splitting_sums(const float* x, int64_t n, float scale, float z, float qmin, float qmax, float norm, float beta,
@@ -118,6 +128,7 @@ void splitting_sums(const float* x, int64_t n, float scale, float z, float qmin,
         t_sum.flush(&sums->t);
         qq_sum.flush(&sums->qq);
         tq_sum.flush(&sums->tq);
+        return true;
       });
 }
 
