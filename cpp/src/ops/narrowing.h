@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "ops/cheapest.h"
 #include "ops/power_of_two.h"
 
 namespace rarefy {
@@ -27,8 +28,7 @@ struct TargetGrid {
 template <typename Cost>
 class Narrowing {
  public:
-  /// cost(QParams, limit) gives a double: the cost, or where that is more than the limit perhaps another number above the
-  /// limit, which may be found sooner. `whole` is the range of the values, widened to hold 0.
+  /// cost(QParams, limit) gives a double, as first_cheapest wants it. `whole` is the range of the values, widened to hold 0.
   Narrowing(ValueRange whole, const TargetGrid& grid, const Cost& cost) : whole_(whole), grid_(grid), cost_(cost) {
     best_ = whole_;
     best_.low = std::min(whole.low, 0.0f);
@@ -107,28 +107,11 @@ class Narrowing {
     }
   }
 
-  /// The cheapest of the candidates, the first of equals, becomes the best where it is cheaper than the best before. Every
-  /// eighth goes first: the others then meet a low limit.
   void show_all() {
-    constexpr size_t kEvery = 8;
-    const size_t count = candidates_.size();
-    size_t winner = count;  // none
-    const auto show = [&](size_t i) {
-      const double cost = cost_(candidates_[i].parameters, best_cost_);
-      if (cost < best_cost_ || (cost == best_cost_ && winner < count && i < winner)) {
-        best_cost_ = cost;
-        winner = i;
-      }
-    };
-    for (size_t i = 0; i < count; i += kEvery) {
-      show(i);
-    }
-    for (size_t i = 0; i < count; ++i) {
-      if (i % kEvery != 0) {
-        show(i);
-      }
-    }
-    if (winner < count) {
+    const size_t winner = first_cheapest(candidates_.size(), &best_cost_, [&](size_t i, double limit) {
+      return cost_(candidates_[i].parameters, limit);
+    });
+    if (winner < candidates_.size()) {
       best_ = candidates_[winner].allowed;
       unsnapped_ = candidates_[winner].wanted;
       factor_of_best_ = candidates_[winner].factor;

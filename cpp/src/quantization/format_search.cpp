@@ -7,6 +7,8 @@
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/minimum.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -26,6 +28,7 @@
 #include <vector>
 
 #include "ops/block_views.h"
+#include "ops/cpu/cast_search.h"
 #include "ops/histogram_layout.h"
 #include "quantization/scheme_cache.h"
 
@@ -36,6 +39,7 @@ constexpr int64_t kSteps = 128;                 // of the search on a histogram,
 constexpr int64_t kPointsPerBin = 4;            // at which the error of a cast is measured
 constexpr int64_t kValuesPerBin = 16;           // more than so many: the values' histogram stands for them
 constexpr int64_t kInCache = int64_t{1} << 16;  // values that all candidates are tried on, one after the other
+constexpr int64_t kScales = int64_t{1} << 20;   // at a time, where each row has all its candidates tried at once
 constexpr int kLowestPowers = 16;
 
 bool gathers(const Observer& observer) { return chooses_at_end(observer); }
@@ -77,6 +81,30 @@ class CastError {
     return error.to(at::kDouble).sum(1);
   }
 
+  /// Whether one kernel casts, measures and adds, row by row.
+  bool is_fused(const at::Tensor& x, const at::Tensor& weights) const {
+    return x.is_cpu() && x.scalar_type() == at::kFloat && norm_ == 2.0 && clip_weight_ == 1.0 &&
+           (!weights.defined() || weights.scalar_type() == at::kFloat);
+  }
+
+  /// For each row of x the index of the first of its `ends` [rows, k] with the least error, -1 where none is below `least`
+  /// [rows], float64, which is lowered.
+  at::Tensor cheapest(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& ends, at::Tensor& least) const {
+    if (is_fused(x, weights)) {
+      const auto shape = ops::minifloat_shape("search_scheme", format_.exponent_bits, format_.mantissa_bits,
+                                              format_.bias, specials_, format_.saturate);
+      return ops::cheapest_casts(x, weights, scale(ends.reshape(-1)).reshape(ends.sizes()), shape, least);
+    }
+    auto winner = at::full(least.sizes(), -1, least.options().dtype(at::kLong));
+    for (int64_t i = 0; i < ends.size(1); ++i) {
+      const auto cost = (*this)(x, weights, ends.select(1, i));
+      const auto better = cost.lt(least);
+      winner = at::where(better, i, winner);
+      least = at::where(better, cost, least);
+    }
+    return winner;
+  }
+
   bool power_of_two() const { return power_of_two_; }
 
  private:
@@ -90,35 +118,43 @@ class CastError {
 /// through them, all rows at once.
 at::Tensor best_ends(const at::Tensor& x, const at::Tensor& weights, const CastError& error, int64_t steps) {
   const auto largest = at::maximum(-x.amin(1), x.amax(1)).clamp_min(0.0).to(at::kFloat);
-  auto best = largest, best_error = error(x, weights, largest);
-  auto factor_of_best = at::zeros(largest.sizes(), largest.options().dtype(at::kDouble));
-  const auto show = [&](const at::Tensor& factors) {
-    const auto end = (largest.to(at::kDouble) * factors).to(at::kFloat);
-    const auto cost = error(x, weights, end);
-    const auto better = cost.lt(best_error);
-    best = at::where(better, end, best);
-    best_error = at::where(better, cost, best_error);
-    factor_of_best = at::where(better, factors, factor_of_best);
+  const auto doubles = largest.options().dtype(at::kDouble);
+  auto best = largest, factor_of_best = at::zeros(largest.sizes(), doubles);
+  auto least = at::full(largest.sizes(), std::numeric_limits<double>::infinity(), doubles);
+  const auto show = [&](const at::Tensor& factors) {  // [k], or [rows, k]
+    const auto ends = (largest.to(at::kDouble).unsqueeze(1) * factors).to(at::kFloat);
+    const auto winner = error.cheapest(x, weights, ends, least);
+    const auto place = winner.clamp_min(0).unsqueeze(1);
+    best = at::where(winner.ge(0), ends.gather(1, place).squeeze(1), best);
+    factor_of_best = at::where(winner.ge(0), factors.expand_as(ends).gather(1, place).squeeze(1), factor_of_best);
   };
-  const auto everywhere = [&](double factor) { return at::full(largest.sizes(), factor, factor_of_best.options()); };
+  show(at::ones({1}, doubles));
+  factor_of_best.zero_();
+  std::vector<double> factors;
   if (error.power_of_two()) {
     for (int i = 1; i <= kLowestPowers; ++i) {
-      show(everywhere(std::ldexp(1.0, -i)));
+      factors.push_back(std::ldexp(1.0, -i));
     }
+    show(at::tensor(factors, doubles));
     return best;
   }
   for (int64_t i = steps - 1; i >= 1; --i) {
-    show(everywhere(static_cast<double>(i) / static_cast<double>(steps)));
+    factors.push_back(static_cast<double>(i) / static_cast<double>(steps));
+  }
+  if (!factors.empty()) {
+    show(at::tensor(factors, doubles));
   }
   constexpr int kFiner = 5;
-  const auto center = factor_of_best;
+  std::vector<double> finer;
   for (int i = 1 - kFiner; i < kFiner; ++i) {
-    const auto factor = center + static_cast<double>(i) / static_cast<double>(kFiner * steps);
-    const auto allowed = center.gt(0.0).logical_and(factor.gt(0.0)).logical_and(factor.lt(1.0));
     if (i != 0) {
-      show(at::where(allowed, factor, at::full_like(factor, 1.0)));  // once more the whole range, which is no better
+      finer.push_back(static_cast<double>(i) / static_cast<double>(kFiner * steps));
     }
   }
+  const auto center = factor_of_best.unsqueeze(1);
+  const auto around = center + at::tensor(finer, doubles);
+  const auto allowed = center.gt(0.0).logical_and(around.gt(0.0)).logical_and(around.lt(1.0));
+  show(at::where(allowed, around, at::ones_like(around)));  // once more the whole range, which is no better
   return best;
 }
 
@@ -143,7 +179,7 @@ FoundScales search_minifloat(const at::Tensor& rows, const at::Tensor& weights, 
     const auto [from, to] = scheme_range_from_histogram(hist, hist_min, hist_max, scheme, "mse", mse.norm);
     ends = at::maximum(-from, to);
   } else {
-    const int64_t height = std::max<int64_t>(1, kInCache / n);
+    const int64_t height = std::max<int64_t>(1, error.is_fused(rows, weights) ? kScales / mse.steps : kInCache / n);
     std::vector<at::Tensor> found;
     for (int64_t first = 0; first < rows.size(0); first += height) {
       const int64_t count = std::min(height, rows.size(0) - first);

@@ -1,6 +1,7 @@
 #include "ops/cpu/range_search_simd.h"
 
 #include "ops/cpu/lane_sum.h"
+#include "ops/cpu/minifloat_simd.h"
 #include "ops/cpu/simd_math.h"
 
 namespace rarefy::cpu::RAREFY_ISA {
@@ -75,7 +76,54 @@ double sum_of_errors(const float* x, const float* importance, int64_t n, StepGri
   return total * factor;
 }
 
+template <bool Multiplies>
+double sum_of_cast_errors(const float* x, const float* weight, int64_t n, const Divisor& d, const ToMinifloat& cast,
+                          double limit) {
+  double sums[kStep] = {};
+  const auto total = [&] {
+    double halves[kStep];
+    for (int l = 0; l < kStep; ++l) halves[l] = sums[l];
+    for (int width = kStep / 2; width > 0; width /= 2) {
+      for (int l = 0; l < width; ++l) halves[l] += halves[l + width];
+    }
+    return halves[0];
+  };
+  for (int64_t begin = 0; begin < n; begin += kChunk) {
+    const int size = static_cast<int>(n - begin < kChunk ? n - begin : kChunk);
+    const int steps = (size + kStep - 1) / kStep;
+    float terms[kChunk];
+    for (int i = 0; i < steps * kStep; i += Vec::size) {
+      Vec term(0.0f);  // where there is no value
+      if (i < size) {
+        const int count = size - i < Vec::size ? size - i : Vec::size;
+        const Vec value = load_some(x + begin + i, count);
+        const Vec distance = value - cast(divide<Multiplies>(value, d)) * d.scale;
+        term = distance * distance;
+        if (weight != nullptr) {
+          term = term * load_some(weight + begin + i, count);
+        }
+      }
+      term.store(terms + i);
+    }
+    for (int step = 0; step < steps; ++step) {
+      for (int l = 0; l < kStep; ++l) sums[l] += static_cast<double>(terms[step * kStep + l]);
+    }
+    if (begin + kChunk < n && total() > limit) {  // no term is negative
+      break;
+    }
+  }
+  return total();
+}
+
 }  // namespace
+
+double cast_error(const float* x, const float* weight, int64_t n, float scale, Element element, double limit) {
+  Divisor d;
+  d.set(scale);
+  const ToMinifloat cast(element);
+  return d.multiplies ? sum_of_cast_errors<true>(x, weight, n, d, cast, limit)
+                      : sum_of_cast_errors<false>(x, weight, n, d, cast, limit);
+}
 
 double grid_error(const float* x, const float* importance, int64_t n, StepGrid grid, double norm, float bound,
                   double factor, double limit) {
