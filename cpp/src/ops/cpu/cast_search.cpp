@@ -25,12 +25,10 @@ at::Tensor cheapest_casts(const at::Tensor& x, const at::Tensor& weights, const 
   at::parallel_for(0, x.size(0), std::max<int64_t>(1, kGrain / (n * candidates)), [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const auto* scale = all_scales + row * candidates;
-      const auto winner =
-          first_cheapest(static_cast<size_t>(candidates), &least[row], [&](size_t i, double limit) {
-            return RAREFY_ISA_CALL(cast_error, all_values + row * n,
-                                   all_weights == nullptr ? nullptr : all_weights + row * n, n, scale[i], element,
-                                   limit);
-          });
+      const auto winner = first_cheapest(static_cast<size_t>(candidates), &least[row], [&](size_t i, double limit) {
+        return RAREFY_ISA_CALL(cast_error, all_values + row * n,
+                               all_weights == nullptr ? nullptr : all_weights + row * n, n, scale[i], element, limit);
+      });
       out[row] = winner < static_cast<size_t>(candidates) ? static_cast<int64_t>(winner) : -1;
     }
   });
