@@ -5,7 +5,7 @@
 namespace rarefy::cpu::RAREFY_ISA {
 namespace {
 
-constexpr int kBlock = 64;
+constexpr int kBlock = 256;
 
 /// First counters, (place - base) * kCounters + lane % kCounters. Adding 0 makes -0 positive.
 inline void store_counters(Vec x, Vec inverse_width, int32_t base, int32_t* out) {
@@ -32,6 +32,14 @@ inline void store_counters(Vec x, Vec inverse_width, int32_t base, int32_t* out)
 #endif
 }
 
+/// Two counters by one load: loads and stores are what counting waits for.
+inline void count_pair(const int32_t* places, uint32_t* counters) {
+  uint64_t both;
+  memcpy(&both, places, sizeof both);
+  ++counters[both & 0xffffffffu];
+  ++counters[both >> 32];
+}
+
 template <typename T>
 void count_range(const T* x, float inverse, int32_t base, uint32_t* counters, int64_t n) {
   static_assert(kCounters == 4 && Vec::size % kCounters == 0 && kBlock % Vec::size == 0);
@@ -43,14 +51,10 @@ void count_range(const T* x, float inverse, int32_t base, uint32_t* counters, in
       store_counters(Vec::load(x + i + k), inverse_width, base, places + k);
     }
     for (int k = 0; k < kBlock; k += 8) {
-      ++counters[places[k]];
-      ++counters[places[k + 1]];
-      ++counters[places[k + 2]];
-      ++counters[places[k + 3]];
-      ++counters[places[k + 4]];
-      ++counters[places[k + 5]];
-      ++counters[places[k + 6]];
-      ++counters[places[k + 7]];
+      count_pair(places + k, counters);
+      count_pair(places + k + 2, counters);
+      count_pair(places + k + 4, counters);
+      count_pair(places + k + 6, counters);
     }
   }
   for (; i < n; i += Vec::size) {
