@@ -1,6 +1,7 @@
 """What observers must compute, in plain loops: bins, re-binning, expected errors, divergences, splitting."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import reference
@@ -121,3 +122,76 @@ def half_quadratic(
         best, best_error = candidate, candidate_error
         beta *= kappa
     return best
+
+
+def narrowed(
+    cost: Callable[[float, int], float], low: float, high: float, grid: tuple[int, int, bool], steps: int
+) -> tuple[float, float]:
+    """The range that the search for the least cost(scale, zero point) ends at: every candidate is tried in its turn."""
+    low, high = min(np.float32(low), np.float32(0)), max(np.float32(high), np.float32(0))
+    reach = max(-low, high)
+    at = {"best": (low, high), "cost": cost(*reference.choose_qparams(low, high, *grid))}
+
+    def along(ends: Callable[[float], tuple[np.float32, np.float32]]) -> None:
+        factor_of_best = 0.0
+
+        def show(factor: float) -> None:
+            nonlocal factor_of_best
+            candidate = ends(factor)
+            of_this = cost(*reference.choose_qparams(*candidate, *grid))
+            if of_this < at["cost"]:
+                at.update(best=candidate, cost=of_this)
+                factor_of_best = factor
+
+        for i in range(steps, 0, -1):
+            show(i / steps)
+        center = factor_of_best
+        for i in range(-4, 5):
+            if i != 0 and center > 0 and 0 < center + 1 / steps * i / 5 < 1:
+                show(center + 1 / steps * i / 5)
+
+    def part(end: np.float32, factor: float) -> np.float32:
+        return np.float32(factor * float(end))
+
+    if grid[2]:
+        along(lambda f: (max(low, -part(reach, f)), min(high, part(reach, f))))
+        return at["best"]
+    along(lambda f: (part(low, f), part(high, f)))
+    for _ in range(2 if low < 0 < high else 0):
+        before = at["cost"]
+        fixed_low = at["best"][0]
+        along(lambda f, fixed=fixed_low: (fixed, part(high, f)))
+        fixed_high = at["best"][1]
+        along(lambda f, fixed=fixed_high: (part(low, f), fixed))
+        if at["cost"] == before:
+            break
+    return at["best"]
+
+
+def expected_error_exactly(
+    counts: np.ndarray,
+    edges: np.ndarray,
+    scale: float,
+    zero_point: int,
+    grid: tuple[int, int, bool],
+    norm: float,
+    clip_weight: float = 1.0,
+) -> float:
+    """As expected_error, by the integral in docs/dev/numerics.md; what is clipped counts clip_weight times (norm 2)."""
+    first, last = grid[0] - int(zero_point), grid[1] - int(zero_point)
+    s = float(scale)
+
+    def antiderivative(x: np.ndarray) -> np.ndarray:
+        k = np.clip(np.rint(x / s), first, last)
+        r = x / s - k
+        value = 2 * k * 0.5 ** (norm + 1) + np.sign(r) * np.abs(r) ** (norm + 1)
+        value += (clip_weight - 1) * np.sign(r) * np.maximum(np.abs(r) ** 3 - 0.125, 0)
+        return s ** (norm + 1) / (norm + 1) * value
+
+    a, b = edges[:-1], edges[1:]
+    spread = (counts > 0) & (b > a)
+    within = (antiderivative(b) - antiderivative(a))[spread] / (b - a)[spread] * counts[spread]
+    point = (counts > 0) & (b == a)
+    r = np.abs(a[point] / s - np.clip(np.rint(a[point] / s), first, last))
+    at_points = (r**norm + (clip_weight - 1) * np.maximum(r * r - 0.25, 0)) * s**norm * counts[point]
+    return float(within.sum() + at_points.sum())

@@ -2,8 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <limits>
+#include <vector>
 
+#include "ops/cheapest.h"
 #include "ops/power_of_two.h"
 
 namespace rarefy {
@@ -24,8 +28,7 @@ struct TargetGrid {
 template <typename Cost>
 class Narrowing {
  public:
-  /// cost(QParams) gives a double. cost.at_least(QParams), where there is such a function, gives quickly one that is not
-  /// greater. `whole` is the range of the values, widened to hold 0.
+  /// cost(QParams, limit) gives a double, as first_cheapest wants it. `whole` is the range of the values, widened to hold 0.
   Narrowing(ValueRange whole, const TargetGrid& grid, const Cost& cost) : whole_(whole), grid_(grid), cost_(cost) {
     best_ = whole_;
     best_.low = std::min(whole.low, 0.0f);
@@ -33,7 +36,7 @@ class Narrowing {
     whole_ = best_;
     best_ = grid_.allowed(whole_);
     last_ = grid_.parameters(best_);
-    best_cost_ = cost_(last_);
+    best_cost_ = cost_(last_, std::numeric_limits<double>::infinity());
   }
 
   ValueRange search(int64_t steps) {
@@ -63,54 +66,65 @@ class Narrowing {
   }
 
  private:
+  struct Candidate {
+    double factor;
+    ValueRange wanted, allowed;
+    QParams parameters;
+  };
+
   /// range(factor) for factors from 1 down, then around the best of them.
   template <typename Range>
   void along(int64_t steps, const Range& range) {
     constexpr int kFiner = 5;
-    double factor_of_best = 0.0;
-    const auto show = [&](double factor) {
-      const ValueRange wanted = range(factor);
-      const ValueRange candidate = grid_.allowed(wanted);
-      const QParams parameters = grid_.parameters(candidate);
-      if (parameters.scale == last_.scale && parameters.zero_point == last_.zero_point) {
-        return;
-      }
-      last_ = parameters;
-      if constexpr (requires { cost_.at_least(parameters); }) {
-        if (cost_.at_least(parameters) >= best_cost_) {
-          return;
-        }
-      }
-      const double cost = cost_(parameters);
-      if (cost < best_cost_) {
-        best_cost_ = cost;
-        best_ = candidate;
-        unsnapped_ = wanted;
-        factor_of_best = factor;
-      }
-    };
     if (unsnapped_.low == 0.0f && unsnapped_.high == 0.0f) {
       unsnapped_ = whole_;
     }
+    factor_of_best_ = 0.0;
     for (int64_t i = steps; i >= 1; --i) {
-      show(static_cast<double>(i) / static_cast<double>(steps));
+      add(static_cast<double>(i) / static_cast<double>(steps), range);
     }
-    if (factor_of_best > 0.0) {
-      const double center = factor_of_best, width = 1.0 / static_cast<double>(steps);
+    show_all();
+    if (factor_of_best_ > 0.0) {
+      const double center = factor_of_best_, width = 1.0 / static_cast<double>(steps);
       for (int i = 1 - kFiner; i < kFiner; ++i) {
         const double factor = center + width * i / kFiner;
         if (i != 0 && factor > 0.0 && factor < 1.0) {
-          show(factor);
+          add(factor, range);
         }
       }
+      show_all();
     }
+  }
+
+  template <typename Range>
+  void add(double factor, const Range& range) {
+    const ValueRange wanted = range(factor);
+    const ValueRange allowed = grid_.allowed(wanted);
+    const QParams parameters = grid_.parameters(allowed);
+    if (parameters.scale != last_.scale || parameters.zero_point != last_.zero_point) {
+      last_ = parameters;
+      candidates_.push_back({factor, wanted, allowed, parameters});
+    }
+  }
+
+  void show_all() {
+    const size_t winner = first_cheapest(candidates_.size(), &best_cost_, [&](size_t i, double limit) {
+      return cost_(candidates_[i].parameters, limit);
+    });
+    if (winner < candidates_.size()) {
+      best_ = candidates_[winner].allowed;
+      unsnapped_ = candidates_[winner].wanted;
+      factor_of_best_ = candidates_[winner].factor;
+    }
+    candidates_.clear();
   }
 
   ValueRange whole_, best_, unsnapped_{0.0f, 0.0f};
   const TargetGrid grid_;
   const Cost& cost_;
   QParams last_;
-  double best_cost_;
+  double best_cost_, factor_of_best_ = 0.0;
+  std::vector<Candidate> candidates_;
 };
 
 }  // namespace rarefy

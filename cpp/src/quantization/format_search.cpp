@@ -1,5 +1,3 @@
-#include <ATen/ops/amax.h>
-#include <ATen/ops/amin.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -8,7 +6,6 @@
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/minimum.h>
 #include <ATen/ops/tensor.h>
-#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/SymInt.h>
@@ -27,6 +24,7 @@
 
 #include "ops/block_views.h"
 #include "ops/histogram_layout.h"
+#include "quantization/cast_error.h"
 #include "quantization/scheme_cache.h"
 
 namespace rarefy::quantization {
@@ -36,91 +34,9 @@ constexpr int64_t kSteps = 128;                 // of the search on a histogram,
 constexpr int64_t kPointsPerBin = 4;            // at which the error of a cast is measured
 constexpr int64_t kValuesPerBin = 16;           // more than so many: the values' histogram stands for them
 constexpr int64_t kInCache = int64_t{1} << 16;  // values that all candidates are tried on, one after the other
-constexpr int kLowestPowers = 16;
+constexpr int64_t kScales = int64_t{1} << 20;   // at a time, where each row has all its candidates tried at once
 
 bool gathers(const Observer& observer) { return chooses_at_end(observer); }
-
-/// The error of casts to a minifloat with one scale for each row.
-class CastError {
- public:
-  CastError(const Minifloat& format, bool power_of_two, double norm, double clip_weight)
-      : format_(format),
-        power_of_two_(power_of_two),
-        norm_(norm),
-        clip_weight_(clip_weight),
-        specials_(str(format.specials)) {}
-
-  /// The scales of ranges that reach from -end to end, [rows].
-  at::Tensor scale(const at::Tensor& end) const {
-    return ops::minifloat_scale(end.unsqueeze(1), 0, {}, format_.exponent_bits, format_.mantissa_bits, format_.bias,
-                                specials_, power_of_two_);
-  }
-
-  /// The sums of weights * error over the rows of x, float64: in one order, whatever the number of threads.
-  at::Tensor operator()(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& end) const {
-    const auto scales = scale(end);
-    const auto rounded = ops::cast_minifloat(x, scales, 0, {}, format_.exponent_bits, format_.mantissa_bits,
-                                             format_.bias, specials_, format_.saturate);
-    const auto distance = (x - rounded).abs();
-    auto error = norm_ == 2.0 ? distance * distance : distance.pow(norm_);
-    if (clip_weight_ != 1.0) {
-      // What clamping costs beyond the half step that rounding may.
-      const double greatest = format_.greatest();
-      const double half = std::ldexp(0.5, static_cast<int>(format_.greatest_exponent() - format_.mantissa_bits));
-      const auto column = scales.unsqueeze(1);
-      const auto beyond = (error - (column * half).square()).clamp_min(0.0) * (clip_weight_ - 1.0);
-      error = error + at::where(x.abs().gt(column * greatest), beyond, at::zeros_like(beyond));
-    }
-    if (weights.defined()) {
-      error = error * weights;
-    }
-    return error.to(at::kDouble).sum(1);
-  }
-
-  bool power_of_two() const { return power_of_two_; }
-
- private:
-  Minifloat format_;
-  bool power_of_two_;
-  double norm_, clip_weight_;
-  std::string specials_;
-};
-
-/// The ends in [0, largest] with the least error of each row of x [rows, n]: as the search for integers (ops/narrowing.h) goes
-/// through them, all rows at once.
-at::Tensor best_ends(const at::Tensor& x, const at::Tensor& weights, const CastError& error, int64_t steps) {
-  const auto largest = at::maximum(-x.amin(1), x.amax(1)).clamp_min(0.0).to(at::kFloat);
-  auto best = largest, best_error = error(x, weights, largest);
-  auto factor_of_best = at::zeros(largest.sizes(), largest.options().dtype(at::kDouble));
-  const auto show = [&](const at::Tensor& factors) {
-    const auto end = (largest.to(at::kDouble) * factors).to(at::kFloat);
-    const auto cost = error(x, weights, end);
-    const auto better = cost.lt(best_error);
-    best = at::where(better, end, best);
-    best_error = at::where(better, cost, best_error);
-    factor_of_best = at::where(better, factors, factor_of_best);
-  };
-  const auto everywhere = [&](double factor) { return at::full(largest.sizes(), factor, factor_of_best.options()); };
-  if (error.power_of_two()) {
-    for (int i = 1; i <= kLowestPowers; ++i) {
-      show(everywhere(std::ldexp(1.0, -i)));
-    }
-    return best;
-  }
-  for (int64_t i = steps - 1; i >= 1; --i) {
-    show(everywhere(static_cast<double>(i) / static_cast<double>(steps)));
-  }
-  constexpr int kFiner = 5;
-  const auto center = factor_of_best;
-  for (int i = 1 - kFiner; i < kFiner; ++i) {
-    const auto factor = center + static_cast<double>(i) / static_cast<double>(kFiner * steps);
-    const auto allowed = center.gt(0.0).logical_and(factor.gt(0.0)).logical_and(factor.lt(1.0));
-    if (i != 0) {
-      show(at::where(allowed, factor, at::full_like(factor, 1.0)));  // once more the whole range, which is no better
-    }
-  }
-  return best;
-}
 
 /// The range that ends at -end and end, or at the last value before.
 std::pair<at::Tensor, at::Tensor> ends_to_range(const at::Tensor& end, const at::Tensor& low, const at::Tensor& high) {
@@ -143,7 +59,7 @@ FoundScales search_minifloat(const at::Tensor& rows, const at::Tensor& weights, 
     const auto [from, to] = scheme_range_from_histogram(hist, hist_min, hist_max, scheme, "mse", mse.norm);
     ends = at::maximum(-from, to);
   } else {
-    const int64_t height = std::max<int64_t>(1, kInCache / n);
+    const int64_t height = std::max<int64_t>(1, error.is_fused(rows, weights) ? kScales / mse.steps : kInCache / n);
     std::vector<at::Tensor> found;
     for (int64_t first = 0; first < rows.size(0); first += height) {
       const int64_t count = std::min(height, rows.size(0) - first);

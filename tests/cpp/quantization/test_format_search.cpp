@@ -71,6 +71,26 @@ TEST_CASE("minifloats are searched with the error of their cast", "[formats][obs
   }
 }
 
+TEST_CASE("a minifloat's scale has the least error of all that are tried", "[formats][observers]") {
+  const auto x = heavy_tails({3, 2500});  // errors are looked at every 1,024 values
+  const auto importance = torch::rand({3, 2500});
+  const auto scheme = Scheme::minifloat(Minifloat::e2m1(), PerChannel{0});
+  constexpr int64_t kSteps = 20;
+  const std::vector<c10::SymInt> no_block;
+  for (const auto& weight : {std::optional<torch::Tensor>(), std::optional(importance)}) {
+    const auto found = search_scheme(x, scheme, MSE{.steps = kSteps, .bins = 0}, weight);
+    const auto error = [&](const torch::Tensor& scale) {
+      const auto square = (x - ops::cast_minifloat(x, scale, 0, no_block, 2, 1, 1, "none")).square();
+      return (weight.has_value() ? square * *weight : square).to(torch::kFloat64).sum(1);
+    };
+    const auto least = error(found.scale.flatten());
+    for (int64_t i = 1; i <= kSteps; ++i) {
+      const auto end = x.abs().amax(1) * (static_cast<double>(i) / static_cast<double>(kSteps));
+      REQUIRE((least <= error(end / 6.0) * (1 + 1e-5)).all().item<bool>());
+    }
+  }
+}
+
 TEST_CASE("activations in formats are calibrated by every observer that serves them", "[formats][observers]") {
   const auto data = heavy_tails({4, 500});
   const std::vector<Observer> observers = {MinMax{}, Histogram{.bins = 256},

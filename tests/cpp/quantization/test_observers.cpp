@@ -232,6 +232,37 @@ TEST_CASE("searches on a tensor gain on its range", "[observers]") {
   REQUIRE(exact.isfinite().all().item<bool>());
 }
 
+TEST_CASE("channels in long runs are searched like tensors of their own", "[observers]") {
+  torch::manual_seed(3);
+  auto x = torch::randn({3, 2, 30, 25});
+  x[2][0][29][24] = 300.0;  // bins move after most values were counted
+  for (const bool symmetric : {true, false}) {
+    const auto qmin = symmetric ? -8 : 0, qmax = symmetric ? 7 : 15;
+    const auto [low, high] = ops::mse_range(x, 1, qmin, qmax, symmetric, 2.0, 128, 64);
+    State state(2, 64);
+    state.observe(x, 1);
+    const auto [chosen_low, chosen_high] =
+        ops::choose_range_from_histogram(state.hist, state.low, state.high, "mse", 2.0, qmin, qmax, symmetric, false);
+    REQUIRE(low.equal(chosen_low));
+    REQUIRE(high.equal(chosen_high));
+    for (int64_t c = 0; c < 2; ++c) {
+      const auto row = x.select(1, c).contiguous();
+      const auto [own_low, own_high] = ops::mse_range(row, std::nullopt, qmin, qmax, symmetric, 2.0, 128, 64);
+      REQUIRE(low[c].item<float>() == own_low.item<float>());
+      REQUIRE(high[c].item<float>() == own_high.item<float>());
+      REQUIRE(state.hist[c].equal(counts_of(row, 64)));
+      // A value lies within a bin of where it counts, and bins are at most twice as wide as the range over 64.
+      const double width = (row.max() - row.min()).item<double>() / 32.0, count = 2250.0;
+      const double seen = error_of(row, row.min(), row.max(), qmin, qmax, symmetric);
+      const double bound = std::pow(std::sqrt(seen / count) + width, 2.0) * count;
+      REQUIRE(error_of(row, low[c], high[c], qmin, qmax, symmetric) <= bound);
+    }
+  }
+  x[2][1][29][24] = std::numeric_limits<float>::quiet_NaN();
+  REQUIRE_THAT(message_of([&] { ops::mse_range(x, 1, -8, 7, true, 2.0, 128, 64); }),
+               ContainsSubstring("[mse_range] input must be finite"));
+}
+
 TEST_CASE("observers print, compare and check themselves", "[observers]") {
   REQUIRE(str(Observer(Histogram{})) == "Histogram(bins=2048, search='mse', norm=2)");
   REQUIRE(str(Observer(MeanNoOutliers{})) == "MeanNoOutliers(sigma=None, quantile=None, batches=1024)");

@@ -16,52 +16,33 @@ constexpr int64_t kSteps = 128;
 /// The sum over values spread evenly in their bins of |x - x_hat|^norm (norm 2 with clip_weight, see least_noise).
 class ExpectedError {
  public:
-  /// Weights of edges: an integral over a bin is the difference of its values at the bin's two edges.
-  ExpectedError(const std::vector<int64_t>& counts, std::vector<double> edges, double norm, double clip_weight,
-                const TargetGrid& grid)
-      : edges_(std::move(edges)), weights_(edges_.size()), norm_(norm), clip_weight_(clip_weight), grid_(grid) {
-    for (size_t i = 0; i < counts.size(); ++i) {
-      const auto count = static_cast<double>(counts[i]);
-      const double width = edges_[i + 1] - edges_[i];
-      if (count != 0.0 && width > 0.0) {
-        weights_[i] -= count / width;
-        weights_[i + 1] += count / width;
-      } else if (count != 0.0) {
-        points_.emplace_back(edges_[i], count);
-      }
-    }
+  /// `edges` has one more element than `counts`; bin i lies at place layout.base + i before its edges are cut off.
+  ExpectedError(const int64_t* counts, std::vector<double> edges, const HistogramLayout& layout, double norm,
+                double clip_weight, const TargetGrid& grid)
+      : edges_(std::move(edges)),
+        weights_(edges_.size()),
+        base_(static_cast<double>(layout.base)),
+        places_per_unit_(std::ldexp(1.0, -layout.exponent)),
+        norm_(norm),
+        clip_weight_(clip_weight),
+        grid_(grid) {
     if (norm_ == 2.0) {
-      below_.resize(edges_.size());
-      above_.resize(edges_.size());
-      for (size_t i = 0; i < counts.size(); ++i) {
-        below_[i + 1] = below_[i].with(static_cast<double>(counts[i]), 0.5 * (edges_[i] + edges_[i + 1]));
-      }
-      for (size_t i = counts.size(); i-- > 0;) {
-        above_[i] = above_[i + 1].with(static_cast<double>(counts[i]), 0.5 * (edges_[i] + edges_[i + 1]));
-      }
+      sum_moments(counts);
     }
+    weigh_edges(counts);
   }
 
-  /// No more than the error: what clamping alone costs, from the bins that lie wholly beyond the grid, each with all its values in
-  /// its middle. A search need not look closer at a grid that is worse than its best by this alone.
-  double at_least(const QParams& parameters) const {
-    if (norm_ != 2.0) {
-      return 0.0;
-    }
-    const auto scale = static_cast<double>(parameters.scale);
-    const double first = static_cast<double>(grid_.qmin - parameters.zero_point) * scale;
-    const double last = static_cast<double>(grid_.qmax - parameters.zero_point) * scale;
-    const auto beyond = std::lower_bound(edges_.begin(), edges_.end(), last) - edges_.begin();
-    const auto before = std::upper_bound(edges_.begin(), edges_.end(), first) - edges_.begin() - 1;
-    const auto size = static_cast<std::ptrdiff_t>(edges_.size());
-    return (beyond < size ? above_[static_cast<size_t>(beyond)].square_from(last) : 0.0) +
-           (before >= 0 ? below_[static_cast<size_t>(before)].square_from(first) : 0.0);
-  }
-
-  double operator()(const QParams& parameters) const {
+  /// The error, or what at_least gives where that is more than the limit.
+  double operator()(const QParams& parameters, double limit) const {
     const auto scale = static_cast<double>(parameters.scale);
     const auto first = static_cast<double>(grid_.qmin - parameters.zero_point);
     const auto last = static_cast<double>(grid_.qmax - parameters.zero_point);
+    if (norm_ == 2.0) {
+      const double bound = at_least(first * scale, last * scale);
+      if (bound > limit) {
+        return bound;
+      }
+    }
     double sum = 0.0;
     for (const auto& [x, count] : points_) {
       const double r = std::fabs(x / scale - std::clamp(std::rint(x / scale), first, last));
@@ -89,7 +70,8 @@ class ExpectedError {
   struct Moments {
     double count = 0.0, sum = 0.0, squares = 0.0;
     Moments with(double more, double middle) const {
-      return {count + more, sum + more * middle, squares + more * middle * middle};
+      const double moment = more * middle;
+      return {count + more, sum + moment, squares + moment * middle};
     }
     /// The sum of counts * (middle - x)^2, less than rounding can have added to it.
     double square_from(double x) const {
@@ -99,10 +81,78 @@ class ExpectedError {
     }
   };
 
+  void sum_moments(const int64_t* counts) {
+    const size_t bins = edges_.size() - 1;
+    below_.resize(bins + 1);
+    above_.resize(bins + 1);
+    const auto with_bin = [&](const Moments& moments, size_t i) {
+      return moments.with(static_cast<double>(counts[i]), 0.5 * (edges_[i] + edges_[i + 1]));
+    };
+    Moments below, above;
+    for (size_t i = 0, j = bins; i < bins; ++i) {  // two chains of additions at a time
+      below_[i + 1] = below = with_bin(below, i);
+      --j;
+      above_[j] = above = with_bin(above, j);
+    }
+  }
+
+  /// Weights of edges: an integral over a bin is the difference of its values at the bin's two edges.
+  void weigh_edges(const int64_t* counts) {
+    const size_t bins = edges_.size() - 1;
+    double before = 0.0;
+    for (size_t i = 0; i < bins; ++i) {
+      double density = 0.0;
+      if (counts[i] != 0) {
+        const auto count = static_cast<double>(counts[i]);
+        const double width = edges_[i + 1] - edges_[i];
+        if (width > 0.0) {
+          density = count / width;
+        } else {
+          points_.emplace_back(edges_[i], count);
+        }
+      }
+      weights_[i] = before - density;
+      before = density;
+    }
+    weights_[bins] = before;
+    leave_out_empty_stretches();
+  }
+
+  /// Far values make most bins empty.
+  void leave_out_empty_stretches() {
+    constexpr size_t kGroup = cpu::kSumsOfIntegral;
+    size_t kept = 0;
+    for (size_t i = 0; i < edges_.size(); i += kGroup) {
+      const size_t size = std::min(kGroup, edges_.size() - i);
+      const auto from = weights_.begin() + static_cast<std::ptrdiff_t>(i);
+      if (size == kGroup && std::all_of(from, from + kGroup, [](double weight) { return weight == 0.0; })) {
+        continue;
+      }
+      if (kept != i) {
+        std::copy_n(from, size, weights_.begin() + static_cast<std::ptrdiff_t>(kept));
+        std::copy_n(edges_.begin() + static_cast<std::ptrdiff_t>(i), size,
+                    edges_.begin() + static_cast<std::ptrdiff_t>(kept));
+      }
+      kept += size;
+    }
+    edges_.resize(kept);
+    weights_.resize(kept);
+  }
+
+  /// No more than the error: what clamping to [first, last] alone costs, from the bins that lie wholly beyond, each with all
+  /// its values in its middle.
+  double at_least(double first, double last) const {
+    const auto bins = static_cast<double>(below_.size() - 1);
+    const auto beyond = std::clamp(std::ceil(last * places_per_unit_) - base_, 0.0, bins);
+    const auto before = std::clamp(std::floor(first * places_per_unit_) - base_, 0.0, bins);
+    return above_[static_cast<size_t>(beyond)].square_from(last) +
+           below_[static_cast<size_t>(before)].square_from(first);
+  }
+
   std::vector<double> edges_, weights_;
   std::vector<Moments> below_, above_;             // of the bins before and from an edge on
   std::vector<std::pair<double, double>> points_;  // bins without width: all values are equal
-  double norm_, clip_weight_;
+  double base_, places_per_unit_, norm_, clip_weight_;
   TargetGrid grid_;
 };
 
@@ -126,13 +176,18 @@ double value_at(const std::vector<int64_t>& counts, const std::vector<double>& e
 HistogramSearch::HistogramSearch(const int64_t* counts, int64_t bins, float low, float high, const TargetGrid& grid)
     : counts_(counts), bins_(bins), range_{low, high}, grid_(grid), layout_(layout_of_range(low, high, bins)) {}
 
-HistogramSearch::Bins HistogramSearch::whole() const {
-  Bins result{std::vector<int64_t>(counts_, counts_ + bins_), {}};
-  for (int64_t i = 0; i <= bins_; ++i) {
-    const double edge = std::ldexp(static_cast<double>(layout_.base + i), layout_.exponent);
-    result.edges.push_back(std::clamp(edge, static_cast<double>(range_.low), static_cast<double>(range_.high)));
+std::vector<double> HistogramSearch::edges(int64_t bins) const {
+  const double width = std::ldexp(1.0, layout_.exponent);
+  const auto low = static_cast<double>(range_.low), high = static_cast<double>(range_.high);
+  std::vector<double> result(static_cast<size_t>(bins + 1));
+  for (int64_t i = 0; i <= bins; ++i) {
+    result[static_cast<size_t>(i)] = std::clamp(static_cast<double>(layout_.base + i) * width, low, high);
   }
   return result;
+}
+
+HistogramSearch::Bins HistogramSearch::whole() const {
+  return {std::vector<int64_t>(counts_, counts_ + bins_), edges(bins_)};
 }
 
 HistogramSearch::Bins HistogramSearch::folded() const {
@@ -170,17 +225,18 @@ ValueRange HistogramSearch::choose(RangeMethod method, double parameter) const {
   }
 }
 
-ValueRange HistogramSearch::least_error(double norm, int64_t steps) const {
-  auto bins = whole();
-  const ExpectedError error(bins.counts, std::move(bins.edges), norm, 1.0, grid_);
+ValueRange HistogramSearch::least_of(double norm, double clip_weight, int64_t steps) const {
+  int64_t used = bins_;
+  while (used > 1 && counts_[used - 1] == 0) {
+    --used;
+  }
+  const ExpectedError error(counts_, edges(used), layout_, norm, clip_weight, grid_);
   return Narrowing(range_, grid_, error).search(steps);
 }
 
-ValueRange HistogramSearch::least_noise(double clip_weight) const {
-  auto bins = whole();
-  const ExpectedError error(bins.counts, std::move(bins.edges), 2.0, clip_weight, grid_);
-  return Narrowing(range_, grid_, error).search(kSteps);
-}
+ValueRange HistogramSearch::least_error(double norm, int64_t steps) const { return least_of(norm, 1.0, steps); }
+
+ValueRange HistogramSearch::least_noise(double clip_weight) const { return least_of(2.0, clip_weight, kSteps); }
 
 ValueRange HistogramSearch::percentile(double percent) const {
   if (percent == 100.0) {

@@ -27,11 +27,15 @@ class HistogramSearch {
     std::vector<double> edges;  // one more than counts
   };
   Bins whole() const;
+  /// Of the first `bins` bins.
+  std::vector<double> edges(int64_t bins) const;
   /// Magnitudes: the mirrored bins of both signs are one.
   Bins folded() const;
 
   ValueRange percentile(double percent) const;
   ValueRange least_noise(double clip_weight) const;
+  /// With the error of values spread evenly in their bins.
+  ValueRange least_of(double norm, double clip_weight, int64_t steps) const;
   ValueRange least_divergence() const;
 
   const int64_t* counts_;

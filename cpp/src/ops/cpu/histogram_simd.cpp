@@ -5,7 +5,7 @@
 namespace rarefy::cpu::RAREFY_ISA {
 namespace {
 
-constexpr int kBlock = 64;
+constexpr int kBlock = 256;
 
 /// First counters, (place - base) * kCounters + lane % kCounters. Adding 0 makes -0 positive.
 inline void store_counters(Vec x, Vec inverse_width, int32_t base, int32_t* out) {
@@ -32,6 +32,14 @@ inline void store_counters(Vec x, Vec inverse_width, int32_t base, int32_t* out)
 #endif
 }
 
+/// Two counters by one load: loads and stores are what counting waits for.
+inline void count_pair(const int32_t* places, uint32_t* counters) {
+  uint64_t both;
+  memcpy(&both, places, sizeof both);
+  ++counters[both & 0xffffffffu];
+  ++counters[both >> 32];
+}
+
 template <typename T>
 void count_range(const T* x, float inverse, int32_t base, uint32_t* counters, int64_t n) {
   static_assert(kCounters == 4 && Vec::size % kCounters == 0 && kBlock % Vec::size == 0);
@@ -43,14 +51,10 @@ void count_range(const T* x, float inverse, int32_t base, uint32_t* counters, in
       store_counters(Vec::load(x + i + k), inverse_width, base, places + k);
     }
     for (int k = 0; k < kBlock; k += 8) {
-      ++counters[places[k]];
-      ++counters[places[k + 1]];
-      ++counters[places[k + 2]];
-      ++counters[places[k + 3]];
-      ++counters[places[k + 4]];
-      ++counters[places[k + 5]];
-      ++counters[places[k + 6]];
-      ++counters[places[k + 7]];
+      count_pair(places + k, counters);
+      count_pair(places + k + 2, counters);
+      count_pair(places + k + 4, counters);
+      count_pair(places + k + 6, counters);
     }
   }
   for (; i < n; i += Vec::size) {
@@ -63,17 +67,13 @@ void count_range(const T* x, float inverse, int32_t base, uint32_t* counters, in
   }
 }
 
-}  // namespace
-
-void count(const void* x, FloatType type, float inverse_width, int32_t base, uint32_t* counters, int64_t n) {
-  RAREFY_FOR_FLOAT_TYPE(type, T, count_range(static_cast<const T*>(x), inverse_width, base, counters, n))
-}
-
-double squared_error_integral(const double* edge, const double* weight, int64_t n, double scale, double first,
-                              double last, double clip_weight) {
+/// Weighted: what is clipped counts more. Adding 0 for it would not change a bit.
+template <bool Weighted>
+double integral(const double* edge, const double* weight, int64_t n, double scale, double first, double last,
+                double clip_weight) {
   // Within cell k of the grid the error is x - k * scale: a whole cell holds scale^3 / 12, and the last, open one goes on as
   // a cubic. Eight sums, whatever the width of a vector.
-  constexpr int kLanes = 8;
+  constexpr int kLanes = kSumsOfIntegral;
   double sums[kLanes] = {};
   const double third = 1.0 / 3.0, twelfth = 1.0 / 12.0, extra = (clip_weight - 1.0) * third;
   const double inverse = 1.0 / scale;  // the integral has no steps: which cell an edge falls to makes no difference
@@ -84,9 +84,12 @@ double squared_error_integral(const double* edge, const double* weight, int64_t 
     k = k > last ? last : k;
     const double r = t - k;
     const double cube = r * r * r;
-    const double above = cube - 0.125, below = cube + 0.125;
-    const double clipped = (above > 0.0 ? above : 0.0) + (below < 0.0 ? below : 0.0);
-    return w * (k * twelfth + cube * third + clipped * extra);
+    double value = k * twelfth + cube * third;
+    if (Weighted) {
+      const double above = cube - 0.125, below = cube + 0.125;
+      value += ((above > 0.0 ? above : 0.0) + (below < 0.0 ? below : 0.0)) * extra;
+    }
+    return w * value;
   };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -98,6 +101,18 @@ double squared_error_integral(const double* edge, const double* weight, int64_t 
     sums[l] += term(edge[i], weight[i]);
   }
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+}  // namespace
+
+void count(const void* x, FloatType type, float inverse_width, int32_t base, uint32_t* counters, int64_t n) {
+  RAREFY_FOR_FLOAT_TYPE(type, T, count_range(static_cast<const T*>(x), inverse_width, base, counters, n))
+}
+
+double squared_error_integral(const double* edge, const double* weight, int64_t n, double scale, double first,
+                              double last, double clip_weight) {
+  return clip_weight == 1.0 ? integral<false>(edge, weight, n, scale, first, last, clip_weight)
+                            : integral<true>(edge, weight, n, scale, first, last, clip_weight);
 }
 
 }  // namespace rarefy::cpu::RAREFY_ISA

@@ -11,6 +11,9 @@ namespace rarefy::cpu {
 /// Counters of one bin, side by side: neighbouring elements count in different ones, so that equal values do not wait for
 /// each other's stores.
 constexpr int kCounters = 4;
+/// squared_error_integral adds the terms of edge i to sum i % 8. Leaving out 8 edges of weight 0 that begin at a multiple of 8
+/// does not change its result.
+constexpr int kSumsOfIntegral = 8;
 
 RAREFY_DECLARE_ISA(
     /// Adds one to a counter of the bin of each of n elements: counters[(place - base) * kCounters + any]. Every element has

@@ -53,16 +53,16 @@ float farthest(ValueRange range, const cpu::StepGrid& grid) {
   return static_cast<float>(std::min(steps, 1e30));
 }
 
-/// The sum of importance * |x - x_hat|^norm over one row.
+/// The sum of importance * |x - x_hat|^norm over one row, or a part of the sum that is above the limit.
 class RowError {
  public:
   RowError(const float* x, const float* importance, int64_t n, ValueRange range, double norm, const TargetGrid& grid)
       : x_(x), importance_(importance), n_(n), range_(range), norm_(norm), grid_(grid) {}
 
-  double operator()(const QParams& parameters) const {
+  double operator()(const QParams& parameters, double limit) const {
     const auto grid = step_grid(parameters, grid_);
-    return RAREFY_ISA_CALL(grid_error, x_, importance_, n_, grid, norm_, farthest(range_, grid)) *
-           std::pow(static_cast<double>(parameters.scale), norm_);
+    return RAREFY_ISA_CALL(grid_error, x_, importance_, n_, grid, norm_, farthest(range_, grid),
+                           std::pow(static_cast<double>(parameters.scale), norm_), limit);
   }
 
  private:
@@ -88,14 +88,10 @@ std::tuple<at::Tensor, at::Tensor> mse_range_cpu(const at::Tensor& x, std::optio
     high.data_ptr<float>()[row] = range.high;
   };
   if (bins > 0 && !importance.has_value() && n >= kValuesPerBin * bins) {
-    auto histograms = row_histograms(x, resolved, bins);
-    TORCH_CHECK_VALUE(histograms.has_value(), "[", function, "] input must be finite, got NaN or infinite values");
-    at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        auto& row = (*histograms)[static_cast<size_t>(i)];
-        store(i, HistogramSearch(row.counts().data(), bins, row.low(), row.high(), grid).least_error(norm, steps));
-      }
+    const bool finite = for_each_row_histogram(x, resolved, bins, [&](int64_t i, RowHistogram& row) {
+      store(i, HistogramSearch(row.counts().data(), bins, row.low(), row.high(), grid).least_error(norm, steps));
     });
+    TORCH_CHECK_VALUE(finite, "[", function, "] input must be finite, got NaN or infinite values");
     return {low, high};
   }
   // Beside an importance the values of a row must lie in the order of the axes.
@@ -129,7 +125,7 @@ struct Splitting {
 QParams split_row(const float* x, int64_t n, ValueRange range, const TargetGrid& grid, const Splitting& options) {
   const RowError error(x, nullptr, n, range, options.norm, grid);
   QParams best = grid.parameters(range);
-  double best_error = error(best), beta = options.beta;
+  double best_error = error(best, std::numeric_limits<double>::infinity()), beta = options.beta;
   auto scale = static_cast<double>(best.scale);
   auto zero_point = static_cast<double>(best.zero_point);
   const double largest = kLargestGridValue / static_cast<double>(grid.qmax - grid.qmin);
@@ -153,7 +149,7 @@ QParams split_row(const float* x, int64_t n, ValueRange range, const TargetGrid&
     }
     scale = std::clamp(scale * product / square, static_cast<double>(kSmallestScale), largest);
     const QParams candidate{static_cast<float>(scale), static_cast<int32_t>(std::rint(zero_point))};
-    const double candidate_error = error(candidate);
+    const double candidate_error = error(candidate, best_error);
     if (!(candidate_error < best_error)) {
       break;
     }

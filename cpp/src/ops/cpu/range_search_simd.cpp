@@ -1,6 +1,7 @@
 #include "ops/cpu/range_search_simd.h"
 
 #include "ops/cpu/lane_sum.h"
+#include "ops/cpu/minifloat_simd.h"
 #include "ops/cpu/simd_math.h"
 
 namespace rarefy::cpu::RAREFY_ISA {
@@ -22,7 +23,7 @@ struct Power {
   }
 };
 
-/// Calls body(part, i, count) for every vector of [0, n), and flush() after at most kChunk elements.
+/// Calls body(part, i, count) for every vector of [0, n), and flush() after at most kChunk elements, until that says false.
 template <typename Body, typename Flush>
 inline void for_each_vector(int64_t n, Body body, Flush flush) {
   for (int64_t begin = 0; begin < n; begin += kChunk) {
@@ -34,7 +35,9 @@ inline void for_each_vector(int64_t n, Body body, Flush flush) {
     if (i < end) {
       body(static_cast<int>((i - begin) / Vec::size) % kParts, i, static_cast<int>(end - i));
     }
-    flush();
+    if (!flush()) {
+      return;
+    }
   }
 }
 
@@ -43,7 +46,8 @@ inline Vec load_some(const float* p, int count) {
 }
 
 template <typename Measure>
-double sum_of_errors(const float* x, const float* importance, int64_t n, StepGrid grid, Measure measure) {
+double sum_of_errors(const float* x, const float* importance, int64_t n, StepGrid grid, double factor, double limit,
+                     Measure measure) {
   // Multiplied, not divided: on a tie both neighbours are equally far, so the error does not notice.
   const Vec inverse(1.0f / grid.scale), first(grid.first), last(grid.last);
   LaneSum sum;
@@ -53,7 +57,7 @@ double sum_of_errors(const float* x, const float* importance, int64_t n, StepGri
       [&](int part, int64_t i, int count) {
         const Vec t = load_some(x + i, count) * inverse;
         const Vec k = min(max(round_even(t), first), last);
-        Vec error = measure(absolute(t - k));
+        Vec error = measure(t - k);
         if (importance != nullptr) {
           error = error * load_some(importance + i, count);
         }
@@ -65,21 +69,75 @@ double sum_of_errors(const float* x, const float* importance, int64_t n, StepGri
         }
         sum.add(part, error);
       },
-      [&] { sum.flush(&total); });
-  return total;
+      [&] {
+        sum.flush(&total);
+        return !(total * factor > limit);  // no term is negative
+      });
+  return total * factor;
+}
+
+template <bool Multiplies>
+double sum_of_cast_errors(const float* x, const float* weight, int64_t n, const Divisor& d, const ToMinifloat& cast,
+                          double limit) {
+  double sums[kStep] = {};
+  const auto total = [&] {
+    double halves[kStep];
+    for (int l = 0; l < kStep; ++l) halves[l] = sums[l];
+    for (int width = kStep / 2; width > 0; width /= 2) {
+      for (int l = 0; l < width; ++l) halves[l] += halves[l + width];
+    }
+    return halves[0];
+  };
+  for (int64_t begin = 0; begin < n; begin += kChunk) {
+    const int size = static_cast<int>(n - begin < kChunk ? n - begin : kChunk);
+    const int steps = (size + kStep - 1) / kStep;
+    float terms[kChunk];
+    for (int i = 0; i < steps * kStep; i += Vec::size) {
+      Vec term(0.0f);  // where there is no value
+      if (i < size) {
+        const int count = size - i < Vec::size ? size - i : Vec::size;
+        const Vec value = load_some(x + begin + i, count);
+        const Vec distance = value - cast(divide<Multiplies>(value, d)) * d.scale;
+        term = distance * distance;
+        if (weight != nullptr) {
+          term = term * load_some(weight + begin + i, count);
+        }
+      }
+      term.store(terms + i);
+    }
+    for (int step = 0; step < steps; ++step) {
+      for (int l = 0; l < kStep; ++l) sums[l] += static_cast<double>(terms[step * kStep + l]);
+    }
+    if (begin + kChunk < n && total() > limit) {  // no term is negative
+      break;
+    }
+  }
+  return total();
 }
 
 }  // namespace
 
-double grid_error(const float* x, const float* importance, int64_t n, StepGrid grid, double norm, float bound) {
+double cast_error(const float* x, const float* weight, int64_t n, float scale, Element element, double limit) {
+  Divisor d;
+  d.set(scale);
+  const ToMinifloat cast(element);
+  return d.multiplies ? sum_of_cast_errors<true>(x, weight, n, d, cast, limit)
+                      : sum_of_cast_errors<false>(x, weight, n, d, cast, limit);
+}
+
+double grid_error(const float* x, const float* importance, int64_t n, StepGrid grid, double norm, float bound,
+                  double factor, double limit) {
   if (norm == 2.0) {
-    return sum_of_errors(x, importance, n, grid, [](Vec r) { return r * r; });
+    return sum_of_errors(x, importance, n, grid, factor, limit, [](Vec r) { return r * r; });
   }
   if (norm == 1.0) {
-    return sum_of_errors(x, importance, n, grid, [](Vec r) { return r; });
+    return sum_of_errors(x, importance, n, grid, factor, limit, [](Vec r) { return absolute(r); });
   }
   const Power power(norm, bound);
-  return sum_of_errors(x, importance, n, grid, [&](Vec r) { return zero_below(r, Vec(1.17549435e-38f), power(r)); });
+  return sum_of_errors(x, importance, n, grid, factor, limit, [&](Vec r) {
+    const Vec magnitude = absolute(r);
+    return zero_below(magnitude, Vec(1.17549435e-38f), power(magnitude));
+  });
 }
 
 void splitting_sums(const float* x, int64_t n, float scale, float z, float qmin, float qmax, float norm, float beta,
@@ -118,6 +176,7 @@ void splitting_sums(const float* x, int64_t n, float scale, float z, float qmin,
         t_sum.flush(&sums->t);
         qq_sum.flush(&sums->qq);
         tq_sum.flush(&sums->tq);
+        return true;
       });
 }
 

@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "ops/cpu/formats_simd.h"
 #include "ops/cpu/isa.h"
 
 namespace rarefy::cpu {
@@ -20,9 +21,15 @@ struct SplittingSums {
 };
 
 RAREFY_DECLARE_ISA(
-    /// The sum of importance * |x / scale - nearest grid point|^norm. importance may be null (1). bound is at least the
-    /// greatest distance, and positive. Sums do not depend on the instruction set.
-    double grid_error(const float* x, const float* importance, int64_t n, StepGrid grid, double norm, float bound);
+    /// factor times the sum of importance * |x / scale - nearest grid point|^norm; where that is more than the limit, perhaps
+    /// of the first elements only, which are then enough to be above it. importance may be null (1). bound is at least the
+    /// greatest distance, and positive. Results do not depend on the instruction set.
+    double grid_error(const float* x, const float* importance, int64_t n, StepGrid grid, double norm, float bound,
+                      double factor, double limit);
+
+    /// The sum of weight * (x - minifloat(x / scale) * scale)^2, the terms in float, added in double; where that is more than
+    /// the limit, perhaps of the first elements only, which are then enough to be above it. weight may be null (1).
+    double cast_error(const float* x, const float* weight, int64_t n, float scale, Element element, double limit);
 
     /// One round of splitting: q = clamp(round(x / scale + z), qmin, qmax), r = x / scale - (q - z) and
     /// e = sign(r) * max(|r| - |r|^(norm - 1) / beta, 0). bound is at least |r|, and positive.

@@ -10,7 +10,9 @@
 namespace rarefy::ops {
 namespace {
 
-constexpr int64_t kChunk = 8192;  // values that stay in the cache between their range and their counts
+// Values that stay in a cache of the core between their range and their counts. The more, the fewer times bins move, which costs
+// as much as counting some ten thousand values.
+constexpr int64_t kTogether = int64_t{1} << 17;
 constexpr int64_t kMostRecent = int64_t{1} << 30;
 
 size_t bytes_of(cpu::FloatType type) { return type == cpu::FloatType::f32 ? 4 : 2; }
@@ -47,28 +49,46 @@ void RowHistogram::widen(float low, float high) {
   }
 }
 
-bool RowHistogram::add(const void* x, cpu::FloatType type, int64_t n) {
+bool RowHistogram::add(const void* x, cpu::FloatType type, int64_t n, int64_t runs, int64_t stride) {
   if (recent_.empty()) {
     recent_.resize(counts_.size() * cpu::kCounters);
   }
-  const auto* bytes = static_cast<const char*>(x);
-  for (int64_t begin = 0; begin < n; begin += kChunk) {
-    const int64_t size = std::min(kChunk, n - begin);
-    const void* chunk = bytes + static_cast<size_t>(begin) * bytes_of(type);
-    float low = std::numeric_limits<float>::infinity(), high = -low;
-    if (!RAREFY_ISA_CALL(min_max, chunk, cpu::Layout{type, 1, size}, &low, &high, 0, size)) {
+  const auto at = [&](int64_t run, int64_t i) {
+    return static_cast<const char*>(x) + static_cast<size_t>(run * stride + i) * bytes_of(type);
+  };
+  // Whole runs, or parts of one.
+  const int64_t size = std::min(n, kTogether), together = std::max<int64_t>(1, kTogether / n);
+  for (int64_t run = 0; run < runs; run += together) {
+    for (int64_t begin = 0; begin < n; begin += size) {
+      if (!add_part(at(run, begin), type, std::min(size, n - begin), std::min(together, runs - run), stride)) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+bool RowHistogram::add_part(const char* x, cpu::FloatType type, int64_t n, int64_t runs, int64_t stride) {
+  const size_t step = static_cast<size_t>(stride) * bytes_of(type);
+  float low = std::numeric_limits<float>::infinity(), high = -low;
+  for (int64_t run = 0; run < runs; ++run) {
+    const auto* from = x + static_cast<size_t>(run) * step;
+    if (!RAREFY_ISA_CALL(min_max, from, cpu::Layout{type, 1, n}, &low, &high, 0, n)) {
       return false;
     }
-    if (low < low_ || high > high_) {
-      widen(low + 0.0f, high + 0.0f);  // without -0
-    }
-    if (recent_count_ + size > kMostRecent) {
-      flush();
-    }
-    RAREFY_ISA_CALL(count, chunk, type, std::ldexp(1.0f, -layout_.exponent), static_cast<int32_t>(layout_.base),
-                    recent_.data(), size);
-    recent_count_ += size;
   }
+  if (low < low_ || high > high_) {
+    widen(low + 0.0f, high + 0.0f);  // without -0
+  }
+  if (recent_count_ + runs * n > kMostRecent) {
+    flush();
+  }
+  for (int64_t run = 0; run < runs; ++run) {
+    const auto* from = x + static_cast<size_t>(run) * step;
+    RAREFY_ISA_CALL(count, from, type, std::ldexp(1.0f, -layout_.exponent), static_cast<int32_t>(layout_.base),
+                    recent_.data(), n);
+  }
+  recent_count_ += runs * n;
   return true;
 }
 
@@ -102,42 +122,52 @@ std::optional<at::Tensor> runs_of_rows(const at::Tensor& x, int64_t axis) {
   return values.view({-1, values.size(axis), values.stride(axis)});
 }
 
-std::optional<std::vector<RowHistogram>> row_histograms(const at::Tensor& x, int64_t axis, int64_t bins) {
+bool for_each_row_histogram(const at::Tensor& x, int64_t axis, int64_t bins,
+                            const std::function<void(int64_t, RowHistogram&)>& use) {
   const auto runs = runs_of_rows(x, axis);
   const auto rows = runs.has_value() ? *runs : value_rows(x, axis).unsqueeze(0);
   const int64_t repeats = rows.size(0), count = rows.size(1), n = rows.size(2);
   const auto type = layout_of(rows, -1).type;
   const auto* values = static_cast<const char*>(rows.const_data_ptr());
+  const auto at = [&](int64_t i) { return values + static_cast<size_t>(i) * bytes_of(type); };
   std::atomic<bool> finite{true};
-  const auto fill = [&](RowHistogram& histogram, int64_t begin, int64_t end) {
-    const void* from = values + static_cast<size_t>(begin) * bytes_of(type);
-    if (finite.load(std::memory_order_relaxed) && !histogram.add(from, type, end - begin)) {
-      finite.store(false, std::memory_order_relaxed);
-    }
-  };
-  std::vector<RowHistogram> result(static_cast<size_t>(count), RowHistogram(bins));
   if (count == 1) {
     std::vector<RowHistogram> parts(static_cast<size_t>(at::get_num_threads()), RowHistogram(bins));
-    parallel_words(
-        n, [&](int64_t begin, int64_t end) { fill(parts[static_cast<size_t>(at::get_thread_num())], begin, end); });
-    if (!finite.load()) {
-      return std::nullopt;
+    parallel_words(n, [&](int64_t begin, int64_t end) {
+      auto& part = parts[static_cast<size_t>(at::get_thread_num())];
+      if (finite.load(std::memory_order_relaxed) && !part.add(at(begin), type, end - begin)) {
+        finite.store(false, std::memory_order_relaxed);
+      }
+    });
+    if (finite.load()) {
+      RowHistogram all(bins);
+      for (auto& part : parts) {
+        all.add(part);
+      }
+      use(0, all);
     }
-    for (auto& part : parts) {
-      result[0].add(part);
-    }
-    return result;
+    return finite.load();
   }
   at::parallel_for(0, count, std::max<int64_t>(1, kGrain / (repeats * n)), [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      auto& histogram = result[static_cast<size_t>(row)];
-      for (int64_t i = row; i < repeats * count; i += count) {
-        fill(histogram, i * n, (i + 1) * n);
+    for (int64_t row = first; row < last && finite.load(std::memory_order_relaxed); ++row) {
+      RowHistogram histogram(bins);
+      if (histogram.add(at(row * n), type, n, repeats, count * n)) {
+        histogram.release();
+        use(row, histogram);
+      } else {
+        finite.store(false, std::memory_order_relaxed);
       }
-      histogram.release();
     }
   });
-  return finite.load() ? std::optional(std::move(result)) : std::nullopt;
+  return finite.load();
+}
+
+std::optional<std::vector<RowHistogram>> row_histograms(const at::Tensor& x, int64_t axis, int64_t bins) {
+  const auto count = static_cast<size_t>(axis < 0 ? 1 : x.size(axis));
+  std::vector<RowHistogram> result(count, RowHistogram(0));
+  const bool finite = for_each_row_histogram(
+      x, axis, bins, [&](int64_t row, RowHistogram& of_row) { result[static_cast<size_t>(row)] = std::move(of_row); });
+  return finite ? std::optional(std::move(result)) : std::nullopt;
 }
 
 }  // namespace rarefy::ops

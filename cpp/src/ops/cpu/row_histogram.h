@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <optional>
 #include <vector>
@@ -18,8 +19,9 @@ class RowHistogram {
  public:
   explicit RowHistogram(int64_t bins) : counts_(static_cast<size_t>(bins)) {}
 
-  /// Counts n values in memory. Returns false, with the state unspecified, when one is not finite.
-  bool add(const void* x, cpu::FloatType type, int64_t n);
+  /// Counts `runs` runs of n values in memory, each `stride` values after the one before. Returns false, with the state
+  /// unspecified, when one is not finite.
+  bool add(const void* x, cpu::FloatType type, int64_t n, int64_t runs = 1, int64_t stride = 0);
   /// Adds the counts of another one of as many bins. Nothing, where it has a range of (+inf, -inf).
   void add(const int64_t* counts, float low, float high);
   void add(RowHistogram& other);
@@ -38,6 +40,7 @@ class RowHistogram {
   }
 
  private:
+  bool add_part(const char* x, cpu::FloatType type, int64_t n, int64_t runs, int64_t stride);
   void widen(float low, float high);
   void flush();
 
@@ -52,6 +55,11 @@ class RowHistogram {
 /// x as rows of values in one block of memory: one for the tensor (axis -1; in any order), or one per index of the axis.
 /// float64 becomes float32.
 at::Tensor value_rows(const at::Tensor& x, int64_t axis);
+
+/// Calls use(row, histogram) with the histogram of x per tensor (axis -1) or of each index of the axis, on all threads: while
+/// it is in the cache. Use may move it. Returns false when a value is not finite, with some rows left out.
+bool for_each_row_histogram(const at::Tensor& x, int64_t axis, int64_t bins,
+                            const std::function<void(int64_t, RowHistogram&)>& use);
 
 /// The histograms of x per tensor (axis -1) or per index of the axis, on all threads; unset when a value is not finite.
 std::optional<std::vector<RowHistogram>> row_histograms(const at::Tensor& x, int64_t axis, int64_t bins);
