@@ -60,6 +60,14 @@ ElementCriterion: TypeAlias = Magnitude | Random | Movement | Taylor | Fisher | 
 Regrowth: TypeAlias = SET | RigL | StraightThrough
 
 
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    """``getattr(module, name)`` in a third of the time: that asks everything else first."""
+    found = module._parameters.get(name)
+    if found is None:
+        found = module._buffers.get(name)
+    return getattr(module, name) if found is None else found
+
+
 class Pruner:
     """Holds the weights of lowest score at zero while a model trains.
 
@@ -240,7 +248,7 @@ class Pruner:
         places = [self._place(name) for name in self._names]
 
         def kept(key: Any, needed: bool) -> list[Tensor]:
-            return [getattr(module, key(parameter)) for module, parameter in places] if needed else []
+            return [_tensor(module, key(parameter)) for module, parameter in places] if needed else []
 
         snapshots = []
         for name in self._snapshot_names:
@@ -248,9 +256,9 @@ class Pruner:
             snapshots.append(Snapshot(name, getattr(module, tensor), getattr(module, core.rewind_key(tensor))))
         return PruningState(
             self._names,
-            [getattr(module, parameter) for module, parameter in places],
+            [_tensor(module, parameter) for module, parameter in places],
             kept(core.mask_key, True),
-            getattr(self._model, core.STEP_KEY),
+            _tensor(self._model, core.STEP_KEY),
             kept(core.score_key, options.keeps_scores),
             kept(core.latent_key, options.keeps_latent),
             self._growth,
