@@ -167,7 +167,7 @@ def test_infinities_may_be_pruned():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 63, 64, 65, 200, 20_000])
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 200, 256, 511, 20_000])
 def test_apply(isa, dtype, n):
     x = torch.randn(n).to(dtype)
     x[::7] = float("nan")

@@ -108,6 +108,22 @@ std::vector<Moment> moments_of(const PruningState& state, const torch::optim::Op
   return moments;
 }
 
+std::vector<TensorVersion> versions_of(const PruningState& state, const std::vector<Moment>& moments) {
+  std::vector<TensorVersion> versions;
+  const auto add = [&](const at::Tensor& tensor) {
+    const decltype(TensorVersion::tensor) watched(tensor.getIntrusivePtr());
+    versions.push_back({watched, tensor.const_data_ptr(), tensor._version()});
+  };
+  for (const auto& parameter : state.parameters) {
+    add(parameter.value);
+    add(parameter.mask);
+  }
+  for (const auto& moment : moments) {
+    add(moment.value);
+  }
+  return versions;
+}
+
 PruningState masked_parameters(const torch::nn::Module& model) {
   PruningState state;
   state.step = at::zeros({}, at::kLong);

@@ -1,4 +1,5 @@
 #include <fmt/format.h>
+#include <rarefy/pruning/enforce.h>
 #include <rarefy/pruning/optimizer_state.h>
 #include <torch/optim/adagrad.h>
 #include <torch/optim/adam.h>
@@ -8,6 +9,7 @@
 #include <torch/optim/sgd.h>
 
 #include <algorithm>
+#include <typeinfo>
 #include <unordered_map>
 #include <utility>
 
@@ -48,6 +50,15 @@ Tensors tensors_of(const OptimizerParamState& state) {
                     "[optimizer_tensors] the optimizer must be SGD, Adam, AdamW, RMSprop or Adagrad, or have no state");
 }
 
+/// Whether the optimizer is a Kind, and no class that is derived from it, with eps > 0: 0 / 0 is no zero.
+template <typename Kind, typename Options>
+bool is_with_eps(const torch::optim::Optimizer& optimizer) {
+  const auto& groups = optimizer.param_groups();
+  return typeid(optimizer) == typeid(Kind) && std::all_of(groups.begin(), groups.end(), [](const auto& group) {
+           return static_cast<const Options&>(group.options()).eps() > 0.0;
+         });
+}
+
 /// Which dimensions of the parameter a state tensor of one dimension less may have.
 std::vector<std::vector<int64_t>> candidates(const OptimizerTensor& state, at::IntArrayRef sizes) {
   const auto dims = static_cast<int64_t>(sizes.size());
@@ -78,6 +89,13 @@ std::vector<std::vector<int64_t>> candidates(const OptimizerTensor& state, at::I
 }
 
 }  // namespace
+
+bool keeps_zeros(const torch::optim::Optimizer& optimizer) {
+  using namespace torch::optim;
+  return typeid(optimizer) == typeid(SGD) || is_with_eps<Adam, AdamOptions>(optimizer) ||
+         is_with_eps<AdamW, AdamWOptions>(optimizer) || is_with_eps<RMSprop, RMSpropOptions>(optimizer) ||
+         is_with_eps<Adagrad, AdagradOptions>(optimizer);
+}
 
 std::vector<OptimizerTensor> optimizer_tensors(const torch::optim::Optimizer& optimizer,
                                                const std::vector<graph::NamedTensor>& parameters) {

@@ -281,11 +281,16 @@ void Pruner::step(torch::optim::Optimizer& optimizer) {
     }
   }
   const bool regrows = may_regrow(state_, options_);
+  bool stays_zero = false;
   if (!is_dense) {
-    mask_gradients(state_);
+    if (!is_clean(optimizer)) {
+      enforce(state_, &optimizer);
+    }
+    stays_zero = mask_gradients(state_) && keeps_zeros(optimizer);
   }
+  clean_.clear();
   optimizer.step();
-  if (regrows) {
+  if (regrows && !stays_zero) {
     enforce(state_, &optimizer);
   }
   const auto result = update_masks(now, options_);
@@ -293,9 +298,19 @@ void Pruner::step(torch::optim::Optimizer& optimizer) {
     optimizer.state().clear();
   }
   if (!is_soft(state_, options_)) {
-    enforce(state_, &optimizer);
+    if (!stays_zero || result.updated) {
+      enforce(state_, &optimizer);
+    }
+    clean_ = versions_of(state_, moments_of(state_, optimizer));
   }
   finish_step(result);
+}
+
+/// What no version tells is found by reading all values, once in a while.
+bool Pruner::is_clean(const torch::optim::Optimizer& optimizer) const {
+  constexpr int64_t kCheckEvery = 100;
+  return !clean_.empty() && clean_ == versions_of(state_, moments_of(state_, optimizer)) &&
+         ((steps() + 1) % kCheckEvery != 0 || stray_values(state_).empty());
 }
 
 void Pruner::finalize() {

@@ -60,6 +60,14 @@ ElementCriterion: TypeAlias = Magnitude | Random | Movement | Taylor | Fisher | 
 Regrowth: TypeAlias = SET | RigL | StraightThrough
 
 
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    """``getattr(module, name)`` in a third of the time: that asks everything else first."""
+    found = module._parameters.get(name)
+    if found is None:
+        found = module._buffers.get(name)
+    return getattr(module, name) if found is None else found
+
+
 class Pruner:
     """Holds the weights of lowest score at zero while a model trains.
 
@@ -228,8 +236,11 @@ class Pruner:
         return pruner
 
     def _place(self, name: str) -> tuple[nn.Module, str]:
-        path, _, parameter = name.rpartition(".")
-        return self._model.get_submodule(path), parameter
+        *path, parameter = name.split(".")
+        module: nn.Module | None = self._model
+        for part in path:  # get_submodule takes ten times as long, and every step asks for every parameter
+            module = None if module is None else module._modules.get(part)
+        return self._model.get_submodule(".".join(path)) if module is None else module, parameter
 
     def _state(self) -> PruningState:
         """Gather the tensors anew, since torch may replace buffers when it moves or loads a model."""
@@ -237,7 +248,7 @@ class Pruner:
         places = [self._place(name) for name in self._names]
 
         def kept(key: Any, needed: bool) -> list[Tensor]:
-            return [getattr(module, key(parameter)) for module, parameter in places] if needed else []
+            return [_tensor(module, key(parameter)) for module, parameter in places] if needed else []
 
         snapshots = []
         for name in self._snapshot_names:
@@ -245,9 +256,9 @@ class Pruner:
             snapshots.append(Snapshot(name, getattr(module, tensor), getattr(module, core.rewind_key(tensor))))
         return PruningState(
             self._names,
-            [getattr(module, parameter) for module, parameter in places],
+            [_tensor(module, parameter) for module, parameter in places],
             kept(core.mask_key, True),
-            getattr(self._model, core.STEP_KEY),
+            _tensor(self._model, core.STEP_KEY),
             kept(core.score_key, options.keeps_scores),
             kept(core.latent_key, options.keeps_latent),
             self._growth,

@@ -203,6 +203,102 @@ TEST_CASE("Masked gradients keep zeros by themselves", "[enforce]") {
   }
 }
 
+namespace {
+
+/// Adds 1 to every weight after the step of SGD.
+struct Drifting : torch::optim::SGD {
+  using SGD::SGD;
+  at::Tensor step(LossClosure closure = nullptr) override {
+    auto loss = SGD::step(std::move(closure));
+    const torch::NoGradGuard no_grad;
+    for (auto& group : param_groups()) {
+      for (auto& p : group.params()) {
+        p.add_(1.0);
+      }
+    }
+    return loss;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("Which optimizers keep zeros", "[enforce]") {
+  using namespace torch::optim;
+  const auto net = make();
+  const auto p = net->parameters();
+  CHECK(keeps_zeros(SGD(p, SGDOptions(0.1).momentum(0.9))));
+  CHECK(keeps_zeros(Adam(p, AdamOptions(0.1))));
+  CHECK(keeps_zeros(AdamW(p, AdamWOptions(0.1))));
+  CHECK(keeps_zeros(RMSprop(p, RMSpropOptions(0.1))));
+  CHECK(keeps_zeros(Adagrad(p, AdagradOptions(0.1))));
+  CHECK_FALSE(keeps_zeros(Adam(p, AdamOptions(0.1).eps(0.0))));
+  CHECK_FALSE(keeps_zeros(Drifting(p, SGDOptions(0.1))));
+  CHECK_FALSE(keeps_zeros(LBFGS(p, LBFGSOptions(0.1))));
+}
+
+TEST_CASE("A step of a pruner writes gradients alone where the optimizer keeps zeros", "[enforce]") {
+  const auto options = torch::optim::SGDOptions(0.1).momentum(0.9).weight_decay(1e-2);
+  for (const bool drifts : {false, true}) {
+    torch::manual_seed(2);
+    Net net;
+    Pruner pruner(*net, {.sparsity = 0.5, .schedule = ConstantSchedule{1}});
+    const std::unique_ptr<torch::optim::SGD> optimizer =
+        drifts ? std::make_unique<Drifting>(net->parameters(), options)
+               : std::make_unique<torch::optim::SGD>(net->parameters(), options);
+    const auto run = [&](int step) {
+      backward(net, step);
+      pruner.step(*optimizer);
+      CHECK(stray(net) == 0);
+      for (const auto& [index, moment] : moments_of(pruner.state(), *optimizer)) {
+        CHECK(stray(moment, pruner.state().parameters[index].mask) == 0);
+      }
+      for (const auto& parameter : pruner.state().parameters) {
+        CHECK(stray(parameter.value.grad(), parameter.mask) == 0);
+      }
+    };
+    run(0);
+    run(1);
+    const auto version = [&] { return net->conv->weight._version(); };
+    // LibTorch's own step writes through data(), which is not counted; the one that drifts counts once.
+    auto before = version();
+    run(2);
+    CHECK(version() - before == (drifts ? 2 : 0));
+    {  // someone else writes values: all is written, once more
+      const torch::NoGradGuard no_grad;
+      net->conv->weight.add_(1.0);
+    }
+    before = version();
+    run(3);
+    CHECK(version() - before == (drifts ? 3 : 1));
+    {  // moments, as loading a state does
+      const torch::NoGradGuard no_grad;
+      for (const auto& moment : moments_of(pruner.state(), *optimizer)) {
+        at::Tensor value = moment.value;
+        value.add_(1.0);
+      }
+    }
+    run(4);
+    before = version();
+    run(5);
+    CHECK(version() - before == (drifts ? 2 : 0));
+  }
+}
+
+TEST_CASE("A write that no version tells is found within 100 steps", "[enforce]") {
+  torch::manual_seed(3);
+  Net net;
+  Pruner pruner(*net, {.sparsity = 0.5, .schedule = ConstantSchedule{1}});
+  torch::optim::SGD optimizer(net->parameters(), torch::optim::SGDOptions(1e-3));
+  for (int step = 0; step < 100; ++step) {
+    backward(net, step);
+    if (step == 50) {
+      net->conv->weight.data().add_(1.0);
+    }
+    pruner.step(optimizer);
+    CHECK((stray(net) == 0) == (step < 50 || step == 99));
+  }
+}
+
 TEST_CASE("Optimizers that are not understood are refused", "[enforce]") {
   auto net = make(), other = make(1);
   const auto state = masked_parameters(*net);

@@ -37,6 +37,21 @@ RAREFY_API std::vector<Moment> moments_of(const PruningState& state, const torch
 /// under SGD, Adam and every other rule that maps zeros to zero. False when some gradient is sparse and was left as it is.
 RAREFY_API bool mask_gradients(const PruningState& state);
 
+/// Whether a step of the optimizer maps values, gradients and moments that are zero to zeros, so that nothing has to be
+/// written after it: SGD, Adam, AdamW, RMSprop and Adagrad of LibTorch with eps > 0, and no class that is derived from them.
+RAREFY_API bool keeps_zeros(const torch::optim::Optimizer& optimizer);
+
+/// What differs when a tensor was replaced, or written to other than through data(). Keeps no memory of elements alive.
+struct RAREFY_API TensorVersion {
+  c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> tensor;  // nobody else gets its address
+  const void* data;
+  int64_t version;
+  bool operator==(const TensorVersion&) const = default;
+};
+
+/// Those of values, masks and moments.
+RAREFY_API std::vector<TensorVersion> versions_of(const PruningState& state, const std::vector<Moment>& moments);
+
 /// Sets values, and nothing else, to zero where masks prune.
 RAREFY_API void apply_values(const PruningState& state);
 

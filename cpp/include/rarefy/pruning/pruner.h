@@ -1,6 +1,7 @@
 #pragma once
 
 #include <rarefy/export.h>
+#include <rarefy/pruning/enforce.h>
 #include <rarefy/pruning/report.h>
 #include <rarefy/pruning/schedule.h>
 #include <rarefy/pruning/selection.h>
@@ -73,7 +74,8 @@ class RAREFY_API Pruner {
   void step();
 
   /// accumulate() where it is needed, optimizer.step(), step(); gradients and moments of the optimizer are masked too, so that
-  /// what comes back has no history, and its state is cleared when weights are rewound.
+  /// what comes back has no history, and its state is cleared when weights are rewound. Gradients alone are written when
+  /// keeps_zeros() says that the rest stays zero, unless masks change or someone else wrote values, masks or moments.
   void step(torch::optim::Optimizer& optimizer);
 
   /// Sets pruned weights to zero for good and removes the buffers. Throws when called again.
@@ -112,6 +114,7 @@ class RAREFY_API Pruner {
   void check_active(const char* function) const;
   void check_accumulated() const;
   void finish_step(const StepResult& result);
+  bool is_clean(const torch::optim::Optimizer& optimizer) const;
 
   struct Place {
     std::shared_ptr<torch::nn::Module> owner;  // null when the module is the model itself
@@ -125,6 +128,7 @@ class RAREFY_API Pruner {
   std::vector<Place> places_;  // of each buffer
   bool accumulated_ = false;
   bool rewound_ = false;
+  std::vector<TensorVersion> clean_;  // what step(optimizer) left zero where masks prune; empty: nothing is known
   std::optional<PruningReport> final_report_;
 };
 
