@@ -23,22 +23,23 @@ std::vector<at::Tensor> with_rows(const std::vector<at::Tensor>& inputs, int64_t
   return out;
 }
 
+constexpr const char* kHint = " (dynamic_batch = false fixes the size of the batch)";
+
 /// Both runs must have called the same operators on the same tensors.
 void check_equal_runs(const graph::Graph& a, int64_t batch, const graph::Graph& b, int64_t other) {
-  const auto hint = " (dynamic_batch = false fixes the size of the batch)";
   for (size_t i = 0; i < std::min(a.schedule.size(), b.schedule.size()); ++i) {
     const auto &x = a.nodes[a.schedule[i]], &y = b.nodes[b.schedule[i]];
     TORCH_CHECK_VALUE(
         x.op == y.op && a.schedule[i] == b.schedule[i] && x.input_values == y.input_values && x.outputs == y.outputs,
         "[export_onnx] the model must run the same operators for every batch, but runs ", x.describe(), " for ", batch,
-        " samples where it runs ", y.describe(), " for ", other, hint);
+        " samples where it runs ", y.describe(), " for ", other, kHint);
   }
   TORCH_CHECK_VALUE(a.schedule.size() == b.schedule.size() && a.outputs == b.outputs,
                     "[export_onnx] the model must run the same operators for every batch, but runs ", a.schedule.size(),
-                    " of them for ", batch, " samples and ", b.schedule.size(), " for ", other, hint);
+                    " of them for ", batch, " samples and ", b.schedule.size(), " for ", other, kHint);
   for (size_t i = 0; i < a.values.size() && i < b.values.size(); ++i) {
     TORCH_CHECK_VALUE(a.values[i].sizes.size() == b.values[i].sizes.size(),
-                      "[export_onnx] the model's tensors must have as many dimensions for every batch", hint);
+                      "[export_onnx] the model's tensors must have as many dimensions for every batch", kHint);
   }
 }
 
@@ -109,7 +110,14 @@ Recording record_runs(torch::nn::Module& model,
   auto graph = record(with_rows(inputs, out.batch));
   // The next size tells what follows the batch, a distant one that it does so in proportion: 2 / 2 and 3 / 2 are both 1.
   for (const auto batch : {out.batch + 1, 2 * out.batch + 3}) {
-    auto other = record(with_rows(inputs, batch));
+    graph::Graph other;
+    try {
+      other = record(with_rows(inputs, batch));
+    } catch (const c10::Error& error) {
+      TORCH_CHECK_VALUE(false, "[export_onnx] the model must run for every batch, but runs for ", out.batch,
+                        " samples and not for ", batch, ", rows of the inputs repeated", kHint, ": ",
+                        error.what_without_backtrace());
+    }
     check_equal_runs(graph, out.batch, other, batch);
     out.others.push_back({fold(std::move(other)), batch});
   }

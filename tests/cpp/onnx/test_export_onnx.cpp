@@ -222,6 +222,10 @@ TEST_CASE("export_onnx refuses what cannot follow the batch", "[onnx]") {
                  "the same operators for every batch, but runs aten::abs for 2 samples where it runs aten::neg"));
   CHECK_THAT(refused([](const Tensor& y) { return torch::cat(y.unbind(0)); }),
              ContainsSubstring("the same operators for every batch"));
+  CHECK_THAT(
+      refused([](const Tensor& y) { return y.view({2, 3}); }),
+      ContainsSubstring("must run for every batch, but runs for 2 samples and not for 3, rows of the inputs "
+                        "repeated (dynamic_batch = false fixes the size of the batch): shape '[2, 3]' is invalid"));
   const Folder folder;
   rarefy::OnnxOptions options;
   options.dynamic_batch = false;
@@ -256,7 +260,8 @@ TEST_CASE("export_onnx refuses bags that are not the rows of a matrix", "[onnx][
   torch::nn::EmbeddingBag plain(options);
   torch::nn::ModuleDict model(std::vector<std::pair<std::string, std::shared_ptr<torch::nn::Module>>>{
       {"bag", bag.ptr()}, {"plain", plain.ptr()}});
-  const auto ids = torch::randint(9, {6}), offsets = torch::tensor({0, 1, 2, 4, 4, 5});
+  // Offsets that stay offsets when they are repeated for another size of the batch.
+  const auto ids = torch::randint(9, {6}), offsets = torch::zeros({6}, torch::kInt64);
   const std::string rule =
       "bags must be the rows of a matrix of indices, as ONNX has no operator that reduces the rows between offsets, got ";
   const auto two = [](auto& layer) {
