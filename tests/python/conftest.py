@@ -8,8 +8,8 @@ import torch
 
 from rarefy import _core
 
-
-# Torch seeds itself from the system's randomness: a test would draw other numbers in every run. RAREFY_TEST_SEED=N tries others.
+# Torch seeds itself from the system's randomness: a test would draw other numbers in every run. RAREFY_TEST_SEED=N tries
+# others.
 SEED = int(os.environ.get("RAREFY_TEST_SEED", "0"))
 torch.manual_seed(SEED)  # what files draw while they are imported
 
