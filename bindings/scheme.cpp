@@ -203,8 +203,9 @@ std::string noise_repr(const Noise& self) {
 }
 
 void init_noise(py::module_& m) {
-  py::class_<Noise>(m, "Noise",
-                    R"(What training does in place of rounding every value; everywhere else all values are rounded.
+  auto noise =
+      py::class_<Noise>(m, "Noise",
+                        R"(What training does in place of rounding every value; everywhere else all values are rounded.
 
 share: the part of the values, drawn anew at every forward, that is quantized; the others stay as they are, with their exact
     gradient (Quant-Noise, arXiv:2004.07320). In (0, 1]; below 1 unless uniform.
@@ -212,15 +213,14 @@ uniform: an even draw from a step's width around the value stands for its roundi
     arXiv:2104.09987). Integers with an observed scale.
 
 Random numbers are those of torch's generator: torch.manual_seed makes them repeat.)")
-      .def(py::init([](double share, bool uniform) { return Noise{share, uniform}; }), py::arg("share") = 1.0,
-           py::arg("uniform") = false)
-      .def_readonly("share", &Noise::share)
-      .def_readonly("uniform", &Noise::uniform)
-      .def(py::self == py::self)
-      .def("__hash__", [](const Noise& self) { return py::hash(py::make_tuple(self.share, self.uniform)); })
-      .def("__repr__", &noise_repr)
-      .def(py::pickle([](const Noise& self) { return py::make_tuple(self.share, self.uniform); },
-                      [](const py::tuple& state) { return Noise{state[0].cast<double>(), state[1].cast<bool>()}; }));
+          .def(py::init([](double share, bool uniform) { return Noise{share, uniform}; }), py::arg("share") = 1.0,
+               py::arg("uniform") = false)
+          .def_readonly("share", &Noise::share)
+          .def_readonly("uniform", &Noise::uniform)
+          .def(
+              py::pickle([](const Noise& self) { return py::make_tuple(self.share, self.uniform); },
+                         [](const py::tuple& state) { return Noise{state[0].cast<double>(), state[1].cast<bool>()}; }));
+  add_value_methods(noise, &noise_repr);
 }
 
 Scheme make_scheme(std::optional<int64_t> bits, bool symmetric, std::optional<bool> is_signed, bool narrow_range,

@@ -359,6 +359,10 @@ def test_more_refusals():
         ValueError, match=re.escape("[quantization_noise] rounded must have the shape of x, [2, 3], got [3]")
     ):
         noise_of(x, x[0], torch.ones(1), Scheme(noise=Noise(0.5)).to_json())
+    channels = Scheme(granularity=PerChannel(1), noise=Noise(uniform=True)).to_json()
+    rule = "[quantization_noise] scale must have 3 values for per-channel(axis=1) and shape [2, 3], got 2"
+    with pytest.raises(ValueError, match=re.escape(rule)):
+        noise_of(x, x, torch.ones(2), channels)
     with pytest.raises(ValueError, match="must not have the key 'part' in noise"):
         Scheme.from_json('{"noise": {"part": 1}}')
 

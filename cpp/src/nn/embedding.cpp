@@ -63,6 +63,12 @@ std::optional<std::string> why_unsupported(const Options& options) {
   return options.sparse() ? std::optional<std::string>("sparse gradients are not supported") : std::nullopt;
 }
 
+/// Whether rounding the rows that were looked up would not be what the quantizer does with the table.
+bool needs_whole_table(const quantization::FakeQuantizerImpl& quantizer) {
+  const auto& scheme = quantizer.options.scheme;
+  return !scheme.is_plain() || !quantizer.learned.empty() || scheme.noise.has_value();
+}
+
 const char* name_of(const torch::nn::EmbeddingBagMode& mode) {
   if (std::holds_alternative<torch::enumtype::kMax>(mode)) {
     return "max";
@@ -144,8 +150,7 @@ torch::Tensor EmbeddingImpl::compute(const torch::Tensor& indices, const torch::
 
 torch::Tensor EmbeddingImpl::run_prepared(const torch::Tensor& indices) {
   auto& quantizer = *quant->find("weight");
-  const auto& scheme = quantizer.options.scheme;
-  if (!scheme.is_plain() || !quantizer.learned.empty() || scheme.noise.has_value()) {
+  if (needs_whole_table(quantizer)) {
     return compute(indices, rounded().weight, {});
   }
   return rows_on_grid(compute(indices, weight, {}), indices, weight, quantizer);
@@ -212,8 +217,7 @@ torch::Tensor EmbeddingBagImpl::compute(const torch::Tensor& indices, const torc
 
 torch::Tensor EmbeddingBagImpl::run_prepared(const torch::Tensor& indices) {
   auto& quantizer = *quant->find("weight");
-  const auto& scheme = quantizer.options.scheme;
-  if (!scheme.is_plain() || !quantizer.learned.empty() || scheme.noise.has_value()) {
+  if (needs_whole_table(quantizer)) {
     return compute(indices, rounded().weight, {});
   }
   return rows_on_grid(compute(indices, weight, {}), indices, weight, quantizer);

@@ -187,8 +187,11 @@ nn::IntegerWeight table_of(Table& layer, const FakeQuantizerImpl& quantizer) {
   return {(quantization::stored_codes(parts) + scheme.qmin()).to(at::kShort), quantizer.scale, {}};
 }
 
+using NamedTensors = torch::OrderedDict<std::string, at::Tensor>;
+
 template <typename Table>
-void take_table(const torch::nn::Module& model, Table& layer, onnx::TranslateOptions& options) {
+void take_table(const NamedTensors& parameters, const NamedTensors& buffers, Table& layer,
+                onnx::TranslateOptions& options) {
   if (layer.mode() != nn::Quantizable::Mode::prepared) {
     return;
   }
@@ -199,12 +202,12 @@ void take_table(const torch::nn::Module& model, Table& layer, onnx::TranslateOpt
   auto integers = table_of(layer, quantizer);
   integers.scale = quantizer.options.scheme.axis().has_value() ? integers.scale : quantizer.scale;
   // What has several names has the one in the recording that comes first.
-  for (const auto& item : model.named_parameters()) {
+  for (const auto& item : parameters) {
     if (item.value().is_same(layer.weight)) {
       options.tables.emplace(item.key(), integers);
     }
   }
-  for (const auto& item : model.named_buffers()) {
+  for (const auto& item : buffers) {
     if (item.value().is_same(quantizer.scale)) {
       options.table_scales.insert(item.key());
     }
@@ -213,11 +216,12 @@ void take_table(const torch::nn::Module& model, Table& layer, onnx::TranslateOpt
 
 /// Says what the tables of prepared embeddings are.
 void take_tables(const torch::nn::Module& model, onnx::TranslateOptions& options) {
+  const auto parameters = model.named_parameters(), buffers = model.named_buffers();
   for (const auto& module : model.modules(/*include_self=*/false)) {
     if (auto* words = dynamic_cast<nn::EmbeddingImpl*>(module.get())) {
-      take_table(model, *words, options);
+      take_table(parameters, buffers, *words, options);
     } else if (auto* bag = dynamic_cast<nn::EmbeddingBagImpl*>(module.get())) {
-      take_table(model, *bag, options);
+      take_table(parameters, buffers, *bag, options);
     }
   }
 }

@@ -1,4 +1,3 @@
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/rand_like.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
@@ -14,21 +13,15 @@
 namespace rarefy::quantization {
 namespace {
 
-/// The scale of each element, in a shape that broadcasts to x's.
+/// The scale of each element, in x's shape.
 at::Tensor step_of(const at::Tensor& x, const at::Tensor& scale, const Scheme& scheme) {
-  const auto axis = scheme.block_axis();
-  if (!axis.has_value()) {
-    return scale.reshape({});
-  }
-  const auto at_axis = *axis < 0 ? *axis + x.dim() : *axis;
-  if (scheme.axis().has_value()) {
-    std::vector<int64_t> column(static_cast<size_t>(x.dim()), 1);
-    column.at(static_cast<size_t>(at_axis)) = -1;
-    return scale.reshape(column);
-  }
   const auto sizes = scheme.block();
-  const ops::Sharing sharing{at_axis, {sizes.begin(), sizes.end()}};
+  const std::vector<c10::SymInt> block(sizes.begin(), sizes.end());
+  const auto sharing = ops::check_sharing("quantization_noise", x, scheme.block_axis(), block);
   const auto blocks = ops::to_blocks(x.detach(), sharing, 0.0);
+  TORCH_CHECK_VALUE(scale.sym_numel() == blocks.sym_size(0), "[quantization_noise] scale must have ",
+                    blocks.sym_size(0), " values for ", str(scheme.granularity), " and shape ", x.sym_sizes(), ", got ",
+                    scale.sym_numel());
   return ops::from_blocks(scale.reshape({-1, 1}).expand_symint(blocks.sym_sizes()), x, sharing);
 }
 
